@@ -1,0 +1,1 @@
+//! Builds the static library and compiles C and C++ programs against it

@@ -1,0 +1,1 @@
+//! HyperAttention algorithms and CPU kernels, no_std

@@ -1,0 +1,1 @@
+//! HyperAttention on CUDA

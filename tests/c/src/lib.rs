@@ -1,0 +1,1 @@
+//! C and C++ programs linked to the real static library

@@ -1,0 +1,1 @@
+//! Every kernel table against the oracle, stage by stage

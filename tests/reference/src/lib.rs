@@ -1,0 +1,1 @@
+//! Double-precision oracle for attention and the published estimator
