@@ -1,0 +1,89 @@
+//! Algorithm 1, first half: angular hashing by hyperplanes and the Gray order of the buckets.
+
+use crate::rng::{Purpose, Stream};
+use crate::simd::Kernels;
+use crate::view::TensorRef;
+
+/// Number of columns of a stored projection matrix: `num_projs` rounded up to the table's vectors.
+pub fn projection_width(kernels: &Kernels, num_projs: usize) -> usize {
+    num_projs.next_multiple_of(kernels.projection_lanes())
+}
+
+/// Fills `to` (`[head_dim][width]`) with the normals of one head's hyperplanes; columns from
+/// `num_projs` on are 0 and never give a positive projection. Normal (i, j) is draw `j * head_dim + i`.
+pub fn fill_projections(
+    stream_of: (u64, u64, usize),
+    head_dim: usize,
+    num_projs: usize,
+    width: usize,
+    to: &mut [f32],
+) {
+    let (seed, offset, head) = stream_of;
+    let stream = Stream::new(seed, offset, head, Purpose::Projection);
+    for (i, row) in to.chunks_exact_mut(width).enumerate() {
+        for (j, x) in row.iter_mut().enumerate() {
+            *x = if j < num_projs { stream.normal(j * head_dim + i) } else { 0.0 };
+        }
+    }
+}
+
+/// Position of `code` in the binary-reflected Gray sequence, in which neighbours differ in one bit.
+pub fn gray_rank(code: u32) -> u32 {
+    let mut rank = code;
+    for shift in [1, 2, 4, 8, 16] {
+        rank ^= rank >> shift;
+    }
+    rank
+}
+
+/// Rows widened at once; one pass over them per call of the kernel.
+const ROWS_AT_ONCE: usize = 16;
+
+/// Numbers of scratch that [`rank_rows`] needs.
+pub(crate) fn rank_scratch_len(head_dim: usize) -> usize {
+    ROWS_AT_ONCE * head_dim
+}
+
+/// Gray ranks of the buckets of rows `first..first + ranks.len()` of one head.
+#[expect(clippy::too_many_arguments, reason = "a view, a place in it, and the projections")]
+pub(crate) fn rank_rows(
+    kernels: &Kernels,
+    rows: &TensorRef<'_>,
+    (batch, head): (usize, usize),
+    first: usize,
+    projections: &[f32],
+    width: usize,
+    scratch: &mut [f32],
+    ranks: &mut [u32],
+) {
+    let head_dim = rows.layout().extents()[3];
+    for (group, ranks) in ranks.chunks_mut(ROWS_AT_ONCE).enumerate() {
+        let wide = &mut scratch[..ranks.len() * head_dim];
+        for (r, row) in wide.chunks_exact_mut(head_dim).enumerate() {
+            rows.read_row(kernels, batch, head, first + group * ROWS_AT_ONCE + r, row);
+        }
+        kernels.hash(wide, head_dim, projections, width, ranks);
+        ranks.iter_mut().for_each(|code| *code = gray_rank(*code));
+    }
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_ranks_differ_in_one_bit() {
+        let mut code_at = [0u32; 1 << 12];
+        for code in 0..1 << 12 {
+            code_at[gray_rank(code) as usize] = code;
+        }
+        assert!(code_at.windows(2).all(|pair| (pair[0] ^ pair[1]).count_ones() == 1));
+        assert_eq!(code_at[0], 0);
+    }
+
+    #[test]
+    fn rank_keeps_24_bits() {
+        assert!((0..24).all(|bit| gray_rank(1 << bit) == (2 << bit) - 1));
+    }
+}

@@ -1,0 +1,123 @@
+//! What to compute: the options of one call.
+
+/// Which keys a query may see. `i` counts queries, `j` keys, both from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mask {
+    /// Every query sees every key.
+    #[default]
+    None,
+    /// Key `j` is visible to query `i` when `j <= i + (n_k - n_q)`: the last query sees the last key.
+    CausalBottomRight,
+    /// Key `j` is visible to query `i` when `j <= i`: the first query sees the first key.
+    CausalTopLeft,
+}
+
+/// How the output is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Method {
+    /// Exact while that is the faster choice for the shape, else [`Method::Paper`].
+    #[default]
+    Auto,
+    /// Softmax attention without approximation, any length. Cost n_q * n_k.
+    Exact,
+    /// HyperAttention as published (arXiv 2310.05869): sortLSH blocks and a sampled residual.
+    Paper,
+    /// A better estimator of the same cost class. Not in this version: answers Unsupported.
+    Refined,
+}
+
+/// How [`Method::Paper`] treats what the exact blocks do not cover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Residual {
+    /// One uniform sample of keys serves the row sums and the product with V (the paper's section 4).
+    #[default]
+    Uniform,
+    /// Algorithms 2 and 3: capped row-sum estimate, and columns sampled by the row norms of V.
+    RowNorm,
+    /// Blocks only: the rest is dropped.
+    None,
+}
+
+/// The options of one call. Start from [`Params::default`] and override.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Params {
+    /// How the output is computed.
+    pub method: Method,
+    /// Which keys a query may see.
+    pub mask: Mask,
+    /// Factor on the logits; 0 means `1 / sqrt(head_dim)`. Must be finite.
+    pub scale: f32,
+    /// How the estimator treats what the blocks do not cover.
+    pub residual: Residual,
+    /// Hyperplanes of the angular hash, 0..=24; 0 leaves queries and keys in their order (section 2.1: r).
+    pub lsh_num_projs: u32,
+    /// Keys per sorted block (b); 0 means residual only.
+    pub block_size: u32,
+    /// Sampled keys per sub-problem (m); 0 means blocks only.
+    pub sample_size: u32,
+    /// Sub-problems with at most this many keys are computed exactly.
+    pub min_seq_len: usize,
+    /// Key of the counter-based generator: the same seed gives the same bits.
+    pub seed: u64,
+    /// Stream of the generator, for example the layer number.
+    pub offset: u64,
+    /// Epsilon of Algorithm 2, positive; used by [`Residual::RowNorm`] only.
+    pub approx_d_epsilon: f32,
+    /// Kappa of Algorithm 2, positive; used by [`Residual::RowNorm`] only.
+    pub approx_d_kappa: f32,
+}
+
+impl Params {
+    /// Largest accepted `lsh_num_projs`.
+    pub const MAX_PROJECTIONS: u32 = 24;
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Params {
+            method: Method::Auto,
+            mask: Mask::None,
+            scale: 0.0,
+            residual: Residual::Uniform,
+            lsh_num_projs: 7,
+            block_size: 256,
+            sample_size: 256,
+            min_seq_len: 4096,
+            seed: 0,
+            offset: 0,
+            approx_d_epsilon: 0.5,
+            approx_d_kappa: 1e4,
+        }
+    }
+}
+
+/// Exact blocks chosen by the caller instead of by sortLSH: the paper's predefined mask (Algorithm 3).
+///
+/// Compressed rows over blocks of `query_block` queries; a row lists its key blocks, ascending and unique.
+/// The pattern of (batch, query head) starts at
+/// `row_offsets[(batch * heads_q + head) * head_stride]` and has `num_query_blocks + 1` offsets into `columns`.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockMask<'a> {
+    /// Queries per block, at least 1.
+    pub query_block: usize,
+    /// Keys per block, at least 1.
+    pub key_block: usize,
+    /// `ceil(n_q / query_block)`.
+    pub num_query_blocks: usize,
+    /// `ceil(n_k / key_block)`.
+    pub num_key_blocks: usize,
+    /// Offsets into `columns`, ascending.
+    pub row_offsets: &'a [i64],
+    /// Key-block indices.
+    pub columns: &'a [i32],
+    /// Distance in `row_offsets` from one head's pattern to the next; 0 shares one pattern.
+    pub head_stride: usize,
+}
+
+impl BlockMask<'_> {
+    /// The key blocks of one query block of `pattern` (batch * heads_q + head).
+    pub(crate) fn row(&self, pattern: usize, query_block: usize) -> &[i32] {
+        let at = pattern * self.head_stride + query_block;
+        &self.columns[self.row_offsets[at] as usize..self.row_offsets[at + 1] as usize]
+    }
+}

@@ -1,0 +1,163 @@
+//! The table for x86-64 with AVX2, FMA and F16C (Haswell, Zen and later).
+
+use core::arch::x86_64::*;
+
+use super::vector::{EXP2, EXP2_LOWEST, EXP2_ROUND, Vector};
+use super::{Isa, Kernels, generic};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256);
+
+// SAFETY (every block in this impl): an Avx2 exists only inside the kernels below, which run only
+// where the instructions were detected; loads and stores repeat the trait's contract.
+impl Vector for Avx2 {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_set1_ps(x) })
+    }
+
+    #[inline(always)]
+    fn iota() -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_fmadd_ps(self.0, factor.0, term.0) })
+    }
+
+    #[inline(always)]
+    fn fused_mul_add(self, factor: Self, term: Self) -> Self {
+        self.mul_add(factor, term)
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_min_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn select_less(self, other: Self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_blendv_ps(other.0, self.0, _mm256_cmp_ps::<_CMP_LT_OQ>(a.0, b.0)) })
+    }
+
+    #[inline(always)]
+    fn positive_bits(self) -> u32 {
+        // SAFETY: see the impl.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.0, _mm256_setzero_ps())) as u32 }
+    }
+
+    #[inline(always)]
+    fn reduce_add(self) -> f32 {
+        // SAFETY: see the impl.
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+
+    #[inline(always)]
+    fn reduce_max(self) -> f32 {
+        // SAFETY: see the impl.
+        unsafe {
+            let x = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        let x = Self::splat(EXP2_LOWEST).max(self);
+        let rounded = x.add(Self::splat(EXP2_ROUND));
+        let f = x.sub(rounded.sub(Self::splat(EXP2_ROUND)));
+        let mut power = Self::splat(EXP2[5]);
+        for c in [EXP2[4], EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+            power = power.mul_add(f, Self::splat(c));
+        }
+        // SAFETY: see the impl.
+        let scale = unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(rounded.0))) };
+        power.mul(Avx2(scale))
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn attend(step: &mut super::Step<'_>) {
+    // SAFETY: the caller's contract is generic::attend's, and the instructions are enabled here.
+    unsafe { generic::attend::<Avx2, 6, 2>(step) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+    // SAFETY: as above.
+    unsafe { generic::hash::<Avx2>(rows, head_dim, projections, width, codes) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
+    let vectors = to.len() / 8;
+    for i in 0..vectors {
+        // SAFETY: 8 (i + 1) <= to.len() elements are readable at `from` and writable at `to`.
+        unsafe {
+            let half = _mm_loadu_si128(from.cast::<__m128i>().add(i));
+            _mm256_storeu_ps(to.as_mut_ptr().add(8 * i), _mm256_cvtph_ps(half));
+        }
+    }
+    // SAFETY: the elements from 8 * vectors on, within the same bounds.
+    unsafe { generic::widen_f16(from.add(16 * vectors), &mut to[8 * vectors..]) }
+}
+
+pub(super) static KERNELS: Kernels = Kernels {
+    isa: Isa::Avx2,
+    query_rows: 6,
+    panel: 16,
+    lanes: 8,
+    pair_cost: 1.0,
+    attend,
+    hash,
+    widen_f16,
+};

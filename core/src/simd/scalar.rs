@@ -1,0 +1,130 @@
+//! The portable table: plain Rust over eight lanes, which any compiler turns into its baseline vectors.
+
+use super::vector::{EXP2, EXP2_LOWEST, EXP2_ROUND, Vector};
+use super::{Isa, Kernels, generic};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 8]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Portable(core::array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+impl Vector for Portable {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Portable([x; 8])
+    }
+
+    #[inline(always)]
+    fn iota() -> Self {
+        Portable(core::array::from_fn(|i| i as f32))
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller has eight readable numbers there.
+        Portable(unsafe { from.cast::<[f32; 8]>().read() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller has eight writable numbers there.
+        unsafe { to.cast::<[f32; 8]>().write(self.0) }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        self.mul(factor).add(term)
+    }
+
+    #[inline(always)]
+    fn fused_mul_add(self, factor: Self, term: Self) -> Self {
+        Portable(core::array::from_fn(|i| libm::fmaf(self.0[i], factor.0[i], term.0[i])))
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn select_less(self, other: Self, a: Self, b: Self) -> Self {
+        Portable(core::array::from_fn(|i| if a.0[i] < b.0[i] { self.0[i] } else { other.0[i] }))
+    }
+
+    #[inline(always)]
+    fn positive_bits(self) -> u32 {
+        (0..8).fold(0, |bits, i| bits | u32::from(self.0[i] > 0.0) << i)
+    }
+
+    #[inline(always)]
+    fn reduce_add(self) -> f32 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+
+    #[inline(always)]
+    fn reduce_max(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        Portable(self.0.map(|x| {
+            let x = if EXP2_LOWEST > x { EXP2_LOWEST } else { x };
+            let rounded = x + EXP2_ROUND;
+            let f = x - (rounded - EXP2_ROUND);
+            let power = EXP2.iter().rev().fold(0.0, |p, c| (p + c) * f) + 1.0;
+            power * f32::from_bits(rounded.to_bits() << 23)
+        }))
+    }
+}
+
+// Bit-level facts used above: 2^23 + 2^22 + 127 + n has n + 127 in its low bits.
+
+unsafe fn attend(step: &mut super::Step<'_>) {
+    // SAFETY: the caller's contract is generic::attend's; Portable needs no special instructions.
+    unsafe { generic::attend::<Portable, 4, 1>(step) }
+}
+
+unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+    // SAFETY: as above.
+    unsafe { generic::hash::<Portable>(rows, head_dim, projections, width, codes) }
+}
+
+pub(super) static KERNELS: Kernels = Kernels {
+    isa: Isa::Scalar,
+    query_rows: 4,
+    panel: 8,
+    lanes: 8,
+    pair_cost: 1.0,
+    attend,
+    hash,
+    widen_f16: generic::widen_f16,
+};

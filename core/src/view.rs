@@ -1,0 +1,274 @@
+//! Borrowed strided views of `[batch, heads, sequence, head_dim]` tensors.
+
+use core::marker::PhantomData;
+
+use half::{bf16, f16};
+
+use crate::element::{DType, Element};
+use crate::error::{Result, invalid};
+use crate::simd::Kernels;
+
+/// Longest sequence supported: positions are kept in 32 bits.
+pub const MAX_SEQUENCE: i64 = i32::MAX as i64;
+
+/// Element type, extents and strides (in elements) of `[batch, heads, sequence, head_dim]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorLayout {
+    /// Element type.
+    pub dtype: DType,
+    /// Extents; batch, heads and head_dim at least 1, sequence at least 0.
+    pub shape: [i64; 4],
+    /// Distances between neighbours in each dimension, in elements; the last is 1.
+    pub stride: [i64; 4],
+}
+
+impl TensorLayout {
+    /// A packed `[batch, heads, sequence, head_dim]` tensor.
+    pub fn contiguous(dtype: DType, shape: [i64; 4]) -> Self {
+        let [_, h, s, d] = shape;
+        let (row, head) = (d, d.saturating_mul(s));
+        TensorLayout { dtype, shape, stride: [head.saturating_mul(h), head, row, 1] }
+    }
+
+    /// Batch, heads, sequence, head_dim as sizes. Only after [`Self::check`].
+    pub(crate) fn extents(&self) -> [usize; 4] {
+        self.shape.map(|extent| extent as usize)
+    }
+
+    /// Whether there is no element.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Offsets in bytes of the first and one past the last byte that the view may touch.
+    fn span(&self) -> Option<(i64, i64)> {
+        let (mut low, mut high) = (0i64, 0i64);
+        for (extent, stride) in self.shape.into_iter().zip(self.stride) {
+            let reach = (extent - 1).checked_mul(stride)?;
+            if reach < 0 {
+                low = low.checked_add(reach)?;
+            } else {
+                high = high.checked_add(reach)?;
+            }
+        }
+        let size = self.dtype.size() as i64;
+        Some((low.checked_mul(size)?, high.checked_add(1)?.checked_mul(size)?))
+    }
+
+    /// Errors that concern this tensor alone; `name` is what the sentence calls it.
+    pub(crate) fn check(&self, name: &str) -> Result<()> {
+        for (dim, (what, least)) in
+            [("batch", 1), ("heads", 1), ("sequence", 0), ("head_dim", 1)].into_iter().enumerate()
+        {
+            if self.shape[dim] < least {
+                invalid!("{name}.shape[{dim}] ({what}) = {} must be at least {least}", self.shape[dim]);
+            }
+        }
+        if self.shape[2] > MAX_SEQUENCE {
+            invalid!(
+                "{name}.shape[2] (sequence) = {} is beyond the supported maximum {MAX_SEQUENCE}",
+                self.shape[2]
+            );
+        }
+        if self.stride[3] != 1 && self.shape[3] != 1 {
+            invalid!("{name}.stride[3] = {} must be 1", self.stride[3]);
+        }
+        if self.shape.into_iter().try_fold(1i64, |n, extent| n.checked_mul(extent)).is_none() {
+            invalid!("{name}.shape = {:?}: the number of elements overflows", self.shape);
+        }
+        let fits = |(low, high): (i64, i64)| {
+            isize::try_from(low).is_ok() && isize::try_from(high).is_ok() && high.checked_sub(low).is_some()
+        };
+        if !self.is_empty() && !self.span().is_some_and(fits) {
+            invalid!(
+                "{name}.shape = {:?} with {name}.stride = {:?}: the extent in bytes overflows",
+                self.shape,
+                self.stride
+            );
+        }
+        Ok(())
+    }
+
+    fn offset(&self, batch: usize, head: usize, row: usize) -> isize {
+        let [b, h, s, _] = self.stride.map(|stride| stride as isize);
+        (batch as isize * b + head as isize * h + row as isize * s) * self.dtype.size() as isize
+    }
+}
+
+/// Whether `slice` of `len` elements holds the whole of `layout` when its first element is `[0, 0, 0, 0]`.
+fn check_slice(layout: &TensorLayout, len: usize) -> Result<()> {
+    layout.check("tensor")?;
+    let size = layout.dtype.size() as i64;
+    if let Some((low, high)) = layout.span()
+        && !layout.is_empty()
+        && (low < 0 || high / size > len as i64)
+    {
+        invalid!("tensor.shape = {:?} reaches past a slice of {len} elements", layout.shape);
+    }
+    Ok(())
+}
+
+/// A tensor to read.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorRef<'a> {
+    data: *const u8,
+    layout: TensorLayout,
+    owner: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: it is a shared borrow of plain numbers.
+unsafe impl Send for TensorRef<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorRef<'_> {}
+
+impl<'a> TensorRef<'a> {
+    /// A view of `slice`, whose first element is `[0, 0, 0, 0]`.
+    pub fn new<T: Element>(slice: &'a [T], shape: [i64; 4], stride: [i64; 4]) -> Result<Self> {
+        let layout = TensorLayout { dtype: T::DTYPE, shape, stride };
+        check_slice(&layout, slice.len())?;
+        Ok(TensorRef { data: slice.as_ptr().cast(), layout, owner: PhantomData })
+    }
+
+    /// A packed view of `slice`.
+    pub fn contiguous<T: Element>(slice: &'a [T], shape: [i64; 4]) -> Result<Self> {
+        Self::new(slice, shape, TensorLayout::contiguous(T::DTYPE, shape).stride)
+    }
+
+    /// A view of memory that the caller vouches for. Element alignment is not required.
+    ///
+    /// # Safety
+    /// For `'a`, every element that `layout` describes is readable at its offset from `data` and not
+    /// written by anyone else. An empty tensor needs no memory.
+    pub unsafe fn from_raw(data: *const u8, layout: TensorLayout) -> Self {
+        TensorRef { data, layout, owner: PhantomData }
+    }
+
+    /// Element type, extents and strides.
+    pub fn layout(&self) -> &TensorLayout {
+        &self.layout
+    }
+
+    /// Address of element `[0, 0, 0, 0]`.
+    pub(crate) fn address(&self) -> usize {
+        self.data as usize
+    }
+
+    /// Widens one row into `to`, which has head_dim elements.
+    pub(crate) fn read_row(&self, kernels: &Kernels, batch: usize, head: usize, row: usize, to: &mut [f32]) {
+        let [batches, heads, rows, head_dim] = self.layout.extents();
+        assert!(batch < batches && head < heads && row < rows && to.len() == head_dim);
+        // SAFETY: the indices are within the extents, so the row's head_dim consecutive elements are
+        // readable (constructor contract), and `to` has room for them.
+        unsafe {
+            let from = self.data.offset(self.layout.offset(batch, head, row));
+            kernels.widen(self.layout.dtype, from, to);
+        }
+    }
+}
+
+/// A tensor to write.
+#[derive(Debug)]
+pub struct TensorMut<'a> {
+    data: *mut u8,
+    layout: TensorLayout,
+    owner: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: it is an exclusive borrow of plain numbers; shared use is limited to `write_row`, whose
+// contract excludes races.
+unsafe impl Send for TensorMut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorMut<'_> {}
+
+impl<'a> TensorMut<'a> {
+    /// A view of `slice`, whose first element is `[0, 0, 0, 0]`.
+    pub fn new<T: Element>(slice: &'a mut [T], shape: [i64; 4], stride: [i64; 4]) -> Result<Self> {
+        let layout = TensorLayout { dtype: T::DTYPE, shape, stride };
+        check_slice(&layout, slice.len())?;
+        Ok(TensorMut { data: slice.as_mut_ptr().cast(), layout, owner: PhantomData })
+    }
+
+    /// A packed view of `slice`.
+    pub fn contiguous<T: Element>(slice: &'a mut [T], shape: [i64; 4]) -> Result<Self> {
+        Self::new(slice, shape, TensorLayout::contiguous(T::DTYPE, shape).stride)
+    }
+
+    /// A view of memory that the caller vouches for. Element alignment is not required.
+    ///
+    /// # Safety
+    /// For `'a`, every element that `layout` describes is writable at its offset from `data` and not
+    /// accessed by anyone else. An empty tensor needs no memory.
+    pub unsafe fn from_raw(data: *mut u8, layout: TensorLayout) -> Self {
+        TensorMut { data, layout, owner: PhantomData }
+    }
+
+    /// Element type, extents and strides.
+    pub fn layout(&self) -> &TensorLayout {
+        &self.layout
+    }
+
+    /// A view for reading the same memory.
+    pub(crate) fn reborrow(&self) -> TensorRef<'_> {
+        TensorRef { data: self.data, layout: self.layout, owner: PhantomData }
+    }
+
+    /// Narrows `from` (head_dim elements) into one row.
+    ///
+    /// # Safety
+    /// While this runs nobody else reads or writes the row.
+    pub(crate) unsafe fn write_row(&self, batch: usize, head: usize, row: usize, from: &[f32]) {
+        let [batches, heads, rows, head_dim] = self.layout.extents();
+        assert!(batch < batches && head < heads && row < rows && from.len() == head_dim);
+        // SAFETY: the indices are within the extents, so the row's head_dim consecutive elements are
+        // writable (constructor contract), and the caller excludes races.
+        unsafe {
+            let to = self.data.offset(self.layout.offset(batch, head, row));
+            match self.layout.dtype {
+                DType::F32 => core::ptr::copy_nonoverlapping(from.as_ptr().cast::<u8>(), to, from.len() * 4),
+                DType::F16 => narrow(from, to, |x| f16::from_f32(x).to_bits()),
+                DType::BF16 => narrow(from, to, |x| bf16::from_f32(x).to_bits()),
+            }
+        }
+    }
+}
+
+/// Writes `from` as 16-bit numbers.
+///
+/// # Safety
+/// `2 * from.len()` bytes are writable at `to`.
+unsafe fn narrow(from: &[f32], to: *mut u8, bits: impl Fn(f32) -> u16) {
+    for (i, &x) in from.iter().enumerate() {
+        // SAFETY: i < from.len(), see the contract.
+        unsafe { to.cast::<u16>().add(i).write_unaligned(bits(x)) };
+    }
+}
+
+/// Rows of f32 numbers that tasks update, each row by one task at a time.
+pub(crate) struct Rows<'a> {
+    data: *mut f32,
+    rows: usize,
+    width: usize,
+    owner: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: access goes through `row`, whose contract excludes races.
+unsafe impl Sync for Rows<'_> {}
+
+impl<'a> Rows<'a> {
+    /// `slice` as rows of `width` numbers.
+    pub(crate) fn new(slice: &'a mut [f32], width: usize) -> Self {
+        let rows = slice.len().checked_div(width).unwrap_or(0);
+        Rows { data: slice.as_mut_ptr(), rows, width, owner: PhantomData }
+    }
+
+    /// One row.
+    ///
+    /// # Safety
+    /// While the result lives nobody else uses the row.
+    #[expect(clippy::mut_from_ref, reason = "the caller vouches that the row is its own")]
+    pub(crate) unsafe fn row(&self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows);
+        // SAFETY: the row lies within the slice, and the caller excludes other users.
+        unsafe { core::slice::from_raw_parts_mut(self.data.add(row * self.width), self.width) }
+    }
+}

@@ -1,0 +1,162 @@
+/* METHOD_EXACT against loops in double precision, over shapes, masks, dtypes, layouts and scales. */
+#include <hyperattn/hyperattn.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "check.h"
+#include "half.h"
+#include "problem.h"
+#include "reference.h"
+
+/* One call on freshly made tensors: results, untouched surroundings, untouched inputs. */
+static void run_case(const problem_shape *s, hyperattn_dtype dtype, hyperattn_dtype out_dtype, array_layout layout,
+                     hyperattn_mask mask, float scale, bool want_lse, random_source *source)
+{
+    check_case("b%d h%d/%d n_q %d n_k %d d %d d_v %d %s->%s layout %d mask %s scale %g lse %d", (int)s->batch,
+               (int)s->heads_q, (int)s->heads_kv, (int)s->n_q, (int)s->n_k, (int)s->d, (int)s->d_v, dtype_name(dtype),
+               dtype_name(out_dtype), (int)layout, mask_name(mask), (double)scale, (int)want_lse);
+    problem p = problem_create(s, dtype, out_dtype, layout, source);
+    if (!want_lse) {
+        memset(&p.tensors.lse, 0, sizeof p.tensors.lse);
+    }
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, mask);
+    params.scale = scale;
+    uint64_t inputs = array_hash(&p.q) ^ array_hash(&p.k) ^ array_hash(&p.v);
+
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+
+    CHECK((array_hash(&p.q) ^ array_hash(&p.k) ^ array_hash(&p.v)) == inputs);
+    CHECK_INT(array_changed_outside(&p.out), 0);
+    CHECK_INT(array_changed_outside(&p.lse), 0);
+    if (!want_lse) {
+        CHECK(array_untouched(&p.lse));
+    }
+    reference r = reference_compute(&p.tensors, mask, (double)scale, NULL, NULL);
+    reference_check(&r, &p.tensors);
+    reference_destroy(&r);
+    problem_destroy(&p);
+}
+
+/* Every shape with every mask and dtype; layouts, scales and the wish for lse take turns. */
+static void sweep(random_source *source)
+{
+    static const problem_shape shapes[] = {
+        /* batch, heads_q, heads_kv, n_q, n_k, d, d_v */
+        {1, 1, 1, 1, 1, 64, 64},    {1, 1, 1, 1, 1, 1, 1},      {1, 1, 1, 17, 17, 1, 1},     {1, 2, 2, 31, 31, 3, 3},
+        {1, 2, 1, 64, 64, 64, 64},  {2, 2, 2, 127, 127, 64, 64}, {1, 1, 1, 251, 251, 80, 80}, {1, 1, 1, 101, 101, 128, 128},
+        {1, 1, 1, 67, 67, 256, 256}, {2, 6, 2, 61, 61, 64, 64},  {2, 6, 2, 13, 97, 80, 64},   {1, 6, 2, 97, 13, 64, 80},
+        {2, 3, 3, 1, 129, 128, 64}, {2, 3, 3, 129, 1, 64, 128}, {2, 2, 1, 5, 0, 64, 64},     {2, 2, 1, 0, 5, 64, 64},
+        {1, 1, 1, 0, 0, 8, 8},      {2, 4, 4, 33, 65, 3, 256},  {1, 4, 4, 65, 33, 256, 3},   {1, 2, 2, 40, 70, 1, 64},
+        {1, 2, 2, 70, 40, 64, 1},   {2, 1, 1, 19, 23, 128, 80}, {1, 6, 2, 1, 1, 80, 80},     {3, 6, 1, 7, 200, 64, 64},
+        {1, 2, 1, 509, 503, 64, 64}, {1, 1, 1, 15, 16, 24, 40}, {1, 1, 1, 8, 9, 255, 255},   {1, 2, 2, 300, 2, 16, 8},
+    };
+    static const hyperattn_dtype dtypes[][2] = {
+        {HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32},   {HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F16},
+        {HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16}, {HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F32},
+        {HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_F32},
+    };
+    static const float scales[] = {0.0f, 0.25f, -0.125f};
+    unsigned turn = 0;
+    for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s += 1) {
+        for (uint32_t mask = 0; mask < 3; mask += 1) {
+            for (size_t t = 0; t < sizeof dtypes / sizeof dtypes[0]; t += 1) {
+                array_layout layout = (array_layout)(turn % ARRAY_LAYOUTS);
+                run_case(&shapes[s], dtypes[t][0], dtypes[t][1], layout, mask, scales[turn % 3], turn % 7 != 0, source);
+                turn += 1;
+            }
+        }
+        turn += 2; /* 17 turns a shape: no mask or dtype always meets the same layout or scale */
+    }
+}
+
+/* Every layout with every mask, without turns. */
+static void layouts(random_source *source)
+{
+    const problem_shape shape = {2, 6, 2, 29, 43, 64, 80};
+    for (int layout = 0; layout < ARRAY_LAYOUTS; layout += 1) {
+        for (uint32_t mask = 0; mask < 3; mask += 1) {
+            for (hyperattn_dtype t = HYPERATTN_DTYPE_F32; t <= HYPERATTN_DTYPE_BF16; t += 1) {
+                run_case(&shape, t, t, (array_layout)layout, mask, 0.0f, true, source);
+            }
+        }
+    }
+}
+
+/* Longer than any tile, with a length that is a multiple of nothing. */
+static void long_sequences(random_source *source)
+{
+    const problem_shape shape = {1, 2, 1, 1031, 2053, 64, 64};
+    for (uint32_t mask = 0; mask < 3; mask += 1) {
+        run_case(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BSHD, mask, 0.0f, true, source);
+    }
+    run_case(&shape, HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16, ARRAY_PADDED, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, 0.0f,
+             true, source);
+}
+
+/* Keys of every head through one row: sequence and head strides of 0 are legal for inputs too. */
+static void broadcast_rows_and_heads(random_source *source)
+{
+    check_case("strides of 0 over heads and rows");
+    const problem_shape shape = {2, 4, 2, 9, 21, 16, 8};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    p.tensors.k.stride[1] = 0;
+    p.tensors.v.stride[1] = 0;
+    p.tensors.v.stride[2] = 0;
+    p.tensors.q.stride[2] = 0;
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_NONE);
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    reference r = reference_compute(&p.tensors, HYPERATTN_MASK_NONE, 0.0, NULL, NULL);
+    reference_check(&r, &p.tensors);
+    reference_destroy(&r);
+    problem_destroy(&p);
+}
+
+/* The harness's own conversions: every 16-bit value survives the way to float and back. */
+static void half_conversions(void)
+{
+    check_case("half conversions");
+    unsigned wrong = 0;
+    for (uint32_t bits = 0; bits < 0x10000; bits += 1) {
+        float wide = float_from_f16((uint16_t)bits);
+        wrong += !isnan(wide) && f16_from_float(wide) != bits;
+        wide = float_from_bf16((uint16_t)bits);
+        wrong += !isnan(wide) && bf16_from_float(wide) != bits;
+    }
+    CHECK_INT(wrong, 0);
+    /* Halfway cases go to the even neighbour, and the largest finite value is not rounded to infinity. */
+    CHECK_INT(f16_from_float(1.0f + 0x1p-11f), 0x3c00);
+    CHECK_INT(f16_from_float(1.0f + 3 * 0x1p-11f), 0x3c02);
+    CHECK_INT(f16_from_float(0x1p-25f), 0x0000);
+    CHECK_INT(f16_from_float(3 * 0x1p-25f), 0x0002);
+    CHECK_INT(f16_from_float(65519.0f), 0x7bff);
+    CHECK_INT(f16_from_float(65520.0f), 0x7c00);
+    CHECK_INT(bf16_from_float(1.0f + 0x1p-8f), 0x3f80);
+    CHECK_INT(bf16_from_float(1.0f + 3 * 0x1p-8f), 0x3f82);
+}
+
+/* AUTO on a short problem is exact. */
+static void automatic(random_source *source)
+{
+    check_case("METHOD_AUTO, short");
+    const problem_shape shape = {1, 2, 2, 111, 111, 64, 64};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_AUTO, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT);
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    reference r = reference_compute(&p.tensors, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, 0.0, NULL, NULL);
+    reference_check(&r, &p.tensors);
+    reference_destroy(&r);
+    problem_destroy(&p);
+}
+
+int main(int argc, char **argv)
+{
+    random_source source = {check_start("exact", argc, argv)};
+    half_conversions();
+    sweep(&source);
+    layouts(&source);
+    long_sequences(&source);
+    broadcast_rows_and_heads(&source);
+    automatic(&source);
+    return check_finish();
+}

@@ -1,0 +1,72 @@
+#include "problem.h"
+
+#include <string.h>
+
+problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hyperattn_dtype out_dtype,
+                       array_layout layout, random_source *source)
+{
+    const problem_shape s = *shape;
+    array_layout own = layout == ARRAY_BROADCAST_BATCH ? ARRAY_BHSD : layout;
+    problem p;
+    p.q = array_create(dtype, own, s.batch, s.heads_q, s.n_q, s.d);
+    p.k = array_create(dtype, layout, s.batch, s.heads_kv, s.n_k, s.d);
+    p.v = array_create(dtype, layout, s.batch, s.heads_kv, s.n_k, s.d_v);
+    p.out = array_create(out_dtype, own, s.batch, s.heads_q, s.n_q, s.d_v);
+    p.lse = array_create(HYPERATTN_DTYPE_F32, own, s.batch, s.heads_q, s.n_q, 1);
+    tensor_fill_gaussian(&p.q.view, source, 1.0, 0.0);
+    tensor_fill_gaussian(&p.k.view, source, 1.0, 0.0);
+    tensor_fill_gaussian(&p.v.view, source, 1.0, 0.0);
+    memset(&p.tensors, 0, sizeof p.tensors);
+    p.tensors.struct_size = sizeof p.tensors;
+    p.tensors.q = p.q.view;
+    p.tensors.k = p.k.view;
+    p.tensors.v = p.v.view;
+    p.tensors.out = p.out.view;
+    p.tensors.lse = p.lse.view;
+    return p;
+}
+
+void problem_destroy(problem *p)
+{
+    array_destroy(&p->q);
+    array_destroy(&p->k);
+    array_destroy(&p->v);
+    array_destroy(&p->out);
+    array_destroy(&p->lse);
+}
+
+void problem_poison_outputs(problem *p)
+{
+    array_poison(&p->out);
+    array_poison(&p->lse);
+}
+
+hyperattn_params problem_params(hyperattn_method method, hyperattn_mask mask)
+{
+    hyperattn_params params;
+    hyperattn_params_init(&params, sizeof params);
+    params.method = method;
+    params.mask = mask;
+    return params;
+}
+
+hyperattn_cpu_exec problem_exec(uint32_t num_threads)
+{
+    hyperattn_cpu_exec exec;
+    memset(&exec, 0, sizeof exec);
+    exec.struct_size = sizeof exec;
+    exec.num_threads = num_threads;
+    return exec;
+}
+
+const char *mask_name(hyperattn_mask mask)
+{
+    static const char *const names[] = {"none", "bottom-right", "top-left"};
+    return mask < 3 ? names[mask] : "unknown";
+}
+
+const char *dtype_name(hyperattn_dtype dtype)
+{
+    static const char *const names[] = {"invalid", "f32", "f16", "bf16"};
+    return dtype < 4 ? names[dtype] : "unknown";
+}

@@ -1,0 +1,29 @@
+/* The five tensors of one attention problem. */
+#ifndef PROBLEM_H
+#define PROBLEM_H
+
+#include "array.h"
+
+typedef struct problem_shape {
+    int64_t batch, heads_q, heads_kv, n_q, n_k, d, d_v;
+} problem_shape;
+
+typedef struct problem {
+    array q, k, v, out, lse;
+    hyperattn_tensors tensors; /* views of the five */
+} problem;
+
+/* Q, K and V are standard normal, out and lse poisoned. ARRAY_BROADCAST_BATCH applies to K and V only. */
+problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hyperattn_dtype out_dtype,
+                       array_layout layout, random_source *source);
+void problem_destroy(problem *p);
+/* Poisons out and lse, for the next call. */
+void problem_poison_outputs(problem *p);
+/* A shorter way to default parameters with one method and mask. */
+hyperattn_params problem_params(hyperattn_method method, hyperattn_mask mask);
+hyperattn_cpu_exec problem_exec(uint32_t num_threads);
+
+const char *mask_name(hyperattn_mask mask);
+const char *dtype_name(hyperattn_dtype dtype);
+
+#endif

@@ -1,0 +1,70 @@
+//! The inputs of one head.
+
+use std::ops::Range;
+
+/// Queries, keys and values of one (batch, head), row-major, and the softmax scale: the Q, K, V of
+/// arXiv 2310.05869, section 2, with A = exp(scale Q K^T).
+#[derive(Clone, Copy, Debug)]
+pub struct Problem<'a> {
+    query: &'a [f64],
+    key: &'a [f64],
+    value: &'a [f64],
+    head_dim: usize,
+    value_dim: usize,
+    scale: f64,
+}
+
+impl<'a> Problem<'a> {
+    /// Rows of `head_dim` queries and keys and of `value_dim` values; the sequence extents follow from the
+    /// slices' lengths. Panics when they do not fit together.
+    pub fn new(
+        query: &'a [f64],
+        key: &'a [f64],
+        value: &'a [f64],
+        head_dim: usize,
+        value_dim: usize,
+        scale: f64,
+    ) -> Self {
+        assert!(query.len().is_multiple_of(head_dim), "query is not a whole number of rows");
+        assert!(key.len().is_multiple_of(head_dim), "key is not a whole number of rows");
+        assert_eq!(value.len(), key.len() / head_dim * value_dim, "value has not one row per key");
+        Problem { query, key, value, head_dim, value_dim, scale }
+    }
+
+    /// n_q.
+    pub fn num_queries(&self) -> usize {
+        self.query.len() / self.head_dim
+    }
+
+    /// n_k.
+    pub fn num_keys(&self) -> usize {
+        self.key.len() / self.head_dim
+    }
+
+    /// d_v.
+    pub fn value_dim(&self) -> usize {
+        self.value_dim
+    }
+
+    /// The entry (i, j) of scale Q K^T, the logarithm of A_ij.
+    pub fn logit(&self, i: usize, j: usize) -> f64 {
+        let query = &self.query[i * self.head_dim..][..self.head_dim];
+        let key = &self.key[j * self.head_dim..][..self.head_dim];
+        self.scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>()
+    }
+
+    /// Row j of V.
+    pub fn value_row(&self, j: usize) -> &'a [f64] {
+        &self.value[j * self.value_dim..][..self.value_dim]
+    }
+
+    /// The sub-problem of these queries and keys, indexed from 0: a node of Algorithm 4.
+    pub fn slice(&self, queries: Range<usize>, keys: Range<usize>) -> Self {
+        Problem {
+            query: &self.query[queries.start * self.head_dim..queries.end * self.head_dim],
+            key: &self.key[keys.start * self.head_dim..keys.end * self.head_dim],
+            value: &self.value[keys.start * self.value_dim..keys.end * self.value_dim],
+            ..*self
+        }
+    }
+}
