@@ -1,1 +1,54 @@
-//! HyperAttention algorithms and CPU kernels, no_std
+//! HyperAttention algorithms and CPU kernels.
+//!
+//! `no_std`, no allocation, no threads of its own: the caller passes the workspace and an [`Executor`].
+//! [`forward`] is the entry point; [`merge`] joins partial results.
+#![no_std]
+#![doc = include_str!("../docs/algorithms.md")]
+
+mod approx_d;
+mod causal;
+mod cost;
+mod element;
+mod error;
+mod exact;
+mod exec;
+mod forward;
+mod hyper;
+mod lsh;
+mod math;
+mod merge;
+mod overlap;
+mod params;
+mod problem;
+mod residual;
+mod rng;
+mod scratch;
+mod select;
+pub mod simd;
+mod sort;
+mod tile;
+mod view;
+
+/// The stages of selection one by one, to compare them with other implementations: codes, permutations
+/// and samples are the same bits everywhere.
+pub mod stages {
+    pub use crate::approx_d::{tau_position, tau_rows};
+    pub use crate::lsh::{fill_projections, gray_rank, projection_width};
+    pub use crate::residual::{
+        Column, accumulate_norms, row_norm_columns, row_norm_stream, uniform_columns, uniform_stream,
+    };
+    pub use crate::rng::{Purpose, Stream, below, philox, unit};
+    pub use crate::sort::{counter_len, needs_spare, sort_by_rank, split};
+}
+
+pub use element::{DType, Element};
+pub use error::{Error, ErrorKind, Result};
+pub use exec::{Executor, Serial};
+pub use forward::{forward, forward_workspace};
+pub use half::{bf16, f16};
+pub use merge::merge;
+pub use params::{BlockMask, Mask, Method, Params, Residual};
+pub use problem::{Layouts, MAX_HEAD_DIM, Tensors};
+pub use scratch::{Layout, WORKSPACE_ALIGN};
+pub use simd::{Isa, Kernels};
+pub use view::{MAX_SEQUENCE, TensorLayout, TensorMut, TensorRef};

@@ -67,7 +67,6 @@ pub(crate) fn rank_rows(
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -127,8 +127,8 @@ mod tests {
             assert_eq!(overlaps_itself(a), selfish, "{a:?}");
             for b in &views {
                 for shift in (0..1600).step_by(4) {
-                    let shared =
-                        (-100..3000).any(|byte| touches(100, a, byte) > 0 && touches(100 + shift, b, byte) > 0);
+                    let shared = (-100..3000)
+                        .any(|byte| touches(100, a, byte) > 0 && touches(100 + shift, b, byte) > 0);
                     if shared {
                         assert!(overlap((100, a), (100 + shift, b)), "{a:?} {b:?} {shift}");
                     }

@@ -5,12 +5,12 @@
 const DIGIT_BITS: u32 = 12;
 
 /// Counters that [`sort_by_rank`] needs.
-pub(crate) fn counter_len(num_projs: u32) -> usize {
+pub fn counter_len(num_projs: u32) -> usize {
     1 << num_projs.min(DIGIT_BITS)
 }
 
 /// Whether [`sort_by_rank`] needs its `spare` slice.
-pub(crate) fn needs_spare(num_projs: u32) -> bool {
+pub fn needs_spare(num_projs: u32) -> bool {
     num_projs > DIGIT_BITS
 }
 
@@ -38,7 +38,7 @@ fn counting_pass(
 
 /// Fills `order` with the positions `0..ranks.len()`, ascending by (rank, position). Every rank is
 /// below `2^num_projs`. Linear in the number of positions.
-pub(crate) fn sort_by_rank(
+pub fn sort_by_rank(
     ranks: &[u32],
     num_projs: u32,
     order: &mut [u32],
@@ -59,7 +59,7 @@ pub(crate) fn sort_by_rank(
 
 /// Splits sorted positions at `middle`: those below it first, both parts still in their order.
 /// A slice sorted by (rank, position) thus becomes two slices sorted the same way.
-pub(crate) fn split(from: &[u32], middle: usize, to: &mut [u32]) {
+pub fn split(from: &[u32], middle: usize, to: &mut [u32]) {
     let below = from.iter().filter(|&&position| (position as usize) < middle);
     let rest = from.iter().filter(|&&position| (position as usize) >= middle);
     for (slot, position) in to.iter_mut().zip(below.chain(rest)) {

@@ -42,7 +42,7 @@ static const method GENERATED_METHODS[] = {
     {"AUTO", HYPERATTN_METHOD_AUTO, HYPERATTN_RESIDUAL_UNIFORM, 1},
 };
 
-/* Same inputs, mask and length for a list of methods; the first one is EXACT. */
+/* Same inputs, mask and length for a list of methods: EXACT first, then PAPER, AUTO last. */
 typedef struct group {
     const inputs *in;
     int64_t       n, min_seq_len;
@@ -127,57 +127,69 @@ static double mean_head_error(const group *g, const float *out, const float *exa
     return sum / (double)heads;
 }
 
-/* Runs the group's methods in turns, so that a load on the machine meets all of them, and fills one row each. */
+/* Equal bits tell which method AUTO chose: all ran with the same seed and settings. */
+static void name_choice(const group *g, const float *out, const float *exact, const float *paper, size_t bytes,
+                        report_row *row) {
+    if (memcmp(out, exact, bytes) == 0) {
+        strcpy(row->method, "AUTO = EXACT");
+        row->keys_per_query = keys_per_query_exact(g->n, g->causal);
+    } else if (memcmp(out, paper, bytes) == 0) {
+        strcpy(row->method, "AUTO = PAPER");
+    } else {
+        row->keys_per_query = NAN;
+    }
+}
+
+/* How often to run what took `first` milliseconds. */
+static int runs_for(const method *m, double first) {
+    int runs = first > 1000.0 ? 1 : first > 300.0 ? 3 : MAX_RUNS;
+    return runs < m->seeds ? m->seeds : runs;
+}
+
+/* Runs the methods in turns, so that another load on the machine meets all of them, and fills one row each.
+ * Round r uses seed 1 + r modulo the method's seeds; the first rounds, one a seed, also measure the error. */
 static void run_group(const group *g, report_row *rows) {
     size_t bytes = (size_t)(g->in->heads_q * g->n * g->in->head_dim) * sizeof(float);
     float *exact = allocate(bytes), *paper = allocate(bytes), *out = allocate(bytes);
     double times[MAX_METHODS][MAX_RUNS];
-    int runs[MAX_METHODS], round, i;
+    int round, i;
 
-    /* Touch the pages now: first-touch faults belong to no method. */
+    /* Touch the pages now: the faults belong to no method. */
     memset(exact, 0, bytes);
     memset(paper, 0, bytes);
     memset(out, 0, bytes);
-    fprintf(stderr, "%-8s %-6s n = %7lld:", g->in->name, g->causal ? "causal" : "full", (long long)g->n);
+    for (i = 0; i < g->count; i++) {
+        memset(&rows[i], 0, sizeof rows[i]);
+        rows[i].input = g->in->name;
+        rows[i].mask = g->causal ? "causal" : "full";
+        rows[i].n = g->n;
+        rows[i].runs = 1;
+        rows[i].keys_per_query = keys_per_query(g, &g->methods[i]);
+        strncpy(rows[i].method, g->methods[i].name, sizeof rows[i].method - 1);
+    }
+    fprintf(stderr, "%-8s %-6s n = %7lld:", rows[0].input, rows[0].mask, (long long)g->n);
     for (round = 0; round < MAX_RUNS; round++) {
         for (i = 0; i < g->count; i++) {
             const method *m = &g->methods[i];
-            report_row *row = &rows[i];
-            int first_paper = round == 0 && i == 1;
-            float *target = round == 0 && i == 0 ? exact : first_paper ? paper : out;
-            if (round > 0 && round >= runs[i]) continue;
+            float *target = round == 0 && i == 0 ? exact : round == 0 && i == 1 ? paper : out;
+            if (round >= rows[i].runs) continue;
             if (round == 0) fprintf(stderr, " %s", m->name);
             times[i][round] = forward(g, m, 1 + (uint64_t)(round % m->seeds), target);
             if (round == 0) {
-                double first = times[i][0];
-                fprintf(stderr, " %.0f ms,", first);
-                runs[i] = first > 1000.0 ? 1 : first > 300.0 ? 3 : MAX_RUNS;
-                if (runs[i] < m->seeds) runs[i] = m->seeds;
-                memset(row, 0, sizeof *row);
-                row->input = g->in->name;
-                row->mask = g->causal ? "causal" : "full";
-                row->n = g->n;
-                strncpy(row->method, m->name, sizeof row->method - 1);
-                row->keys_per_query = keys_per_query(g, m);
+                fprintf(stderr, " %.0f ms,", times[i][0]);
+                rows[i].runs = runs_for(m, times[i][0]);
             }
             if (round >= m->seeds) continue;
-            if (m->method == HYPERATTN_METHOD_EXACT) row->error = check_exact(g, exact);
-            else row->error += mean_head_error(g, target, exact) / m->seeds;
-            if (m->method == HYPERATTN_METHOD_AUTO) {
-                /* Equal bits tell which method AUTO chose: both run with the same seed and settings. */
-                int is_exact = memcmp(out, exact, bytes) == 0, is_paper = memcmp(out, paper, bytes) == 0;
-                if (is_exact) row->keys_per_query = keys_per_query_exact(g->n, g->causal);
-                else if (!is_paper) row->keys_per_query = NAN;
-                strcpy(row->method, is_exact ? "AUTO = EXACT" : is_paper ? "AUTO = PAPER" : "AUTO");
-            }
+            if (m->method == HYPERATTN_METHOD_EXACT) rows[i].error = check_exact(g, exact);
+            else rows[i].error += mean_head_error(g, target, exact) / m->seeds;
+            if (m->method == HYPERATTN_METHOD_AUTO) name_choice(g, target, exact, paper, bytes, &rows[i]);
         }
     }
+    fprintf(stderr, " done\n");
     for (i = 0; i < g->count; i++) {
-        rows[i].runs = runs[i];
-        rows[i].time_ms = median(times[i], runs[i]);
+        rows[i].time_ms = median(times[i], rows[i].runs);
         rows[i].speedup = rows[0].time_ms / rows[i].time_ms;
     }
-    fprintf(stderr, " done\n");
     free(exact);
     free(paper);
     free(out);
@@ -193,7 +205,7 @@ static void warm_up(const inputs *in) {
     free(out);
 }
 
-static int run_all(inputs *real, inputs *generated, report_row *rows) {
+static int run_all(const inputs *real, const inputs *generated, report_row *rows) {
     group g;
     int count = 0;
     g.in = real;
@@ -221,6 +233,7 @@ static int run_all(inputs *real, inputs *generated, report_row *rows) {
 int main(int argc, char **argv) {
     static report_row rows[MAX_ROWS];
     inputs real, generated;
+    FILE *csv;
     char *end = NULL;
     long max_n = argc == 4 ? strtol(argv[3], &end, 10) : 65536;
     int count;
@@ -228,6 +241,11 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: demo DATA_FOLDER CSV_PATH [MAXIMUM_N]\nMAXIMUM_N: %d to %d, default 65536\n",
                 SMALLEST_N, LARGEST_N);
         return 2;
+    }
+    csv = fopen(argv[2], "w"); /* first, so that a wrong path fails before the work */
+    if (csv == NULL) {
+        fprintf(stderr, "demo: cannot write %s\n", argv[2]);
+        return 1;
     }
     real = inputs_load(argv[1]);
     fprintf(stderr, "generating %ld tokens\n", max_n);
@@ -244,7 +262,7 @@ int main(int argc, char **argv) {
     report_print(rows, count);
     inputs_free(&real);
     inputs_free(&generated);
-    if (!report_write_csv(rows, count, argv[2])) {
+    if (!report_write_csv(rows, count, csv) || fclose(csv) != 0) {
         fprintf(stderr, "demo: cannot write %s\n", argv[2]);
         return 1;
     }

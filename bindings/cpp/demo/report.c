@@ -47,17 +47,16 @@ void report_print(const report_row *rows, int count) {
         else printf("%12.1f\n", r->keys_per_query);
     }
     print_rule();
-    printf("time: median of the runs; a method that takes longer than a second runs once a seed. rel. error: relative\n"
-           "Frobenius error of the output against EXACT, mean over heads and seeds; EXACT's own: against a loop in\n"
-           "double precision on 8 rows a head. keys/query: key columns that a query meets on average, from the settings (ROW_NORM draws\n"
-           "two samples). PAPER is exact where n <= min_seq_len. AUTO = what its output shows that it ran.\n");
+    printf("time        median of the runs; a method that takes longer than a second runs once a seed\n"
+           "rel. error  relative Frobenius error of the output against EXACT, mean over heads and seeds; EXACT's\n"
+           "            own: against a loop in double precision on 8 rows a head\n"
+           "keys/query  key columns that a query meets on average, from the settings; ROW_NORM draws two samples\n"
+           "PAPER is exact where n <= min_seq_len. \"AUTO = X\": its output is bit for bit that of X.\n");
     print_conclusion(rows, count);
 }
 
-int report_write_csv(const report_row *rows, int count, const char *path) {
-    int i, written;
-    FILE *file = fopen(path, "w");
-    if (file == NULL) return 0;
+int report_write_csv(const report_row *rows, int count, FILE *file) {
+    int i;
     fprintf(file, "input,method,mask,n,runs,time_ms,speedup,error,keys_per_query\n");
     for (i = 0; i < count; i++) {
         const report_row *r = &rows[i];
@@ -66,6 +65,5 @@ int report_write_csv(const report_row *rows, int count, const char *path) {
         if (isnan(r->keys_per_query)) fprintf(file, "\n"); /* an empty field: unknown */
         else fprintf(file, "%.9g\n", r->keys_per_query);
     }
-    written = !ferror(file);
-    return fclose(file) == 0 && written;
+    return fflush(file) == 0 && !ferror(file);
 }

@@ -1,6 +1,7 @@
 #ifndef REPORT_H
 #define REPORT_H
 #include <stdint.h>
+#include <stdio.h>
 
 /* One line of the table. */
 typedef struct report_row {
@@ -17,7 +18,7 @@ typedef struct report_row {
 /* The table, what its columns mean, and what the errors on the real input say. */
 void report_print(const report_row *rows, int count);
 
-/* The same rows for a program to read. Returns 0 when the file could not be written. */
-int report_write_csv(const report_row *rows, int count, const char *path);
+/* The same rows for a program to read. Returns 0 when they could not be written. */
+int report_write_csv(const report_row *rows, int count, FILE *file);
 
 #endif

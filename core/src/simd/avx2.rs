@@ -151,13 +151,5 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
     unsafe { generic::widen_f16(from.add(16 * vectors), &mut to[8 * vectors..]) }
 }
 
-pub(super) static KERNELS: Kernels = Kernels {
-    isa: Isa::Avx2,
-    query_rows: 6,
-    panel: 16,
-    lanes: 8,
-    pair_cost: 1.0,
-    attend,
-    hash,
-    widen_f16,
-};
+pub(super) static KERNELS: Kernels =
+    Kernels { isa: Isa::Avx2, query_rows: 6, panel: 16, lanes: 8, attend, hash, widen_f16 };

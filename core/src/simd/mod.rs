@@ -80,7 +80,6 @@ pub struct Kernels {
     query_rows: usize,
     panel: usize,
     lanes: usize,
-    pair_cost: f32,
     attend: unsafe fn(&mut Step<'_>),
     hash: unsafe fn(&[f32], usize, &[f32], usize, &mut [u32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
@@ -137,11 +136,6 @@ impl Kernels {
     /// Columns of a projection matrix come in multiples of this.
     pub fn projection_lanes(&self) -> usize {
         self.lanes
-    }
-
-    /// Time of one (query, key) pair's multiply-adds relative to what selection spends on a row's element.
-    pub(crate) fn pair_cost(&self) -> f32 {
-        self.pair_cost
     }
 
     /// Attends every row of the step to its keys, in one online softmax with what came before.

@@ -123,7 +123,6 @@ pub(super) static KERNELS: Kernels = Kernels {
     query_rows: 4,
     panel: 8,
     lanes: 8,
-    pair_cost: 1.0,
     attend,
     hash,
     widen_f16: generic::widen_f16,

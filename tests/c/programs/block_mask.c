@@ -137,7 +137,7 @@ static void patterns_without_residual(random_source *source)
     expect_pattern(&set, true, source);
 }
 
-/* With a residual the blocks stay exact and the rest is sampled: better than blocks alone, where values have a mean. */
+/* With a residual the blocks stay exact and the rest is sampled: much better than a fifth of the keys. */
 static void residual_fills_the_rest(random_source *source)
 {
     pattern_set set;

@@ -112,6 +112,29 @@ static void broadcast_rows_and_heads(random_source *source)
     problem_destroy(&p);
 }
 
+/* Rows and heads from the last to the first, for inputs and outputs. */
+static void negative_strides(random_source *source)
+{
+    check_case("negative strides");
+    const problem_shape shape = {2, 2, 2, 11, 17, 16, 8};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_PADDED, source);
+    hyperattn_tensor *views[] = {&p.tensors.q, &p.tensors.k, &p.tensors.v, &p.tensors.out, &p.tensors.lse};
+    for (int i = 0; i < 5; i += 1) {
+        for (int axis = i == 0 ? 1 : 2; axis < 3; axis += 1) {
+            views[i]->data = (float *)views[i]->data + (views[i]->shape[axis] - 1) * views[i]->stride[axis];
+            views[i]->stride[axis] = -views[i]->stride[axis];
+        }
+    }
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT);
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    CHECK_INT(array_changed_outside(&p.out), 0);
+    CHECK_INT(array_changed_outside(&p.lse), 0);
+    reference r = reference_compute(&p.tensors, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, 0.0, NULL, NULL);
+    reference_check(&r, &p.tensors);
+    reference_destroy(&r);
+    problem_destroy(&p);
+}
+
 /* The harness's own conversions: every 16-bit value survives the way to float and back. */
 static void half_conversions(void)
 {
@@ -157,6 +180,7 @@ int main(int argc, char **argv)
     layouts(&source);
     long_sequences(&source);
     broadcast_rows_and_heads(&source);
+    negative_strides(&source);
     automatic(&source);
     return check_finish();
 }

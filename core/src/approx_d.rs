@@ -1,0 +1,119 @@
+//! Algorithm 2 (ApproxD): row sums from exact blocks and a capped uniform sample. Everything is in base-2
+//! logs, so that large logits cannot overflow.
+
+use core::ops::Range;
+
+use crate::math::{log2, log2_add};
+use crate::params::Params;
+use crate::residual::{Column, uniform_columns, uniform_stream};
+use crate::rng::{Purpose, Stream, below};
+use crate::select::Selection;
+use crate::tile::{KeyOrder, Part, TILE_ROWS, Tile};
+
+/// Number of rows whose unmasked sums bound tau: m, or all rows where there are fewer.
+pub fn tau_rows(params: &Params, queries: usize) -> usize {
+    (params.sample_size as usize).min(queries)
+}
+
+/// Position of tau row `i` of one query head (line 1: uniform; all rows where there are at most m).
+pub fn tau_position(params: &Params, head: usize, queries: &Range<usize>, i: usize) -> usize {
+    if queries.len() <= params.sample_size as usize {
+        return queries.start + i;
+    }
+    let stream = Stream::new(params.seed, params.offset, head, Purpose::TauRow);
+    queries.start + below(stream.uniform(queries.start, queries.len(), i), queries.len())
+}
+
+/// Computes the base-2 logs of the unmasked row sums <1 - M_j, exp(s K q_j)> of the tau rows
+/// `rows` (at most a tile) of query head `head`, into the tile's state.
+pub(crate) fn unmasked_row_sums(
+    tile: &mut Tile<'_>,
+    params: &Params,
+    selection: &Selection<'_>,
+    keys: KeyOrder<'_>,
+    head: usize,
+    row_at: impl Fn(usize) -> usize,
+    rows: Range<usize>,
+) {
+    debug_assert!(rows.len() <= TILE_ROWS);
+    let mut blocks = [0u32; TILE_ROWS];
+    for i in rows.clone() {
+        let position = tau_position(params, head, &selection.rectangle.queries, i);
+        blocks[i - rows.start] = selection.block_of(position) as u32;
+        tile.push(head, row_at(position), 0);
+    }
+    tile.load_queries(keys.batch);
+    for run in selection.key_runs() {
+        // A cap of -inf takes a row out of the run that it meets exactly.
+        for (cap, &block) in tile.memory.cap.iter_mut().zip(&blocks[..rows.len()]) {
+            let covered = selection.covers(block as usize, run.start);
+            *cap = if covered { f32::NEG_INFINITY } else { f32::INFINITY };
+        }
+        tile.attend_range(keys, run, true, Part::Sum);
+    }
+}
+
+/// log2 tau: the largest of the rows' sums. A NaN stays in its own row and is passed over.
+pub(crate) fn log2_tau(row_sums: impl Iterator<Item = f32>) -> f32 {
+    row_sums.fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Line 4's constant: log2 of eps^2 m / (n ln n), with ln n at least 1.
+fn log2_cap_factor(params: &Params, keys: usize) -> f32 {
+    let n = keys as f32;
+    2.0 * log2(params.approx_d_epsilon) + log2(params.sample_size as f32) - log2(n * libm::logf(n).max(1.0))
+}
+
+/// Replaces the tile's sums, which hold the exact blocks, by the base-2 logs of D~ in `tile.memory.cap`:
+///
+/// C_i = eps^2 m / (n ln n) (e_i + tau / kappa), d_i = n/m sum_j (1 - M) min(exp(s <q_i, k_l_j>), C_i),
+/// D~_i = e_i + max(d_i, tau / kappa).
+///
+/// `log2_tau_of` gives tau of each row's head, `covered` says which positions the rows meet exactly.
+pub(crate) fn estimate_row_sums(
+    tile: &mut Tile<'_>,
+    params: &Params,
+    keys: KeyOrder<'_>,
+    positions: Range<usize>,
+    log2_tau_of: impl Fn(usize) -> f32,
+    covered: impl Fn(&Column) -> bool,
+) {
+    let factor = log2_cap_factor(params, positions.len());
+    let floor = |r: usize| log2_tau_of(r) - log2(params.approx_d_kappa);
+    for r in 0..tile.rows() {
+        tile.memory.cap[r] = factor + log2_add(tile.log2_sum(r), floor(r));
+    }
+    tile.memory.other_max.fill(f32::NEG_INFINITY);
+    tile.memory.other_sum.fill(0.0);
+    tile.swap_sums();
+    let stream = uniform_stream(params.seed, params.offset, keys.kv_head);
+    let columns = uniform_columns(stream, positions, params.sample_size as usize);
+    tile.attend_columns(keys, columns.filter(|column| !covered(column)), true, Part::Sum);
+    for r in 0..tile.rows() {
+        tile.memory.cap[r] = tile.log2_sum(r);
+    }
+    tile.swap_sums();
+    for r in 0..tile.rows() {
+        let sampled = tile.memory.cap[r];
+        let rest = if floor(r) > sampled { floor(r) } else { sampled };
+        tile.memory.cap[r] = log2_add(tile.log2_sum(r), rest);
+    }
+}
+
+/// Makes the base-2 logs in `tile.memory.cap` the rows' sums (Algorithm 3, line 4: D~^-1). A row whose
+/// estimate is 0 becomes empty.
+pub(crate) fn apply_row_sums(tile: &mut Tile<'_>) {
+    for r in 0..tile.rows() {
+        let log2_sum = tile.memory.cap[r];
+        let old = tile.memory.max[r];
+        let new = old.max(log2_sum);
+        if log2_sum == f32::NEG_INFINITY {
+            (tile.memory.max[r], tile.memory.sum[r]) = (f32::NEG_INFINITY, 0.0);
+            tile.scale_accumulated(r, 0.0);
+        } else {
+            tile.memory.max[r] = new;
+            tile.memory.sum[r] = crate::math::exp2(log2_sum - new);
+            tile.scale_accumulated(r, crate::math::exp2(old - new));
+        }
+    }
+}

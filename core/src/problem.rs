@@ -1,0 +1,306 @@
+//! The shape of one call, checked: whatever passes here is safe to compute.
+
+use crate::error::{Error, ErrorKind, Result, invalid};
+use crate::math;
+use crate::overlap::{overlap, overlaps_itself};
+use crate::params::{BlockMask, Mask, Method, Params, Residual};
+use crate::view::{TensorLayout, TensorMut, TensorRef};
+
+/// Largest head_dim and value dimension.
+pub const MAX_HEAD_DIM: i64 = 256;
+
+/// The tensors of one forward call.
+#[derive(Debug)]
+pub struct Tensors<'a> {
+    /// Queries `[batch, heads_q, n_q, head_dim]`.
+    pub q: TensorRef<'a>,
+    /// Keys `[batch, heads_kv, n_k, head_dim]`; heads_q is a multiple of heads_kv.
+    pub k: TensorRef<'a>,
+    /// Values `[batch, heads_kv, n_k, value_dim]`.
+    pub v: TensorRef<'a>,
+    /// Output `[batch, heads_q, n_q, value_dim]`, of the inputs' type or f32.
+    pub out: TensorMut<'a>,
+    /// Natural log-sum-exp of the scaled logits, f32 `[batch, heads_q, n_q, 1]`, when wanted.
+    pub lse: Option<TensorMut<'a>>,
+    /// Exact blocks for [`Method::Paper`] instead of sortLSH.
+    pub block_mask: Option<BlockMask<'a>>,
+}
+
+/// The layouts of one forward call: what planning needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Layouts<'a> {
+    /// See [`Tensors::q`].
+    pub q: TensorLayout,
+    /// See [`Tensors::k`].
+    pub k: TensorLayout,
+    /// See [`Tensors::v`].
+    pub v: TensorLayout,
+    /// See [`Tensors::out`].
+    pub out: TensorLayout,
+    /// See [`Tensors::lse`].
+    pub lse: Option<TensorLayout>,
+    /// See [`Tensors::block_mask`].
+    pub block_mask: Option<BlockMask<'a>>,
+}
+
+impl<'a> Tensors<'a> {
+    /// The layouts alone.
+    pub fn layouts(&self) -> Layouts<'a> {
+        Layouts {
+            q: *self.q.layout(),
+            k: *self.k.layout(),
+            v: *self.v.layout(),
+            out: *self.out.layout(),
+            lse: self.lse.as_ref().map(|lse| *lse.layout()),
+            block_mask: self.block_mask,
+        }
+    }
+
+    /// Outputs overlap neither themselves, nor each other, nor an input.
+    pub(crate) fn check_overlap(&self) -> Result<()> {
+        let inputs = [("q", &self.q), ("k", &self.k), ("v", &self.v)];
+        let out = self.out.reborrow();
+        let lse = self.lse.as_ref().map(TensorMut::reborrow);
+        for (name, view) in [("out", Some(&out)), ("lse", lse.as_ref())] {
+            let Some(view) = view else { continue };
+            for (other, input) in inputs {
+                if overlap((view.address(), view.layout()), (input.address(), input.layout())) {
+                    invalid!("{name} and {other} overlap in memory; outputs need memory of their own");
+                }
+            }
+        }
+        if let Some(lse) = &lse
+            && overlap((out.address(), out.layout()), (lse.address(), lse.layout()))
+        {
+            invalid!("out and lse overlap in memory; outputs need memory of their own");
+        }
+        Ok(())
+    }
+}
+
+/// The sizes of one call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Problem {
+    pub(crate) batch: usize,
+    pub(crate) heads_q: usize,
+    pub(crate) heads_kv: usize,
+    /// Query heads per KV head.
+    pub(crate) group: usize,
+    pub(crate) n_q: usize,
+    pub(crate) n_k: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) mask: Mask,
+    /// Factor on the queries that gives logits in base 2.
+    pub(crate) scale_log2: f32,
+}
+
+impl Problem {
+    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>) -> Result<Self> {
+        check_params(params)?;
+        check_layouts(layouts)?;
+        let [batch, heads_q, n_q, head_dim] = layouts.q.extents();
+        let [_, heads_kv, n_k, value_dim] = layouts.v.extents();
+        let scale = if params.scale == 0.0 { 1.0 / libm::sqrtf(head_dim as f32) } else { params.scale };
+        let problem = Problem {
+            batch,
+            heads_q,
+            heads_kv,
+            group: heads_q / heads_kv,
+            n_q,
+            n_k,
+            head_dim,
+            value_dim,
+            mask: params.mask,
+            scale_log2: scale * math::LOG2_E,
+        };
+        if let Some(mask) = &layouts.block_mask {
+            check_block_mask(params, mask, &problem)?;
+        }
+        Ok(problem)
+    }
+
+    /// How many leading keys query `i` sees.
+    pub(crate) fn visible_keys(&self, i: usize) -> usize {
+        match self.mask {
+            Mask::None => self.n_k,
+            Mask::CausalTopLeft => (i + 1).min(self.n_k),
+            Mask::CausalBottomRight => (i + 1 + self.n_k).saturating_sub(self.n_q),
+        }
+    }
+}
+
+fn check_params(params: &Params) -> Result<()> {
+    if params.method == Method::Refined {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format_args!("params.method = REFINED is not in this version; use AUTO, EXACT or PAPER"),
+        ));
+    }
+    if !params.scale.is_finite() {
+        invalid!("params.scale = {} must be finite (0 means 1/sqrt(head_dim))", params.scale);
+    }
+    if params.lsh_num_projs > Params::MAX_PROJECTIONS {
+        invalid!(
+            "params.lsh_num_projs = {} must be at most {}",
+            params.lsh_num_projs,
+            Params::MAX_PROJECTIONS
+        );
+    }
+    if params.block_size == 0 && (params.sample_size == 0 || params.residual == Residual::None) {
+        invalid!(
+            "params.block_size = 0 leaves nothing to compute with params.sample_size = {} and params.residual = {:?}",
+            params.sample_size,
+            params.residual
+        );
+    }
+    if params.residual == Residual::RowNorm {
+        for (name, value) in
+            [("approx_d_epsilon", params.approx_d_epsilon), ("approx_d_kappa", params.approx_d_kappa)]
+        {
+            if !(value.is_finite() && value > 0.0) {
+                invalid!("params.{name} = {value} must be positive and finite");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_layouts(layouts: &Layouts<'_>) -> Result<()> {
+    let Layouts { q, k, v, out, lse, .. } = layouts;
+    for (name, layout) in [("q", q), ("k", k), ("v", v), ("out", out)] {
+        layout.check(name)?;
+    }
+    for (name, layout) in [("q", q), ("k", k), ("v", v)] {
+        if layout.shape[3] > MAX_HEAD_DIM {
+            invalid!(
+                "{name}.shape[3] (head_dim) = {} is beyond the supported maximum {MAX_HEAD_DIM}",
+                layout.shape[3]
+            );
+        }
+    }
+    let same = |a: (&str, &TensorLayout, usize), b: (&str, &TensorLayout, usize)| {
+        let ((a_name, a, a_dim), (b_name, b, b_dim)) = (a, b);
+        if a.shape[a_dim] != b.shape[b_dim] {
+            invalid!(
+                "{a_name}.shape[{a_dim}] = {} but {b_name}.shape[{b_dim}] = {}",
+                a.shape[a_dim],
+                b.shape[b_dim]
+            );
+        }
+        Ok(())
+    };
+    same(("k", k, 0), ("q", q, 0))?;
+    same(("k", k, 3), ("q", q, 3))?;
+    same(("v", v, 0), ("k", k, 0))?;
+    same(("v", v, 1), ("k", k, 1))?;
+    same(("v", v, 2), ("k", k, 2))?;
+    same(("out", out, 0), ("q", q, 0))?;
+    same(("out", out, 1), ("q", q, 1))?;
+    same(("out", out, 2), ("q", q, 2))?;
+    same(("out", out, 3), ("v", v, 3))?;
+    if q.shape[1] % k.shape[1] != 0 {
+        invalid!("q.shape[1] = {} is not a multiple of k.shape[1] = {}", q.shape[1], k.shape[1]);
+    }
+    for (name, layout) in [("k", k), ("v", v)] {
+        if layout.dtype != q.dtype {
+            invalid!(
+                "{name}.dtype = {:?} but q.dtype = {:?}; q, k and v share one dtype",
+                layout.dtype,
+                q.dtype
+            );
+        }
+    }
+    if out.dtype != q.dtype && out.dtype != crate::DType::F32 {
+        invalid!("out.dtype = {:?} must be q.dtype = {:?} or F32", out.dtype, q.dtype);
+    }
+    check_output("out", out)?;
+    if let Some(lse) = lse {
+        check_lse("lse", lse)?;
+        same(("lse", lse, 0), ("q", q, 0))?;
+        same(("lse", lse, 1), ("q", q, 1))?;
+        same(("lse", lse, 2), ("q", q, 2))?;
+    }
+    Ok(())
+}
+
+/// An output's elements have memory of their own.
+pub(crate) fn check_output(name: &str, layout: &TensorLayout) -> Result<()> {
+    if overlaps_itself(layout) {
+        invalid!(
+            "{name}.stride = {:?} makes {name} overlap itself for {name}.shape = {:?}",
+            layout.stride,
+            layout.shape
+        );
+    }
+    Ok(())
+}
+
+/// A log-sum-exp tensor by itself.
+pub(crate) fn check_lse(name: &str, lse: &TensorLayout) -> Result<()> {
+    lse.check(name)?;
+    if lse.dtype != crate::DType::F32 {
+        invalid!("{name}.dtype = {:?} must be F32", lse.dtype);
+    }
+    if lse.shape[3] != 1 {
+        invalid!("{name}.shape[3] = {} must be 1", lse.shape[3]);
+    }
+    check_output(name, lse)
+}
+
+fn check_block_mask(params: &Params, mask: &BlockMask<'_>, problem: &Problem) -> Result<()> {
+    if params.method == Method::Exact {
+        invalid!("block_mask is given but params.method = EXACT does not use one; pass NULL");
+    }
+    for (name, block, count, n, of) in [
+        ("query", mask.query_block, mask.num_query_blocks, problem.n_q, "n_q"),
+        ("key", mask.key_block, mask.num_key_blocks, problem.n_k, "n_k"),
+    ] {
+        if block == 0 {
+            invalid!("block_mask.{name}_block = 0 must be at least 1");
+        }
+        if count != n.div_ceil(block) {
+            invalid!(
+                "block_mask.num_{name}_blocks = {count} but {of} = {n} in blocks of {block} gives {}",
+                n.div_ceil(block)
+            );
+        }
+    }
+    let patterns = if mask.head_stride == 0 { 1 } else { problem.batch * problem.heads_q };
+    let offsets_needed = (patterns - 1)
+        .checked_mul(mask.head_stride)
+        .and_then(|start| start.checked_add(mask.num_query_blocks + 1));
+    if offsets_needed.is_none_or(|needed| mask.row_offsets.len() < needed) {
+        invalid!("block_mask.row_offsets has {} entries, too few for the heads", mask.row_offsets.len());
+    }
+    for pattern in 0..patterns {
+        let offsets = &mask.row_offsets[pattern * mask.head_stride..][..mask.num_query_blocks + 1];
+        for (row, pair) in offsets.windows(2).enumerate() {
+            if pair[0] < 0 || pair[1] < pair[0] || pair[1] > mask.columns.len() as i64 {
+                invalid!(
+                    "block_mask.row_offsets[{row}] = {} and [{}] = {} of head {pattern} are not ascending offsets into {} columns",
+                    pair[0],
+                    row + 1,
+                    pair[1],
+                    mask.columns.len()
+                );
+            }
+            let columns = mask.row(pattern, row);
+            for (at, &column) in columns.iter().enumerate() {
+                if column < 0 || column as usize >= mask.num_key_blocks {
+                    invalid!(
+                        "block_mask.columns: row {row} of head {pattern} names key block {column}, but num_key_blocks = {}",
+                        mask.num_key_blocks
+                    );
+                }
+                if at > 0 && columns[at - 1] >= column {
+                    invalid!(
+                        "block_mask.columns: row {row} of head {pattern} has {} before {column}; ascending and unique is required",
+                        columns[at - 1]
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,180 @@
+/* With a workspace given, a forward call allocates nothing. Linked with --wrap for the functions below, so that calls
+ * from the library come here. */
+#define _POSIX_C_SOURCE 200809L
+#include <hyperattn/hyperattn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "check.h"
+#include "pool.h"
+#include "problem.h"
+#include "workspace.h"
+
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *memory, size_t size);
+int __real_posix_memalign(void **memory, size_t align, size_t size);
+void *__real_aligned_alloc(size_t align, size_t size);
+void *__wrap_malloc(size_t size);
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_realloc(void *memory, size_t size);
+int __wrap_posix_memalign(void **memory, size_t align, size_t size);
+void *__wrap_aligned_alloc(size_t align, size_t size);
+
+static long allocations;
+
+static void count(void)
+{
+    __atomic_fetch_add(&allocations, 1, __ATOMIC_RELAXED);
+}
+
+static long counted(void)
+{
+    return __atomic_load_n(&allocations, __ATOMIC_RELAXED);
+}
+
+void *__wrap_malloc(size_t size)
+{
+    count();
+    return __real_malloc(size);
+}
+
+void *__wrap_calloc(size_t number, size_t size)
+{
+    count();
+    return __real_calloc(number, size);
+}
+
+void *__wrap_realloc(void *memory, size_t size)
+{
+    count();
+    return __real_realloc(memory, size);
+}
+
+int __wrap_posix_memalign(void **memory, size_t align, size_t size)
+{
+    count();
+    return __real_posix_memalign(memory, align, size);
+}
+
+void *__wrap_aligned_alloc(size_t align, size_t size)
+{
+    count();
+    return __real_aligned_alloc(align, size);
+}
+
+static const problem_shape SHAPE = {2, 4, 2, 130, 170, 64, 64};
+
+static hyperattn_params estimator_params(hyperattn_method method, hyperattn_mask mask, hyperattn_residual residual)
+{
+    hyperattn_params params = problem_params(method, mask);
+    params.residual = residual;
+    params.min_seq_len = 30;
+    params.block_size = 32;
+    params.sample_size = 32;
+    return params;
+}
+
+/* The counter must count what the library does: without a workspace it has to allocate one. */
+static void counter_sees_the_library(problem *p)
+{
+    check_case("no workspace");
+    hyperattn_params params = estimator_params(HYPERATTN_METHOD_PAPER, HYPERATTN_MASK_NONE, 0);
+    hyperattn_cpu_exec exec = problem_exec(1);
+    long before = counted();
+    CHECK_OK(hyperattn_forward(&params, &p->tensors, &exec));
+    CHECK(counted() > before);
+}
+
+/* Allocations of `calls` calls, after one to warm up. */
+static long allocations_of(problem *p, const hyperattn_params *params, hyperattn_cpu_exec exec, int calls)
+{
+    hyperattn_layout layout = {0, 0};
+    CHECK_OK(hyperattn_forward_workspace(params, &p->tensors, &exec, &layout));
+    workspace w = workspace_create(layout, 0);
+    exec.workspace = w.buffer;
+    CHECK_OK(hyperattn_forward(params, &p->tensors, &exec));
+    long before = counted();
+    int32_t status = HYPERATTN_STATUS_OK;
+    for (int i = 0; i < calls; i += 1) {
+        status |= hyperattn_forward(params, &p->tensors, &exec);
+        hyperattn_layout again;
+        status |= hyperattn_forward_workspace(params, &p->tensors, &exec, &again);
+    }
+    long after = counted();
+    CHECK_OK(status);
+    workspace_destroy(&w);
+    return after - before;
+}
+
+static void nothing_with_a_workspace(random_source *source)
+{
+    worker_pool *workers = worker_pool_create(3);
+    hyperattn_threadpool interface = worker_pool_interface(workers);
+    for (hyperattn_dtype t = HYPERATTN_DTYPE_F32; t <= HYPERATTN_DTYPE_BF16; t += 1) {
+        problem p = problem_create(&SHAPE, t, t, ARRAY_BSHD, source);
+        counter_sees_the_library(&p);
+        for (hyperattn_method method = HYPERATTN_METHOD_AUTO; method <= HYPERATTN_METHOD_PAPER; method += 1) {
+            for (uint32_t mask = 0; mask < 3; mask += 1) {
+                for (uint32_t residual = 0; residual < 3; residual += 1) {
+                    hyperattn_params params = estimator_params(method, mask, residual);
+                    params.flags = HYPERATTN_FLAG_NO_ALLOC;
+                    check_case("method %u mask %s residual %u %s, one thread", method, mask_name(mask), residual,
+                               dtype_name(t));
+                    CHECK_INT(allocations_of(&p, &params, problem_exec(1), 3), 0);
+                    check_case("method %u mask %s residual %u %s, the caller's pool", method, mask_name(mask), residual,
+                               dtype_name(t));
+                    hyperattn_cpu_exec exec = problem_exec(0);
+                    exec.pool = &interface;
+                    CHECK_INT(allocations_of(&p, &params, exec, 3), 0);
+                }
+            }
+        }
+        problem_destroy(&p);
+    }
+    worker_pool_destroy(workers);
+}
+
+/* The library's threads take work from queues that may grow by a block now and then. */
+static void at_most_one_a_call_with_own_threads(random_source *source)
+{
+    enum { CALLS = 100 };
+    problem p = problem_create(&SHAPE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    for (hyperattn_method method = HYPERATTN_METHOD_EXACT; method <= HYPERATTN_METHOD_PAPER; method += 1) {
+        for (uint32_t threads = 0; threads <= 2; threads += 2) {
+            check_case("method %u, %u library threads", method, threads);
+            hyperattn_params params = estimator_params(method, HYPERATTN_MASK_NONE, HYPERATTN_RESIDUAL_UNIFORM);
+            long count_of_all = allocations_of(&p, &params, problem_exec(threads), CALLS);
+            printf("method %u, num_threads %u: %ld allocations in %d calls\n", method, threads, count_of_all,
+                   (int)CALLS);
+            CHECK(count_of_all <= CALLS);
+        }
+    }
+    problem_destroy(&p);
+}
+
+/* A caller's mistake must not cost memory either: engines probe with calls that fail. */
+static void nothing_for_an_error(random_source *source)
+{
+    check_case("a failing call");
+    problem p = problem_create(&SHAPE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, 77);
+    CHECK_STATUS(hyperattn_forward(&params, &p.tensors, NULL), HYPERATTN_STATUS_INVALID_ARGUMENT);
+    long before = counted();
+    for (int i = 0; i < 100; i += 1) {
+        CHECK_STATUS(hyperattn_forward(&params, &p.tensors, NULL), HYPERATTN_STATUS_INVALID_ARGUMENT);
+    }
+    /* The sentence may be built in memory that is kept or given back, but not by many steps. */
+    CHECK(counted() - before <= 400);
+    problem_destroy(&p);
+}
+
+int main(int argc, char **argv)
+{
+    random_source source = {check_start("allocation", argc, argv)};
+    nothing_with_a_workspace(&source);
+    at_most_one_a_call_with_own_threads(&source);
+    nothing_for_an_error(&source);
+    return check_finish();
+}

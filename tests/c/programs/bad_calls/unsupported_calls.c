@@ -1,0 +1,71 @@
+/* Entry points and options that this version declares but does not have. */
+#include "bad_calls.h"
+
+/* 1 when the build has the entry point's body, and the cases below do not apply. */
+static bool has_cuda(void)
+{
+    return hyperattn_has_feature(HYPERATTN_FEATURE_CUDA);
+}
+
+static void backward(void)
+{
+    bad_call c;
+    bad_call_fresh(&c);
+    hyperattn_grads grads = {sizeof grads, c.tensors.out, c.tensors.q, c.tensors.k, c.tensors.v};
+    hyperattn_layout layout = {77, 88};
+
+    bad_call_forget_error();
+    hyperattn_status status = hyperattn_backward(&c.params, &c.tensors, &grads, &c.exec);
+    bad_call_expect_error("backward", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
+    bad_call_forget_error();
+    status = hyperattn_backward_workspace(&c.params, &c.tensors, &c.exec, &layout);
+    bad_call_expect_error("backward_workspace", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
+    CHECK(layout.size == 77 && layout.align == 88);
+    /* What is not there cannot tell good arguments from bad ones, but must not crash on them. */
+    bad_call_forget_error();
+    status = hyperattn_backward(NULL, NULL, NULL, NULL);
+    bad_call_expect_error("backward of nothing", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
+    bad_call_forget_error();
+    status = hyperattn_backward_workspace(NULL, NULL, NULL, NULL);
+    bad_call_expect_error("backward_workspace of nothing", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
+}
+
+static void cuda(void)
+{
+    bad_call c;
+    bad_call_fresh(&c);
+    hyperattn_grads grads = {sizeof grads, c.tensors.out, c.tensors.q, c.tensors.k, c.tensors.v};
+    hyperattn_cuda_exec exec = {sizeof exec, {NULL, 0}, NULL};
+    hyperattn_layout layout = {77, 88};
+    for (int null = 0; null < 2; null += 1) {
+        const hyperattn_params *params = null ? NULL : &c.params;
+        const hyperattn_tensors *tensors = null ? NULL : &c.tensors;
+        const hyperattn_cuda_exec *exec_argument = null ? NULL : &exec;
+        hyperattn_layout *out = null ? NULL : &layout;
+
+        bad_call_forget_error();
+        hyperattn_status status = hyperattn_cuda_forward(params, tensors, exec_argument);
+        bad_call_expect_error("cuda_forward", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("CUDA"));
+        bad_call_forget_error();
+        status = hyperattn_cuda_forward_workspace(params, tensors, out);
+        bad_call_expect_error("cuda_forward_workspace", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("CUDA"));
+        bad_call_forget_error();
+        status = hyperattn_cuda_backward(params, tensors, null ? NULL : &grads, exec_argument);
+        bad_call_expect_error("cuda_backward", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("CUDA"));
+        bad_call_forget_error();
+        status = hyperattn_cuda_backward_workspace(params, tensors, out);
+        bad_call_expect_error("cuda_backward_workspace", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("CUDA"));
+    }
+    CHECK(layout.size == 77 && layout.align == 88);
+    CHECK(array_untouched(&bad_call_problem.out));
+}
+
+void unsupported_calls(void)
+{
+    BAD(c.params.method = HYPERATTN_METHOD_REFINED, HYPERATTN_STATUS_UNSUPPORTED, "method", "REFINED");
+    problem_poison_outputs(&bad_call_problem);
+    backward();
+    if (!has_cuda()) {
+        cuda();
+    }
+}

@@ -1,0 +1,259 @@
+/* Callers compiled against an older or a newer header: struct_size says which fields they have. */
+#include <hyperattn/hyperattn.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "check.h"
+#include "pool.h"
+#include "problem.h"
+
+/* More keys than the default min_seq_len, so that every parameter has an effect under METHOD_PAPER. */
+static const problem_shape SHAPE = {1, 2, 1, 96, 4500, 8, 8};
+
+/* The end of every field of hyperattn_params, in order. */
+#define END(field) (offsetof(hyperattn_params, field) + sizeof(((hyperattn_params *)0)->field))
+static const struct boundary {
+    const char *last;
+    size_t size;
+} BOUNDARIES[] = {
+    {"struct_size", END(struct_size)},
+    {"method", END(method)},
+    {"mask", END(mask)},
+    {"scale", END(scale)},
+    {"residual", END(residual)},
+    {"lsh_num_projs", END(lsh_num_projs)},
+    {"block_size", END(block_size)},
+    {"sample_size", END(sample_size)},
+    {"flags", END(flags)},
+    {"min_seq_len", END(min_seq_len)},
+    {"seed", END(seed)},
+    {"offset", END(offset)},
+    {"approx_d_epsilon", END(approx_d_epsilon)},
+    {"approx_d_kappa", END(approx_d_kappa)},
+};
+enum { BOUNDARY_COUNT = sizeof BOUNDARIES / sizeof BOUNDARIES[0] };
+
+/* No field has its default, and every one changes the result. */
+static hyperattn_params unusual_params(void)
+{
+    hyperattn_params params;
+    hyperattn_params_init(&params, sizeof params);
+    params.method = HYPERATTN_METHOD_PAPER;
+    params.mask = HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+    params.scale = 0.3f;
+    params.residual = HYPERATTN_RESIDUAL_ROW_NORM;
+    params.lsh_num_projs = 4;
+    params.block_size = 100;
+    params.sample_size = 90;
+    params.flags = 0;
+    params.min_seq_len = 1000;
+    params.seed = 99;
+    params.offset = 5;
+    params.approx_d_epsilon = 0.01f;
+    params.approx_d_kappa = 3.0f;
+    return params;
+}
+
+/* The exact bytes of an old struct on the heap, where a sanitizer sees a read past its end. */
+static hyperattn_params *old_params(const hyperattn_params *full, size_t size)
+{
+    hyperattn_params *old = (hyperattn_params *)malloc(size);
+    if (old == NULL) {
+        exit(EXIT_FAILURE);
+    }
+    memcpy(old, full, size);
+    memcpy(old, &size, sizeof size);
+    return old;
+}
+
+/* A short struct gives what the full struct gives with defaults in the fields it lacks. */
+static void missing_parameters_have_defaults(random_source *source)
+{
+    problem p = problem_create(&SHAPE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    array expected = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, SHAPE.batch, SHAPE.heads_q, SHAPE.n_q, SHAPE.d_v);
+    hyperattn_tensors into_expected = p.tensors;
+    into_expected.out = expected.view;
+    memset(&into_expected.lse, 0, sizeof into_expected.lse);
+    array previous = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, SHAPE.batch, SHAPE.heads_q, SHAPE.n_q, SHAPE.d_v);
+    const size_t bytes = (size_t)tensor_elements(&expected.view) * sizeof(float);
+    const hyperattn_params unusual = unusual_params();
+    for (int i = 0; i < BOUNDARY_COUNT; i += 1) {
+        check_case("params end after %s", BOUNDARIES[i].last);
+        hyperattn_params full;
+        hyperattn_params_init(&full, sizeof full);
+        memcpy(&full, &unusual, BOUNDARIES[i].size);
+        full.struct_size = sizeof full;
+        CHECK_OK(hyperattn_forward(&full, &into_expected, NULL));
+
+        hyperattn_params *old = old_params(&unusual, BOUNDARIES[i].size);
+        problem_poison_outputs(&p);
+        CHECK_OK(hyperattn_forward(old, &p.tensors, NULL));
+        CHECK(tensor_same_bits(&p.out.view, &expected.view));
+        /* The field that this caller has and the one before lacks was read, or the comparison would show nothing. AUTO
+         * may be PAPER already, and 0 is the only value of flags that changes nothing else. */
+        size_t end = BOUNDARIES[i].size;
+        if (end != END(struct_size) && end != END(method) && end != END(flags)) {
+            CHECK(!tensor_same_bits(&previous.view, &expected.view));
+        }
+        memcpy(previous.view.data, expected.view.data, bytes);
+        hyperattn_layout layout = {0, 0};
+        CHECK_OK(hyperattn_forward_workspace(old, &p.tensors, NULL, &layout));
+        free(old);
+    }
+    array_destroy(&previous);
+    array_destroy(&expected);
+    problem_destroy(&p);
+}
+
+/* params_init writes the caller's bytes and not one more. */
+static void params_init_respects_the_size(void)
+{
+    hyperattn_params defaults;
+    hyperattn_params_init(&defaults, sizeof defaults);
+    for (int i = 0; i < BOUNDARY_COUNT; i += 1) {
+        check_case("params_init up to %s", BOUNDARIES[i].last);
+        unsigned char memory[sizeof(hyperattn_params) + 1], expected[sizeof(hyperattn_params) + 1];
+        memset(memory, 0xa5, sizeof memory);
+        memset(expected, 0xa5, sizeof expected);
+        memcpy(expected, &defaults, BOUNDARIES[i].size);
+        memcpy(expected, &BOUNDARIES[i].size, sizeof BOUNDARIES[i].size);
+        hyperattn_params *aligned = (hyperattn_params *)malloc(sizeof memory);
+        if (aligned == NULL) {
+            exit(EXIT_FAILURE);
+        }
+        memcpy(aligned, memory, sizeof memory);
+        hyperattn_params_init(aligned, BOUNDARIES[i].size);
+        CHECK_BYTES(aligned, expected, sizeof expected);
+        free(aligned);
+    }
+    check_case("params_init of a newer caller");
+    struct {
+        hyperattn_params known;
+        uint64_t unknown[2];
+    } newer;
+    memset(&newer, 0xa5, sizeof newer);
+    hyperattn_params_init(&newer.known, sizeof newer);
+    CHECK_INT(newer.known.struct_size, sizeof newer);
+    CHECK_INT(newer.known.block_size, 256);
+    CHECK(newer.unknown[0] == 0 && newer.unknown[1] == 0);
+}
+
+/* The end of tensors, exec, pool and block mask may be missing as well. */
+static void other_structs_may_be_short(random_source *source)
+{
+    const problem_shape shape = {1, 2, 1, 20, 30, 8, 8};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_NONE);
+
+    check_case("tensors without block_mask");
+    hyperattn_tensors tensors = p.tensors;
+    tensors.struct_size = offsetof(hyperattn_tensors, block_mask);
+    tensors.block_mask = (const hyperattn_block_mask *)16; /* must not be looked at */
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    CHECK(tensor_all_finite(&p.lse.view));
+
+    check_case("tensors without lse");
+    problem_poison_outputs(&p);
+    tensors.struct_size = offsetof(hyperattn_tensors, lse);
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    CHECK(tensor_all_finite(&p.out.view));
+    CHECK(array_untouched(&p.lse));
+
+    check_case("exec without pool");
+    hyperattn_cpu_exec exec = problem_exec(1);
+    exec.struct_size = offsetof(hyperattn_cpu_exec, pool);
+    exec.pool = (const hyperattn_threadpool *)16;
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, &exec));
+
+    check_case("exec with nothing but its size");
+    exec.struct_size = sizeof exec.struct_size;
+    exec.workspace.size = 12345;
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, &exec));
+
+    check_case("block mask without head stride");
+    static const int64_t row_offsets[] = {0, 1};
+    static const int32_t columns[] = {0};
+    hyperattn_block_mask mask;
+    memset(&mask, 0, sizeof mask);
+    mask.struct_size = offsetof(hyperattn_block_mask, row_offsets_head_stride);
+    mask.query_block = 32;
+    mask.key_block = 32;
+    mask.num_query_blocks = 1;
+    mask.num_key_blocks = 1;
+    mask.row_offsets = row_offsets;
+    mask.columns = columns;
+    mask.row_offsets_head_stride = INT64_C(1) << 40;
+    tensors = p.tensors;
+    tensors.block_mask = &mask;
+    params.method = HYPERATTN_METHOD_PAPER;
+    params.min_seq_len = 0;
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    problem_destroy(&p);
+}
+
+/* Fields that this library does not know are fine while they are zero. */
+static void newer_structs(random_source *source)
+{
+    const problem_shape shape = {1, 2, 1, 20, 30, 8, 8};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    struct {
+        hyperattn_params known;
+        unsigned char unknown[24];
+    } params;
+    struct {
+        hyperattn_tensors known;
+        unsigned char unknown[24];
+    } tensors;
+    struct {
+        hyperattn_cpu_exec known;
+        unsigned char unknown[24];
+    } exec;
+    struct {
+        hyperattn_threadpool known;
+        unsigned char unknown[24];
+    } pool;
+    reverse_pool own = {2, 0};
+    unsigned char *tails[] = {params.unknown, tensors.unknown, exec.unknown, pool.unknown};
+    static const char *const names[] = {"params", "tensors", "exec", "pool"};
+    memset(&params, 0, sizeof params);
+    memset(&tensors, 0, sizeof tensors);
+    memset(&exec, 0, sizeof exec);
+    memset(&pool, 0, sizeof pool);
+    params.known = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_NONE);
+    params.known.struct_size = sizeof params;
+    tensors.known = p.tensors;
+    tensors.known.struct_size = sizeof tensors;
+    pool.known = reverse_pool_interface(&own);
+    pool.known.struct_size = sizeof pool;
+    exec.known = problem_exec(0);
+    exec.known.struct_size = sizeof exec;
+    exec.known.pool = &pool.known;
+
+    check_case("unknown fields are zero");
+    CHECK_OK(hyperattn_forward(&params.known, &tensors.known, &exec.known));
+    for (int i = 0; i < 4; i += 1) {
+        for (size_t at = 0; at < sizeof params.unknown; at += 23) {
+            check_case("byte %zu behind %s is not zero", at, names[i]);
+            tails[i][at] = 1;
+            problem_poison_outputs(&p);
+            CHECK_STATUS(hyperattn_forward(&params.known, &tensors.known, &exec.known),
+                         HYPERATTN_STATUS_ABI_MISMATCH);
+            CHECK_CONTAINS(hyperattn_last_error(), names[i]);
+            CHECK(array_untouched(&p.out));
+            tails[i][at] = 0;
+        }
+    }
+    problem_destroy(&p);
+}
+
+int main(int argc, char **argv)
+{
+    random_source source = {check_start("old_caller", argc, argv)};
+    missing_parameters_have_defaults(&source);
+    params_init_respects_the_size();
+    other_structs_may_be_short(&source);
+    newer_structs(&source);
+    return check_finish();
+}
