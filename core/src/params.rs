@@ -1,5 +1,7 @@
 //! What to compute: the options of one call.
 
+use crate::error::{Result, invalid};
+
 /// Which keys a query may see. `i` counts queries, `j` keys, both from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mask {
@@ -115,6 +117,25 @@ pub struct BlockMask<'a> {
 }
 
 impl BlockMask<'_> {
+    /// The numbers of blocks fit `n_q` queries and `n_k` keys.
+    pub fn check_counts(&self, n_q: i64, n_k: i64) -> Result<()> {
+        for (name, block, count, n, of) in [
+            ("query", self.query_block, self.num_query_blocks, n_q as usize, "n_q"),
+            ("key", self.key_block, self.num_key_blocks, n_k as usize, "n_k"),
+        ] {
+            if block == 0 {
+                invalid!("block_mask.{name}_block = 0 must be at least 1");
+            }
+            if count != n.div_ceil(block) {
+                invalid!(
+                    "block_mask.num_{name}_blocks = {count} but {of} = {n} in blocks of {block} gives {}",
+                    n.div_ceil(block)
+                );
+            }
+        }
+        Ok(())
+    }
+
     /// The key blocks of one query block of `pattern` (batch * heads_q + head).
     pub(crate) fn row(&self, pattern: usize, query_block: usize) -> &[i32] {
         let at = pattern * self.head_stride + query_block;

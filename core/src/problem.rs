@@ -252,20 +252,7 @@ fn check_block_mask(params: &Params, mask: &BlockMask<'_>, problem: &Problem) ->
     if params.method == Method::Exact {
         invalid!("block_mask is given but params.method = EXACT does not use one; pass NULL");
     }
-    for (name, block, count, n, of) in [
-        ("query", mask.query_block, mask.num_query_blocks, problem.n_q, "n_q"),
-        ("key", mask.key_block, mask.num_key_blocks, problem.n_k, "n_k"),
-    ] {
-        if block == 0 {
-            invalid!("block_mask.{name}_block = 0 must be at least 1");
-        }
-        if count != n.div_ceil(block) {
-            invalid!(
-                "block_mask.num_{name}_blocks = {count} but {of} = {n} in blocks of {block} gives {}",
-                n.div_ceil(block)
-            );
-        }
-    }
+    mask.check_counts(problem.n_q as i64, problem.n_k as i64)?;
     let patterns = if mask.head_stride == 0 { 1 } else { problem.batch * problem.heads_q };
     let offsets_needed = (patterns - 1)
         .checked_mul(mask.head_stride)

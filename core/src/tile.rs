@@ -83,7 +83,8 @@ pub(crate) struct TileMemory<'a> {
 impl<'a> TileMemory<'a> {
     /// Scratch from `carver`; with a measuring carver it is only counted.
     pub(crate) fn carve(kernels: &Kernels, problem: &Problem, carver: &mut Carver<'a>) -> Self {
-        let rows = TILE_ROWS.next_multiple_of(kernels.query_rows());
+        let most = problem.n_q.saturating_mul(problem.group.min(HeadTiling::MOST_HEADS));
+        let rows = TILE_ROWS.min(most).next_multiple_of(kernels.query_rows());
         let value_dim = padded_value_dim(kernels, problem);
         TileMemory {
             head_of: carver.take(rows),

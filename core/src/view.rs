@@ -36,7 +36,7 @@ impl TensorLayout {
     }
 
     /// Whether there is no element.
-    pub(crate) fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
 
@@ -56,7 +56,7 @@ impl TensorLayout {
     }
 
     /// Errors that concern this tensor alone; `name` is what the sentence calls it.
-    pub(crate) fn check(&self, name: &str) -> Result<()> {
+    pub fn check(&self, name: &str) -> Result<()> {
         for (dim, (what, least)) in
             [("batch", 1), ("heads", 1), ("sequence", 0), ("head_dim", 1)].into_iter().enumerate()
         {

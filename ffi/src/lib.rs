@@ -1,1 +1,19 @@
-//! The C ABI of hyperattn
+//! The C ABI of hyperattn: `libhyperattn.a`, `libhyperattn.so` and, through cbindgen,
+//! `include/hyperattn/hyperattn.h`.
+//!
+//! Every entry point reads its arguments into the core's types, runs inside [`boundary::guard`], and
+//! answers a status. The documentation of the items here is what a C reader finds in the header.
+#![allow(non_camel_case_types)]
+
+mod block_mask;
+mod boundary;
+mod cpu;
+mod cuda;
+mod error;
+mod executor;
+mod params;
+mod sized;
+mod status;
+mod tensor;
+pub mod types;
+mod version;

@@ -64,7 +64,7 @@ void *__wrap_aligned_alloc(size_t align, size_t size)
     return __real_aligned_alloc(align, size);
 }
 
-static const problem_shape SHAPE = {2, 4, 2, 130, 170, 64, 64};
+static const problem_shape SHAPE = {1, 4, 2, 70, 90, 32, 24};
 
 static hyperattn_params estimator_params(hyperattn_method method, hyperattn_mask mask, hyperattn_residual residual)
 {
@@ -165,8 +165,7 @@ static void nothing_for_an_error(random_source *source)
     for (int i = 0; i < 100; i += 1) {
         CHECK_STATUS(hyperattn_forward(&params, &p.tensors, NULL), HYPERATTN_STATUS_INVALID_ARGUMENT);
     }
-    /* The sentence may be built in memory that is kept or given back, but not by many steps. */
-    CHECK(counted() - before <= 400);
+    CHECK_INT(counted() - before, 0);
     problem_destroy(&p);
 }
 

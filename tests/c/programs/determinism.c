@@ -24,7 +24,7 @@ static const variant VARIANTS[] = {
 };
 enum { VARIANT_COUNT = sizeof VARIANTS / sizeof VARIANTS[0] };
 
-static const problem_shape SHAPE = {2, 6, 2, 333, 450, 64, 48};
+static const problem_shape SHAPE = {2, 6, 2, 150, 210, 32, 24};
 
 static hyperattn_params variant_params(const variant *v, hyperattn_mask mask)
 {

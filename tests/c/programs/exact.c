@@ -18,7 +18,9 @@ static void run_case(const problem_shape *s, hyperattn_dtype dtype, hyperattn_dt
                dtype_name(out_dtype), (int)layout, mask_name(mask), (double)scale, (int)want_lse);
     problem p = problem_create(s, dtype, out_dtype, layout, source);
     if (!want_lse) {
-        memset(&p.tensors.lse, 0, sizeof p.tensors.lse);
+        /* Not wanted, so nothing else of it is looked at. */
+        memset(&p.tensors.lse, 0xa5, sizeof p.tensors.lse);
+        p.tensors.lse.data = NULL;
     }
     hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, mask);
     params.scale = scale;
@@ -158,6 +160,32 @@ static void half_conversions(void)
     CHECK_INT(bf16_from_float(1.0f + 3 * 0x1p-8f), 0x3f82);
 }
 
+/* A tensor without elements needs no memory. */
+static void null_data_of_empty_tensors(random_source *source)
+{
+    check_case("no keys, k.data and v.data NULL");
+    problem_shape shape = {1, 2, 1, 5, 0, 16, 16};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    p.tensors.k.data = NULL;
+    p.tensors.v.data = NULL;
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_NONE);
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    reference r = reference_compute(&p.tensors, HYPERATTN_MASK_NONE, 0.0, NULL, NULL);
+    reference_check(&r, &p.tensors);
+    reference_destroy(&r);
+    problem_destroy(&p);
+
+    check_case("no queries, q.data and out.data NULL");
+    shape.n_q = 0;
+    shape.n_k = 5;
+    p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    p.tensors.q.data = NULL;
+    p.tensors.out.data = NULL;
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    CHECK(array_untouched(&p.lse));
+    problem_destroy(&p);
+}
+
 /* AUTO on a short problem is exact. */
 static void automatic(random_source *source)
 {
@@ -181,6 +209,7 @@ int main(int argc, char **argv)
     long_sequences(&source);
     broadcast_rows_and_heads(&source);
     negative_strides(&source);
+    null_data_of_empty_tensors(&source);
     automatic(&source);
     return check_finish();
 }

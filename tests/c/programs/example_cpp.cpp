@@ -2,6 +2,7 @@
 #include <hyperattn/hyperattn.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <vector>
 

@@ -1,1 +1,81 @@
-//! C and C++ programs linked to the real static library
+//! Compiles the C and C++ programs of this folder and runs them; the tests beside it say which and how.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use hyperattn_link::{Language, Program};
+
+/// What every program of this folder and the public header must compile under.
+pub const WARNINGS: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"];
+
+/// The folder that holds `programs` and `support`.
+pub fn folder() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The C99 program `programs/NAME.c`, or all of `programs/NAME/`, with everything in `support`.
+pub fn c_program(name: &str) -> Program {
+    let file = folder().join("programs").join(name).with_extension("c");
+    let directory = folder().join("programs").join(name);
+    let mut sources = if file.exists() { vec![file] } else { c_files(&directory) };
+    sources.extend(c_files(&folder().join("support")));
+    Program::new(Language::C99, sources).include(folder().join("support")).flags(WARNINGS)
+}
+
+/// The C++ program `programs/NAME.cpp`.
+pub fn cpp_program(name: &str, language: Language) -> Program {
+    let source = folder().join("programs").join(name).with_extension("cpp");
+    Program::new(language, [source]).flags(WARNINGS)
+}
+
+fn c_files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("a directory entry").path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "c"));
+    files.sort();
+    files
+}
+
+/// Compiles and links, or fails the test with the compiler's messages.
+pub fn build(program: &Program, executable: &Path) -> PathBuf {
+    program.compile(executable).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Runs to the end, whatever that is.
+pub fn run(executable: &Path, environment: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(executable);
+    // Set only where a test says so, never by whoever started the tests.
+    command.env_remove("HYPERATTN_MAX_ISA").envs(environment.iter().copied());
+    command.output().unwrap_or_else(|error| panic!("{}: {error}", executable.display()))
+}
+
+/// Runs and returns standard output; the test fails with all output when the program does.
+pub fn run_ok(executable: &Path, environment: &[(&str, &str)]) -> String {
+    let output = run(executable, environment);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{} with {environment:?}: {}\n{stdout}{stderr}",
+        executable.display(),
+        output.status
+    );
+    stdout
+}
+
+/// Says that a check did not run and why; fails instead where `HYPERATTN_REQUIRE_TOOLS=1`.
+pub fn skip(reason: &str) {
+    assert!(
+        std::env::var("HYPERATTN_REQUIRE_TOOLS").as_deref() != Ok("1"),
+        "HYPERATTN_REQUIRE_TOOLS=1, but: {reason}"
+    );
+    // Past the test runner's capture, which would hide the line of a passing test.
+    writeln!(std::io::stdout(), "SKIPPED: {reason}").expect("standard output");
+}
+
+/// True when `tool --version` runs.
+pub fn has_tool(tool: &str) -> bool {
+    Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success())
+}

@@ -1,1 +1,23 @@
-//! Every kernel table against the oracle, stage by stage
+//! What the conformance tests share: inputs, the call of the core, what the oracle expects of it, and the
+//! comparison. The tests run every kernel table of the machine.
+
+pub mod compare;
+pub mod executors;
+pub mod expected;
+pub mod inputs;
+pub mod packing;
+pub mod random_mask;
+pub mod real_data;
+pub mod run;
+pub mod statistics;
+pub mod storage;
+
+use hyperattn_core::Kernels;
+
+/// Calls `check` with every table that this machine can run, and prints which.
+pub fn for_each_table(mut check: impl FnMut(&'static Kernels)) {
+    for kernels in Kernels::available() {
+        println!("table {}", kernels.isa().name());
+        check(kernels);
+    }
+}

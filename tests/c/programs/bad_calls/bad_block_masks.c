@@ -24,7 +24,8 @@ void bad_block_masks(void)
     BAD_MASK(c.block_mask.row_offsets_head_stride = INT64_MAX, INVALID, "block_mask.row_offsets_head_stride",
              "9223372036854775807");
     BAD_MASK(c.row_offsets[0] = -1, INVALID, "block_mask.row_offsets", "-1");
-    BAD_MASK(c.row_offsets[1] = 4, INVALID, "block_mask.row_offsets", "4", "3");
+    BAD_MASK(c.row_offsets[0] = 2, INVALID, "block_mask.row_offsets", "2", "1");
+    BAD_MASK(c.row_offsets[3] = 2, INVALID, "block_mask.row_offsets", "3", "2");
     BAD_MASK(c.columns[1] = -1, INVALID, "block_mask.columns", "-1");
     BAD_MASK(c.columns[2] = 2, INVALID, "block_mask.columns", "2");
     BAD_MASK((c.columns[1] = 1, c.columns[2] = 0), INVALID, "block_mask.columns");

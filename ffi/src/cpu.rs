@@ -1,0 +1,260 @@
+//! Attention on the CPU.
+
+use std::alloc;
+use std::ptr;
+
+use hyperattn_core::{Layout, Layouts, Tensors};
+
+use crate::boundary::{check_pointer, guard, required};
+use crate::error::{Failure, Result};
+use crate::executor::{Chosen, kernels};
+use crate::types::*;
+use crate::{block_mask, params, sized, tensor};
+
+/// Size and alignment of the workspace that hyperattn_forward() needs for the same arguments. The tensors'
+/// data are not looked at and may be NULL; *out is written on success only.
+///
+///     hyperattn_layout need;
+///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
+///     if (hyperattn_forward_workspace(&params, &tensors, &exec, &need) == HYPERATTN_STATUS_OK) {
+///         exec.workspace.data = aligned_alloc(need.align, need.size);
+///         exec.workspace.size = need.size;
+///     }
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_forward_workspace(
+    params: *const hyperattn_params,
+    tensors: *const hyperattn_tensors,
+    exec: *const hyperattn_cpu_exec,
+    out: *mut hyperattn_layout,
+) -> hyperattn_status {
+    guard(|| {
+        check_pointer(out.cast_const(), "out")?;
+        // SAFETY: the pointers are what the header asks for.
+        let (options, from, exec) =
+            unsafe { (params::read(params)?, read_tensors(tensors)?, read_exec(exec)?) };
+        let (q, k) = (tensor::layout("q", &from.q)?, tensor::layout("k", &from.k)?);
+        let layouts = Layouts {
+            q,
+            k,
+            v: tensor::layout("v", &from.v)?,
+            out: tensor::layout("out", &from.out)?,
+            lse: (!from.lse.data.is_null()).then(|| tensor::layout("lse", &from.lse)).transpose()?,
+            // SAFETY: as above.
+            block_mask: unsafe { block_mask::read(from.block_mask, &q, &k) }?,
+        };
+        // SAFETY: as above.
+        let chosen = unsafe { Chosen::new(&exec) }?;
+        let Layout { size, align } =
+            hyperattn_core::forward_workspace(&options.params, &layouts, kernels(), chosen.executor())?;
+        // SAFETY: out is aligned and, not being NULL, writable.
+        unsafe { out.write(hyperattn_layout { size, align }) };
+        Ok(())
+    })
+}
+
+/// out = softmax(scale * q k^T) v under the mask, exactly or by the estimator that params asks for; and
+/// lse, when its data is not NULL.
+///
+/// Returns when the outputs are complete. Any number of threads may call at the same time with outputs and
+/// workspaces of their own. The same arguments give the same bits for every number of threads, with a
+/// given or an internal workspace, on every machine with the same hyperattn_cpu_isa(). A batch item's
+/// result does not depend on the other items. With a workspace nothing is allocated, except that the library's own
+/// threads, once started, take a block of queue memory now and then (none with num_threads = 1 or a pool).
+/// The library's threads do not survive fork(): in a child use num_threads = 1 or a pool.
+///
+/// A NaN stays in the rows that see it; logits of -inf are legal. On an error the outputs are untouched, except
+/// when exec.pool returned before its tasks had run (INVALID_ARGUMENT) or for INTERNAL.
+///
+///     hyperattn_tensors t = { .struct_size = sizeof t };
+///     t.q   = hyperattn_tensor_bhsd(q,   HYPERATTN_DTYPE_F32, 1, 8, n, 64);
+///     t.k   = hyperattn_tensor_bhsd(k,   HYPERATTN_DTYPE_F32, 1, 2, n, 64);
+///     t.v   = hyperattn_tensor_bhsd(v,   HYPERATTN_DTYPE_F32, 1, 2, n, 64);
+///     t.out = hyperattn_tensor_bhsd(out, HYPERATTN_DTYPE_F32, 1, 8, n, 64);
+///     if (hyperattn_forward(&params, &t, NULL) != HYPERATTN_STATUS_OK)
+///         fprintf(stderr, "%s\n", hyperattn_last_error());
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_forward(
+    params: *const hyperattn_params,
+    tensors: *const hyperattn_tensors,
+    exec: *const hyperattn_cpu_exec,
+) -> hyperattn_status {
+    guard(|| {
+        // SAFETY: the pointers are what the header asks for.
+        let (options, from, exec) =
+            unsafe { (params::read(params)?, read_tensors(tensors)?, read_exec(exec)?) };
+        // SAFETY: as above: the views describe the caller's memory, which is the call's until it returns.
+        let mut tensors = unsafe {
+            let (q, k) = (tensor::input("q", &from.q)?, tensor::input("k", &from.k)?);
+            let block_mask = block_mask::read(from.block_mask, q.layout(), k.layout())?;
+            Tensors {
+                q,
+                k,
+                v: tensor::input("v", &from.v)?,
+                out: tensor::output("out", &from.out)?,
+                lse: (!from.lse.data.is_null()).then(|| tensor::output("lse", &from.lse)).transpose()?,
+                block_mask,
+            }
+        };
+        // SAFETY: as above.
+        let chosen = unsafe { Chosen::new(&exec) }?;
+        let executor = chosen.executor();
+        let layouts = tensors.layouts();
+        let need = hyperattn_core::forward_workspace(&options.params, &layouts, kernels(), executor)?;
+        let mut workspace = Workspace::new(exec.workspace, need, options.may_allocate)?;
+        hyperattn_core::forward(&options.params, &mut tensors, kernels(), executor, workspace.bytes())?;
+        Ok(())
+    })
+}
+
+/// Joins two partial attention results over disjoint keys; a becomes the result over the union:
+/// out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b), lse = ln(e^lse_a + e^lse_b).
+///
+/// out_a and out_b have one shape and any dtype; lse_a and lse_b are f32 [batch, heads, sequence, 1]. A row
+/// with lse -inf is empty, and the other side comes back unchanged. Runs on the calling thread and
+/// allocates nothing.
+///
+///     hyperattn_merge(&out_old, &lse_old, &out_new, &lse_new);
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_merge(
+    out_a: *const hyperattn_tensor,
+    lse_a: *const hyperattn_tensor,
+    out_b: *const hyperattn_tensor,
+    lse_b: *const hyperattn_tensor,
+) -> hyperattn_status {
+    guard(|| {
+        // SAFETY: the pointers and what they describe are as the header asks.
+        unsafe {
+            let mut out = tensor::output("out_a", required(out_a, "out_a")?)?;
+            let mut lse = tensor::output("lse_a", required(lse_a, "lse_a")?)?;
+            let out_b = tensor::input("out_b", required(out_b, "out_b")?)?;
+            let lse_b = tensor::input("lse_b", required(lse_b, "lse_b")?)?;
+            hyperattn_core::merge(kernels(), &mut out, &mut lse, &out_b, &lse_b)?;
+        }
+        Ok(())
+    })
+}
+
+/// Size and alignment of the workspace that hyperattn_backward() needs. This version answers
+/// HYPERATTN_STATUS_UNSUPPORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_backward_workspace(
+    params: *const hyperattn_params,
+    tensors: *const hyperattn_tensors,
+    exec: *const hyperattn_cpu_exec,
+    out: *mut hyperattn_layout,
+) -> hyperattn_status {
+    let _ = (params, tensors, exec, out);
+    guard(|| Err(no_backward("hyperattn_backward_workspace")))
+}
+
+/// Gradients by q, k and v of the estimator that hyperattn_forward() ran. This version answers
+/// HYPERATTN_STATUS_UNSUPPORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_backward(
+    params: *const hyperattn_params,
+    tensors: *const hyperattn_tensors,
+    grads: *const hyperattn_grads,
+    exec: *const hyperattn_cpu_exec,
+) -> hyperattn_status {
+    let _ = (params, tensors, grads, exec);
+    guard(|| Err(no_backward("hyperattn_backward")))
+}
+
+fn no_backward(entry: &str) -> Failure {
+    Failure::new(HYPERATTN_STATUS_UNSUPPORTED, format_args!("{entry}: this version has no backward pass"))
+}
+
+/// # Safety
+/// `pointer` is NULL or points to as many readable bytes as its struct_size says.
+unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<hyperattn_tensors> {
+    let defaults = hyperattn_tensors {
+        struct_size: 0,
+        q: tensor::EMPTY,
+        k: tensor::EMPTY,
+        v: tensor::EMPTY,
+        out: tensor::EMPTY,
+        lse: tensor::EMPTY,
+        block_mask: ptr::null(),
+    };
+    // SAFETY: the caller's contract.
+    unsafe { sized::read(pointer, "tensors", defaults) }
+}
+
+/// # Safety
+/// As for [`read_tensors`].
+unsafe fn read_exec(pointer: *const hyperattn_cpu_exec) -> Result<hyperattn_cpu_exec> {
+    let defaults = hyperattn_cpu_exec {
+        struct_size: size_of::<hyperattn_cpu_exec>(),
+        workspace: hyperattn_buffer { data: ptr::null_mut(), size: 0 },
+        num_threads: 0,
+        reserved: 0,
+        pool: ptr::null(),
+    };
+    if pointer.is_null() {
+        return Ok(defaults);
+    }
+    // SAFETY: the caller's contract.
+    let exec = unsafe { sized::read(pointer, "exec", defaults) }?;
+    if exec.reserved != 0 {
+        return Err(Failure::invalid(format_args!("exec.reserved = {} must be 0", exec.reserved)));
+    }
+    if exec.workspace.data.is_null() && exec.workspace.size != 0 {
+        return Err(Failure::invalid(format_args!(
+            "exec.workspace.data is NULL but exec.workspace.size = {}",
+            exec.workspace.size
+        )));
+    }
+    Ok(exec)
+}
+
+/// The caller's scratch memory, or our own for the length of a call.
+struct Workspace {
+    data: *mut u8,
+    size: usize,
+    owned: Option<alloc::Layout>,
+}
+
+impl Workspace {
+    fn new(given: hyperattn_buffer, need: Layout, may_allocate: bool) -> Result<Self> {
+        if !given.data.is_null() {
+            return Ok(Workspace { data: given.data.cast(), size: given.size, owned: None });
+        }
+        if !may_allocate {
+            return Err(Failure::new(
+                HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
+                format_args!(
+                    "params.flags has HYPERATTN_FLAG_NO_ALLOC but exec.workspace is empty; {} bytes are needed",
+                    need.size
+                ),
+            ));
+        }
+        let no_memory = || {
+            Failure::new(
+                HYPERATTN_STATUS_OUT_OF_MEMORY,
+                format_args!("{} bytes of scratch memory could not be allocated", need.size),
+            )
+        };
+        let layout = alloc::Layout::from_size_align(need.size.max(1), need.align).map_err(|_| no_memory())?;
+        // SAFETY: the size is not 0.
+        let data = unsafe { alloc::alloc(layout) };
+        if data.is_null() {
+            return Err(no_memory());
+        }
+        Ok(Workspace { data, size: need.size, owned: Some(layout) })
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: `size` bytes are ours for the length of the call: allocated above, or lent by the caller.
+        // The core writes every byte of it before reading it.
+        unsafe { std::slice::from_raw_parts_mut(self.data, self.size) }
+    }
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        if let Some(layout) = self.owned {
+            // SAFETY: allocated with this layout.
+            unsafe { alloc::dealloc(self.data, layout) }
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! The types of the C interface: names, field order and meanings are a contract.
+
+use core::ffi::c_void;
+
+/// What a call answers: one of HYPERATTN_STATUS_*. Numbers never change meaning. On anything but
+/// HYPERATTN_STATUS_OK no output has been written, and hyperattn_last_error() has a sentence that
+/// names the argument and the values.
+pub type hyperattn_status = i32;
+
+/// The call did what it says.
+pub const HYPERATTN_STATUS_OK: i32 = 0;
+/// An argument is NULL, out of range, or inconsistent with another argument.
+pub const HYPERATTN_STATUS_INVALID_ARGUMENT: i32 = 1;
+/// The request is valid, but this build or machine cannot do it.
+pub const HYPERATTN_STATUS_UNSUPPORTED: i32 = 2;
+/// No usable CUDA device, driver or kernel image.
+pub const HYPERATTN_STATUS_DEVICE_UNAVAILABLE: i32 = 3;
+/// Scratch memory could not be allocated.
+pub const HYPERATTN_STATUS_OUT_OF_MEMORY: i32 = 4;
+/// The workspace is too small or misaligned, or none was given with HYPERATTN_FLAG_NO_ALLOC.
+pub const HYPERATTN_STATUS_WORKSPACE_TOO_SMALL: i32 = 5;
+/// The CUDA driver or NVRTC reported an error.
+pub const HYPERATTN_STATUS_CUDA: i32 = 6;
+/// A struct_size does not fit this library.
+pub const HYPERATTN_STATUS_ABI_MISMATCH: i32 = 7;
+/// A bug in the library, caught at its boundary.
+pub const HYPERATTN_STATUS_INTERNAL: i32 = 99;
+
+/// Element type: one of HYPERATTN_DTYPE_*. 0 is invalid, so a zero-filled view is rejected.
+pub type hyperattn_dtype = u32;
+
+/// IEEE 754 binary32.
+pub const HYPERATTN_DTYPE_F32: u32 = 1;
+/// IEEE 754 binary16.
+pub const HYPERATTN_DTYPE_F16: u32 = 2;
+/// bfloat16, the upper half of a binary32.
+pub const HYPERATTN_DTYPE_BF16: u32 = 3;
+
+/// Which keys a query sees: one of HYPERATTN_MASK_*. i counts queries and j keys, both from 0.
+pub type hyperattn_mask = u32;
+
+/// Every query sees every key.
+pub const HYPERATTN_MASK_NONE: u32 = 0;
+/// Key j is visible to query i when j <= i + (n_k - n_q): a chunk of queries at the end of a KV cache.
+pub const HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT: u32 = 1;
+/// Key j is visible to query i when j <= i.
+pub const HYPERATTN_MASK_CAUSAL_TOP_LEFT: u32 = 2;
+
+/// How the output is computed: one of HYPERATTN_METHOD_*.
+pub type hyperattn_method = u32;
+
+/// Exact while that is the faster choice for the shape on this machine, else the library's best
+/// estimator, which in this version is PAPER: see there what that costs in accuracy.
+pub const HYPERATTN_METHOD_AUTO: u32 = 0;
+/// Softmax attention without approximation, any length. Time grows with n_q * n_k.
+pub const HYPERATTN_METHOD_EXACT: u32 = 1;
+/// HyperAttention as published (arXiv 2310.05869): sortLSH blocks and a sampled residual. Near-linear
+/// time. On the attention of trained language models the published estimator is often far off (relative
+/// errors of 0.2 to 0.8 of the output were measured): check it on your model before you rely on it.
+pub const HYPERATTN_METHOD_PAPER: u32 = 2;
+/// A better estimator of the same cost class. This version answers HYPERATTN_STATUS_UNSUPPORTED.
+pub const HYPERATTN_METHOD_REFINED: u32 = 3;
+
+/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*.
+pub type hyperattn_residual = u32;
+
+/// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
+pub const HYPERATTN_RESIDUAL_UNIFORM: u32 = 0;
+/// Algorithms 2 and 3: capped row-sum estimate, and columns sampled by the row norms of V.
+pub const HYPERATTN_RESIDUAL_ROW_NORM: u32 = 1;
+/// Blocks only.
+pub const HYPERATTN_RESIDUAL_NONE: u32 = 2;
+
+/// Something that a build may have: one of HYPERATTN_FEATURE_*.
+pub type hyperattn_feature = u32;
+
+/// This build has the bodies of the CUDA entry points.
+pub const HYPERATTN_FEATURE_CUDA: u32 = 1;
+/// It has CUDA kernels that were compiled at build time.
+pub const HYPERATTN_FEATURE_CUDA_AOT: u32 = 2;
+/// The library can run its own threads.
+pub const HYPERATTN_FEATURE_THREADS: u32 = 3;
+
+/// hyperattn_params.flags: fail with HYPERATTN_STATUS_WORKSPACE_TOO_SMALL rather than allocate scratch.
+pub const HYPERATTN_FLAG_NO_ALLOC: u32 = 1;
+
+/// What to compute. Fill with hyperattn_params_init(), then override; that stays right when later
+/// versions append fields.
+///
+/// struct_size, here and in every struct that begins with it, is the caller's sizeof. A shorter struct
+/// comes from an older header: the missing fields keep their defaults. A longer one is accepted while the
+/// part this library does not know is zero, else HYPERATTN_STATUS_ABI_MISMATCH.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_params {
+    /// sizeof(hyperattn_params).
+    pub struct_size: usize,
+    /// Default AUTO.
+    pub method: hyperattn_method,
+    /// Default NONE.
+    pub mask: hyperattn_mask,
+    /// Factor on the logits; must be finite. Default 0, which means 1/sqrt(head_dim).
+    pub scale: f32,
+    /// Default UNIFORM.
+    pub residual: hyperattn_residual,
+    /// Hyperplanes of the angular hash, 1..24. Default 7. 0 leaves queries and keys in their order:
+    /// blocks are then neighbours in the sequence.
+    pub lsh_num_projs: u32,
+    /// Keys per sorted block. Default 256. 0 means residual only.
+    pub block_size: u32,
+    /// Sampled keys per sub-problem. Default 256. 0 means blocks only; not both may be 0.
+    pub sample_size: u32,
+    /// HYPERATTN_FLAG_*. Default 0.
+    pub flags: u32,
+    /// Sub-problems with at most this many keys are exact. At least 0, default 4096.
+    pub min_seq_len: i64,
+    /// Key of the counter-based random numbers: the same seed gives the same bits. Default 0.
+    pub seed: u64,
+    /// Stream of the random numbers, for example the layer number. Default 0.
+    pub offset: u64,
+    /// Epsilon of Algorithm 2, positive. Default 0.5. Used by RESIDUAL_ROW_NORM only.
+    pub approx_d_epsilon: f32,
+    /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
+    pub approx_d_kappa: f32,
+}
+
+/// A borrowed view of a tensor [batch, heads, sequence, head_dim]. The library neither frees nor keeps
+/// the memory. hyperattn_tensor_bhsd() and hyperattn_tensor_bshd() fill one for packed memory.
+///
+/// Strides count elements, not bytes; stride[3] must be 1 (or shape[3] == 1). A stride of 0 broadcasts an
+/// input, and negative strides are allowed; outputs must not overlap themselves, each other or an input.
+/// Extents of batch, heads and head_dim are at least 1, head_dim is at most 256; the sequence extent is
+/// 0..2147483647, and a tensor without elements needs no memory (data may be NULL). Elements need no
+/// alignment beyond their type's. This struct is frozen: it has no struct_size and will not grow.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_tensor {
+    /// Address of element [0, 0, 0, 0].
+    pub data: *mut c_void,
+    /// HYPERATTN_DTYPE_*.
+    pub dtype: hyperattn_dtype,
+    /// Must be 0.
+    pub reserved: u32,
+    /// Extents of batch, heads, sequence and head_dim.
+    pub shape: [i64; 4],
+    /// Distance to the next batch item, head, row and element, in elements.
+    pub stride: [i64; 4],
+}
+
+/// Exact blocks that the caller chooses, instead of sortLSH (the paper's predefined mask), for
+/// METHOD_PAPER. Compressed rows over blocks of query_block queries: a row lists the key blocks that its
+/// queries meet exactly, ascending and unique; the residual stands for all other keys.
+///
+/// Under a causal mask the pattern chooses among the keys of each sub-problem that is estimated.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_block_mask {
+    /// sizeof(hyperattn_block_mask).
+    pub struct_size: usize,
+    /// Queries per block, at least 1.
+    pub query_block: u32,
+    /// Keys per block, at least 1.
+    pub key_block: u32,
+    /// ceil(n_q / query_block).
+    pub num_query_blocks: i64,
+    /// ceil(n_k / key_block).
+    pub num_key_blocks: i64,
+    /// For (batch, query head): num_query_blocks + 1 ascending offsets into columns, beginning at entry
+    /// (batch * heads_q + head) * row_offsets_head_stride.
+    pub row_offsets: *const i64,
+    /// Indices of key blocks.
+    pub columns: *const i32,
+    /// Entries from one head's offsets to the next head's. 0 = one pattern for all heads.
+    pub row_offsets_head_stride: i64,
+}
+
+/// The tensors of a forward call. q, k and v share one dtype; out has that dtype or f32.
+///
+/// heads_q must be a multiple of heads_kv: query head h uses KV head h / (heads_q / heads_kv). head_dim
+/// and value_dim are 1..256 and need not be equal. n_q = 0 and n_k = 0 are legal; a query that sees no
+/// key gets output 0 and lse -inf.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_tensors {
+    /// sizeof(hyperattn_tensors).
+    pub struct_size: usize,
+    /// Queries [batch, heads_q, n_q, head_dim].
+    pub q: hyperattn_tensor,
+    /// Keys [batch, heads_kv, n_k, head_dim].
+    pub k: hyperattn_tensor,
+    /// Values [batch, heads_kv, n_k, value_dim].
+    pub v: hyperattn_tensor,
+    /// Output [batch, heads_q, n_q, value_dim].
+    pub out: hyperattn_tensor,
+    /// Natural log of the sum of exp(logit) over the visible keys, f32 [batch, heads_q, n_q, 1]. With
+    /// data NULL it is not wanted and its other fields are not looked at.
+    pub lse: hyperattn_tensor,
+    /// Exact blocks for METHOD_PAPER; NULL = sortLSH chooses.
+    pub block_mask: *const hyperattn_block_mask,
+}
+
+/// The tensors of a backward call: gradients, shaped like what they belong to.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_grads {
+    /// sizeof(hyperattn_grads).
+    pub struct_size: usize,
+    /// Gradient of the loss by out: an input.
+    pub dout: hyperattn_tensor,
+    /// Gradient by q: an output.
+    pub dq: hyperattn_tensor,
+    /// Gradient by k: an output.
+    pub dk: hyperattn_tensor,
+    /// Gradient by v: an output.
+    pub dv: hyperattn_tensor,
+}
+
+/// Size and alignment of a workspace, in bytes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_layout {
+    /// Bytes.
+    pub size: usize,
+    /// Alignment of the first byte, a power of two.
+    pub align: usize,
+}
+
+/// Memory that the caller lends for the length of a call.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_buffer {
+    /// First byte.
+    pub data: *mut c_void,
+    /// Bytes.
+    pub size: usize,
+}
+
+/// The caller's own threads.
+///
+/// parallel_for runs task(task_ctx, i) once for every i in 0..n, on any threads and in any order, and
+/// returns when all have returned. It may be called several times during one call, always from the thread that
+/// called the library, and never while another of its calls for the same hyperattn call runs. task does not throw, long-jump or call back.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_threadpool {
+    /// sizeof(hyperattn_threadpool).
+    pub struct_size: usize,
+    /// Passed to both functions as it is.
+    pub ctx: *mut c_void,
+    /// How many tasks can run at the same time, at least 1. Must answer the same for the workspace query and the call.
+    pub num_threads: Option<unsafe extern "C" fn(ctx: *mut c_void) -> u32>,
+    /// See above.
+    pub parallel_for: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            n: usize,
+            task: Option<unsafe extern "C" fn(task_ctx: *mut c_void, index: usize)>,
+            task_ctx: *mut c_void,
+        ),
+    >,
+}
+
+/// How to run on the CPU. NULL instead of a pointer to it means: allocate scratch, use all available cores.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_cpu_exec {
+    /// sizeof(hyperattn_cpu_exec).
+    pub struct_size: usize,
+    /// Scratch memory of the size and alignment that the workspace query answers for the same
+    /// arguments; its contents do not matter before and mean nothing after. {NULL, 0} lets the library allocate.
+    pub workspace: hyperattn_buffer,
+    /// 0 = all available cores, 1 = the calling thread only. More than the machine has counts as all.
+    pub num_threads: u32,
+    /// Must be 0.
+    pub reserved: u32,
+    /// The caller's threads; overrides num_threads. NULL = the library's threads, started at first use.
+    pub pool: *const hyperattn_threadpool,
+}
+
+/// The CUDA runtime's stream object, known to this header by name only.
+pub enum CUstream_st {}
+
+/// How to run on CUDA: enqueue on a stream of the calling thread's current context.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_cuda_exec {
+    /// sizeof(hyperattn_cuda_exec).
+    pub struct_size: usize,
+    /// Device memory; {NULL, 0} = stream-ordered allocation.
+    pub workspace: hyperattn_buffer,
+    /// A cudaStream_t or CUstream; NULL = the legacy default stream.
+    pub stream: *mut CUstream_st,
+}

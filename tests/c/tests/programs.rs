@@ -1,0 +1,130 @@
+//! Every program of `programs/`, with the machine's best kernels and with the scalar ones.
+
+use std::path::{Path, PathBuf};
+
+use hyperattn_c_tests::{build, c_program, cpp_program, run_ok};
+use hyperattn_link::Language;
+
+const SCALAR: (&str, &str) = ("HYPERATTN_MAX_ISA", "scalar");
+
+fn executable(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs").join(name)
+}
+
+fn run_both(executable: &Path) {
+    print!("{}", run_ok(executable, &[]));
+    print!("{}", run_ok(executable, &[SCALAR]));
+}
+
+fn run_c(name: &str) {
+    run_both(&build(&c_program(name), &executable(name)));
+}
+
+#[test]
+fn exact() {
+    run_c("exact");
+}
+
+#[test]
+fn paper() {
+    run_c("paper");
+}
+
+#[test]
+fn block_mask() {
+    run_c("block_mask");
+}
+
+#[test]
+fn determinism() {
+    run_c("determinism");
+}
+
+#[test]
+fn bad_calls() {
+    run_c("bad_calls");
+}
+
+#[test]
+fn merge() {
+    run_c("merge");
+}
+
+#[test]
+fn nan_inf() {
+    run_c("nan_inf");
+}
+
+#[test]
+fn concurrency() {
+    run_c("concurrency");
+}
+
+#[test]
+fn old_caller() {
+    run_c("old_caller");
+}
+
+#[test]
+fn api_misc() {
+    let executable = build(&c_program("api_misc"), &executable("api_misc"));
+    print!("{}", run_ok(&executable, &[]));
+    let scalar = run_ok(&executable, &[SCALAR]);
+    assert!(scalar.lines().any(|line| line == "cpu_isa scalar"), "{scalar}");
+    if cfg!(target_arch = "x86_64") {
+        let avx2 = run_ok(&executable, &[("HYPERATTN_MAX_ISA", "avx2")]);
+        let isa = avx2.lines().find_map(|line| line.strip_prefix("cpu_isa "));
+        assert!(matches!(isa, Some("avx2" | "scalar")), "{avx2}");
+    }
+}
+
+#[test]
+fn allocation() {
+    if !cfg!(target_os = "linux") {
+        hyperattn_c_tests::skip("--wrap needs a linker that knows it; tried on Linux only");
+        return;
+    }
+    let wrap = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memalign,--wrap=aligned_alloc";
+    let program = c_program("allocation").link_argument(wrap);
+    run_both(&build(&program, &executable("allocation")));
+}
+
+#[test]
+fn harness_cpp() {
+    for language in Language::ALL.into_iter().filter(|language| language.is_cpp()) {
+        let name = format!("harness-{}", language.name());
+        run_both(&build(&cpp_program("harness", language), &executable(&name)));
+    }
+}
+
+#[test]
+fn example_cpp() {
+    run_both(&build(&cpp_program("example_cpp", Language::Cpp11), &executable("example_cpp")));
+}
+
+/// A program that checks nothing, or a driver that ignores its failures, would look like success.
+#[test]
+fn a_failing_program_is_noticed() {
+    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("failing_program.c");
+    std::fs::write(&source, FAILING_PROGRAM).expect("the temporary directory is writable");
+    let support = hyperattn_c_tests::folder().join("support");
+    let sources = [source, support.join("check.c")];
+    let program = hyperattn_link::Program::new(Language::C99, sources).include(support);
+    let output = hyperattn_c_tests::run(&build(&program, &executable("failing_program")), &[]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("failing_program.c:6: FAILED: 1 + 1 == 3 [the case]: 2, expected 3"), "{text}");
+    assert!(text.contains("3 checks, 2 failures"), "{text}");
+}
+
+const FAILING_PROGRAM: &str = r#"#include "check.h"
+int main(int argc, char **argv)
+{
+    check_start("failing", argc, argv);
+    check_case("the %s", "case");
+    CHECK_INT(1 + 1, 3);
+    CHECK_NEAR(0.0 / 0.0, 0.0, 1.0);
+    CHECK_INT(1, 1);
+    return check_finish();
+}
+"#;
