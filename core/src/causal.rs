@@ -184,7 +184,10 @@ mod tests {
                         (0..1 << level).filter_map(|i| square.rectangle(level, i)).for_each(&mut add);
                     }
                     let leaves = (0..1 << square.levels()).filter_map(|i| square.leaf_rectangle(i));
-                    leaves.inspect(|r| assert!(r.keys.len() <= leaf.max(1))).for_each(&mut add);
+                    leaves.for_each(|r| {
+                        assert!(r.keys.len() <= leaf.max(1));
+                        add(r);
+                    });
                 }
                 for i in 0..n_q {
                     for j in 0..n_k {

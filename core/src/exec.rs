@@ -66,13 +66,16 @@ pub(crate) fn for_each_item(
     ))
 }
 
+/// What is done to one chunk: (scratch, index of the chunk, chunk).
+type ChunkTask<'a, T> = dyn Fn(&mut [u8], usize, &mut [T]) + Sync + 'a;
+
 /// Calls `body(scratch, index, chunk)` for every chunk of `chunk_len` elements of `slice`; the last may be shorter.
 pub(crate) fn for_each_chunk<T: Send>(
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     slice: &mut [T],
     chunk_len: usize,
-    body: &(dyn Fn(&mut [u8], usize, &mut [T]) + Sync),
+    body: &ChunkTask<'_, T>,
 ) -> Result<()> {
     let chunks = Chunks::new(slice, chunk_len);
     for_each_item(executor, lanes, chunks.count(), &|scratch, _| {

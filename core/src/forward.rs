@@ -189,7 +189,7 @@ pub fn forward(
     tensors.check_overlap()?;
     let lane_count = executor.lanes().max(1);
     let (shared_size, lane_size, size) = total(sizes(&plan, params, &layouts, kernels), lane_count)?;
-    if workspace.as_ptr() as usize % WORKSPACE_ALIGN != 0 {
+    if !workspace.as_ptr().addr().is_multiple_of(WORKSPACE_ALIGN) {
         return Err(Error::new(
             ErrorKind::WorkspaceTooSmall,
             format_args!("workspace.data = {:p} is not a multiple of {WORKSPACE_ALIGN}", workspace.as_ptr()),

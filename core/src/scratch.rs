@@ -100,7 +100,6 @@ impl SharedLanes<'_> {
         self.0.count()
     }
 
-    #[expect(clippy::mut_from_ref, reason = "a lane is handed out once")]
     pub(crate) fn claim(&self) -> Option<&mut [u8]> {
         self.0.claim().map(|(_, lane)| lane)
     }

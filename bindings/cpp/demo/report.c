@@ -31,6 +31,8 @@ static void print_conclusion(const report_row *rows, int count) {
                "attention in a trained model. Measure the model's quality before using it for speed.\n");
     else
         printf("Whether a model bears that has to be measured on the model.\n");
+    if (find_real(rows, count, "AUTO = PAPER") != NULL)
+        printf("AUTO looks at time alone: it ran PAPER here, with the same loss. Ask for EXACT where quality counts.\n");
 }
 
 void report_print(const report_row *rows, int count) {

@@ -64,7 +64,7 @@ pub(crate) trait Vector: Copy {
 /// Coefficients of 2^f - 1 = f c_1 + ... + f^6 c_6 on [-1/2, 1/2]: the minimax polynomial of the
 /// relative error, 2.6e-9.
 pub(crate) const EXP2: [f32; 6] =
-    [0.693_147_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_81];
+    [core::f32::consts::LN_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_81];
 
 /// Adding this to |x| < 2^22 rounds x to an integer, whose value plus the exponent's bias is then in
 /// the low bits.

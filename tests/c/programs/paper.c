@@ -29,6 +29,14 @@ static hyperattn_params estimator_params(hyperattn_mask mask, hyperattn_residual
     return params;
 }
 
+/* Algorithm 2 promises something for a kappa that bounds the spread of the unmasked row sums and a cap (epsilon) above the
+ * single terms; the defaults of both would cap nearly every term of inputs like these. */
+static void allow_wide_row_sums(hyperattn_params *params)
+{
+    params->approx_d_epsilon = 10.0f;
+    params->approx_d_kappa = 100.0f;
+}
+
 /* Runs `params` and checks the result as exact attention. */
 static void expect_exact(problem *p, const hyperattn_params *params)
 {
@@ -164,6 +172,7 @@ static void clustered_inputs_are_estimated_well(random_source *source)
                     params.block_size = 128;
                     params.sample_size = 128;
                     params.min_seq_len = 128;
+                    allow_wide_row_sums(&params);
                     problem_poison_outputs(&p);
                     CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
                     double error = reference_error(&r, &p.out.view);
@@ -171,7 +180,9 @@ static void clustered_inputs_are_estimated_well(random_source *source)
                         printf("clusters: shape %zu mask %s residual %s: error %.3f\n", s, mask_name(mask),
                                residual_name(residual), error);
                     }
-                    CHECK_BELOW(error, 0.5);
+                    /* Uniform: a row's weight is nearly all in its cluster, of which 8 of 128 samples are expected, so the
+                     * values' noise is what remains. Row-norm: numerator and row sum draw apart, each off by 8^-1/2. */
+                    CHECK_BELOW(error, residual == HYPERATTN_RESIDUAL_UNIFORM ? 0.1 : 0.5);
                 }
                 reference_destroy(&r);
             }
@@ -185,17 +196,18 @@ static void sorting_beats_the_given_order(random_source *source)
 {
     check_case("sortLSH against the given order");
     problem p = problem_create(&SQUARE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
-    clusters_fill(&p, 16, 0.1, source);
+    clusters_fill(&p, 16, 0.02, source);
     reference r = reference_compute(&p.tensors, HYPERATTN_MASK_NONE, 0.0, NULL, NULL);
     hyperattn_params params = estimator_params(HYPERATTN_MASK_NONE, HYPERATTN_RESIDUAL_NONE);
-    /* An unsorted block of 16 keys misses a given one of 16 clusters with probability (15/16)^16, about 0.36. */
+    /* An unsorted block of 16 keys misses a given one of 16 clusters with probability (15/16)^16, about 0.36; rows that
+     * miss theirs are wrong by more than their size. Two clusters of a bucket share it; rows near a hyperplane stray. */
     params.block_size = 16;
     params.sample_size = 0;
     double sorted = error_of(&p, &r, &params);
     params.lsh_num_projs = 0;
     double unsorted = error_of(&p, &r, &params);
     printf("blocks alone on clusters: error %.3f sorted, %.3f in the given order\n", sorted, unsorted);
-    CHECK_BELOW(sorted, unsorted);
+    CHECK_BELOW(sorted, 0.7 * unsorted);
     reference_destroy(&r);
     problem_destroy(&p);
 }
@@ -211,6 +223,7 @@ static void gaussian_inputs_with_a_mean(random_source *source)
         hyperattn_params params = estimator_params(HYPERATTN_MASK_NONE, residual);
         params.block_size = 256;
         params.sample_size = 256;
+        allow_wide_row_sums(&params);
         double error = error_of(&p, &r, &params);
         params.block_size = 0;
         params.sample_size = 64;

@@ -2,6 +2,21 @@
 
 #include <stdlib.h>
 
+/* 0..count in random order. */
+static int64_t *shuffled_create(int64_t count, random_source *source)
+{
+    int64_t *order = (int64_t *)malloc((size_t)(count + 1) * sizeof *order);
+    if (order == NULL) {
+        exit(EXIT_FAILURE);
+    }
+    for (int64_t i = 0; i < count; i += 1) {
+        int64_t other = (int64_t)(random_bits(source) % (uint64_t)(i + 1));
+        order[i] = order[other];
+        order[other] = i;
+    }
+    return order;
+}
+
 static double *centres_create(int64_t count, random_source *source)
 {
     double *centres = (double *)malloc((size_t)count * sizeof *centres);
@@ -29,14 +44,19 @@ void clusters_fill(const problem *p, int clusters, double noise, random_source *
     for (int64_t b = 0; b < q->shape[0]; b += 1) {
         for (int64_t h = 0; h < k->shape[1]; h += 1) {
             double *keys = centres_create(clusters * d, source), *values = centres_create(clusters * d_v, source);
+            int64_t *order = shuffled_create(k->shape[2], source);
             for (int64_t j = 0; j < k->shape[2]; j += 1) {
-                int64_t cluster = (int64_t)(random_bits(source) % (uint64_t)clusters);
+                int64_t cluster = order[j] % clusters;
                 set_row(k, b, h, j, keys + cluster * d, noise, source);
                 set_row(v, b, h, j, values + cluster * d_v, noise, source);
             }
-            for (int64_t i = 0; i < group * q->shape[2]; i += 1) {
-                int64_t cluster = (int64_t)(random_bits(source) % (uint64_t)clusters);
-                set_row(q, b, h * group + i % group, i / group, keys + cluster * d, noise, source);
+            free(order);
+            for (int64_t head = h * group; head < (h + 1) * group; head += 1) {
+                order = shuffled_create(q->shape[2], source);
+                for (int64_t i = 0; i < q->shape[2]; i += 1) {
+                    set_row(q, b, head, i, keys + order[i] % clusters * d, noise, source);
+                }
+                free(order);
             }
             free(keys);
             free(values);

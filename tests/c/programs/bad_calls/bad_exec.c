@@ -1,4 +1,5 @@
 /* Wrong hyperattn_cpu_exec: size, workspace, thread pool. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,8 +14,8 @@ static void structs(void)
     BAD(c.exec.reserved = 4, INVALID, "exec.reserved", "4");
     BAD((c.exec.pool = &c.pool, c.pool.struct_size = 0), HYPERATTN_STATUS_ABI_MISMATCH, "pool.struct_size", "0");
     BAD((c.exec.pool = &c.pool, c.pool.struct_size = 5), HYPERATTN_STATUS_ABI_MISMATCH, "pool.struct_size", "5");
-    BAD((c.exec.pool = &c.pool, c.pool.num_threads = NULL), INVALID, "pool.num_threads", "NULL");
-    BAD((c.exec.pool = &c.pool, c.pool.parallel_for = NULL), INVALID, "pool.parallel_for", "NULL");
+    BAD((c.exec.pool = &c.pool, c.pool.num_threads = NULL), INVALID, "num_threads", "NULL");
+    BAD((c.exec.pool = &c.pool, c.pool.parallel_for = NULL), INVALID, "parallel_for", "NULL");
 }
 
 static void workspaces(void)
@@ -43,7 +44,9 @@ static void workspaces(void)
     workspace shifted = workspace_create(larger, 0xff);
     c.exec.workspace.data = (unsigned char *)shifted.buffer.data + 1;
     c.exec.workspace.size = layout.size;
-    bad_call_expect_forward("misaligned", &c, HYPERATTN_STATUS_WORKSPACE_TOO_SMALL, PARTS("workspace.data", "align"));
+    char alignment[32];
+    snprintf(alignment, sizeof alignment, "%zu", layout.align);
+    bad_call_expect_forward("misaligned", &c, HYPERATTN_STATUS_WORKSPACE_TOO_SMALL, PARTS("workspace.data", alignment));
     CHECK(workspace_surroundings_unchanged(&shifted));
 
     c.exec.workspace.data = NULL;
