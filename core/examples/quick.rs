@@ -26,7 +26,12 @@ fn main() -> Result<(), hyperattn_core::Error> {
                     lse: None,
                     block_mask: None,
                 };
-                let params = Params { method, mask, min_seq_len: args.get(4).map_or(1024, |x| x.parse().unwrap()), ..Params::default() };
+                let params = Params {
+                    method,
+                    mask,
+                    min_seq_len: args.get(4).map_or(1024, |x| x.parse().unwrap()),
+                    ..Params::default()
+                };
                 let Layout { size, align } =
                     hyperattn_core::forward_workspace(&params, &tensors.layouts(), kernels, &Serial)?;
                 let mut workspace = vec![0u8; size + align];

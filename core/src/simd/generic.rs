@@ -154,11 +154,9 @@ unsafe fn weigh<V: Vector, const ROWS: usize, const VECTORS: usize>(
         unsafe {
             let value = step.values.as_ptr().add(p * panel * KEY_TILE);
             let sums = step.accumulated.as_mut_ptr().add(first * step.value_dim + p * panel);
-            let mut tile: [[V; VECTORS]; ROWS] = core::array::from_fn(|r| {
-                core::array::from_fn(|v| {
-                    V::load(sums.add(r * step.value_dim + v * V::LANES)).mul(V::splat(rescale[r]))
-                })
-            });
+            // From zero, joined to the running sums at the end: a chain as long as the sequence would
+            // lose the small weights in the rounding of the sum.
+            let mut tile = [[V::splat(0.0); VECTORS]; ROWS];
             for key in 0..keys {
                 let columns: [V; VECTORS] =
                     core::array::from_fn(|v| V::load(value.add(key * panel + v * V::LANES)));
@@ -170,8 +168,10 @@ unsafe fn weigh<V: Vector, const ROWS: usize, const VECTORS: usize>(
                 }
             }
             for (r, row) in tile.iter().enumerate() {
-                for (v, cell) in row.iter().enumerate() {
-                    cell.store(sums.add(r * step.value_dim + v * V::LANES));
+                let shrink = V::splat(rescale[r]);
+                for (v, &cell) in row.iter().enumerate() {
+                    let at = sums.add(r * step.value_dim + v * V::LANES);
+                    shrink.mul_add(V::load(at), cell).store(at);
                 }
             }
         }

@@ -77,8 +77,7 @@ impl Head<'_> {
         let Params { seed, offset, .. } = *self.params;
         let samples = self.params.sample_size as usize;
         let problem = &self.problem.slice(queries.clone(), keys.clone());
-        let (query_ranks, key_ranks) =
-            (&self.query_ranks[queries.clone()], &self.key_ranks[keys.clone()]);
+        let (query_ranks, key_ranks) = (&self.query_ranks[queries.clone()], &self.key_ranks[keys.clone()]);
         let blocks = SortedBlocks::new(query_ranks, key_ranks, self.params.block_size as usize);
         let covered = |i: usize, j: usize| match self.mask {
             Some((mask, pattern)) => random_mask::names(mask, pattern, queries.start + i, keys.start + j),

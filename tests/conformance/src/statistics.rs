@@ -28,11 +28,11 @@ impl Mean {
         (self.squares / (self.count - 1.0) / self.count).sqrt()
     }
 
-    /// The deviation of the mean from `truth` in standard errors. Draws without variance give 0 when they
-    /// agree with `truth` to `1e-5` of it (they went through f32), else infinity.
-    pub fn z(&self, truth: f64) -> f64 {
-        let (deviation, rounding) = ((self.mean - truth).abs(), 1e-5 * truth.abs());
-        if self.standard_error() < rounding * 0.1 {
+    /// The deviation of the mean from `truth` in standard errors. Where the draws vary by less than `rounding`,
+    /// which is what they lost on the way through f32, this is 0 when they agree within it, else infinity.
+    pub fn z(&self, truth: f64, rounding: f64) -> f64 {
+        let deviation = (self.mean - truth).abs();
+        if self.standard_error() < rounding {
             return if deviation <= rounding { 0.0 } else { f64::INFINITY };
         }
         deviation / self.standard_error()

@@ -92,13 +92,7 @@ fn unravel(shape: [i64; 4], index: usize) -> [i64; 4] {
 impl Tensor {
     /// `values` (packed) in `arrangement`. Elements that no index reaches hold `filler`. Where a stride is
     /// 0, the last of the values that share an element stays.
-    pub fn new(
-        values: &[f32],
-        shape: [i64; 4],
-        dtype: DType,
-        arrangement: Arrangement,
-        filler: f32,
-    ) -> Self {
+    pub fn new(values: &[f32], shape: [i64; 4], dtype: DType, arrangement: Arrangement, filler: f32) -> Self {
         let [b, h, s, d] = shape;
         let stride = match arrangement {
             Arrangement::Packed => [h * s * d, s * d, d, 1],

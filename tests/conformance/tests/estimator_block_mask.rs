@@ -63,11 +63,8 @@ fn empty_full_and_oversized_patterns() {
 #[test]
 fn block_size_and_hyperplanes_do_not_matter() {
     for (block_size, lsh_num_projs) in [(0, 0), (0, 7), (1 << 20, 24)] {
-        let params = Params {
-            block_size,
-            lsh_num_projs,
-            ..paper(Mask::CausalBottomRight, Residual::Uniform, 40)
-        };
+        let params =
+            Params { block_size, lsh_num_projs, ..paper(Mask::CausalBottomRight, Residual::Uniform, 40) };
         run(&params, Shape::single(199, 199), [16, 16], 1, 0.2);
     }
 }

@@ -36,7 +36,8 @@ fn levels_of_the_recursion() {
 /// A dense part and a square, and every combination of exact and estimated of the two.
 #[test]
 fn unequal_lengths() {
-    for (n_q, n_k) in [(101, 401), (401, 101), (30, 401), (401, 30), (300, 331), (331, 300), (1, 200), (200, 1)]
+    for (n_q, n_k) in
+        [(101, 401), (401, 101), (30, 401), (401, 30), (300, 331), (331, 300), (1, 200), (200, 1)]
     {
         for min_seq_len in [0, 50, 250] {
             for (mask, residual) in
@@ -113,7 +114,8 @@ fn heads_batch_and_dimensions() {
 fn element_types() {
     for dtype in [DType::F16, DType::BF16] {
         for residual in RESIDUALS {
-            let shape = Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(257, 263) };
+            let shape =
+                Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(257, 263) };
             let inputs = Inputs::clustered(shape, 360).rounded(dtype);
             check(&paper(Mask::CausalBottomRight, residual, 50), &inputs, F32_TOLERANCE);
         }

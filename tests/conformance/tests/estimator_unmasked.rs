@@ -95,7 +95,8 @@ fn heads_and_batch() {
 fn element_types() {
     for dtype in [DType::F16, DType::BF16] {
         for residual in RESIDUALS {
-            let shape = Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(257, 263) };
+            let shape =
+                Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(257, 263) };
             let inputs = Inputs::clustered(shape, 260).rounded(dtype);
             check(&paper(residual, 32, 16), &inputs, F32_TOLERANCE);
         }

@@ -95,7 +95,11 @@ fn a_query_of_nan_spoils_its_own_row_of_the_estimate_only() {
 fn spoil(inputs: &Inputs, key: bool, j: usize, with: f32) -> Inputs {
     let mut dirty = inputs.clone();
     let at = (N + j) * D;
-    if key { dirty.k[at + 3] = with } else { dirty.v[at..at + D].fill(with) }
+    if key {
+        dirty.k[at + 3] = with
+    } else {
+        dirty.v[at..at + D].fill(with)
+    }
     dirty
 }
 
@@ -114,7 +118,8 @@ fn a_key_or_value_of_nan_leaves_earlier_rows_as_they_are() {
                     let before = Setup::new(kernels, &params, &clean).run();
                     let after = Setup::new(kernels, &params, &dirty).run();
                     for i in 0..before.lse.len() {
-                        let sees = [index(0, 2, 0), index(0, 3, 0)].iter().any(|&h| (h + j..h + N).contains(&i));
+                        let sees =
+                            [index(0, 2, 0), index(0, 3, 0)].iter().any(|&h| (h + j..h + N).contains(&i));
                         if !sees {
                             assert_eq!(row(&before, i), row(&after, i), "row {i}, {j}, {params:?}");
                         } else if params.method == Method::Exact {
@@ -135,7 +140,8 @@ fn a_key_or_value_of_nan_leaves_earlier_rows_as_they_are() {
 fn a_key_of_nan_stays_in_its_own_heads() {
     let clean = inputs();
     let dirty = spoil(&clean, true, 100, f32::NAN);
-    for params in [exact(Mask::None), paper(Mask::None, Residual::Uniform), paper(Mask::None, Residual::RowNorm)]
+    for params in
+        [exact(Mask::None), paper(Mask::None, Residual::Uniform), paper(Mask::None, Residual::RowNorm)]
     {
         for_each_table(|kernels| {
             let before = Setup::new(kernels, &params, &clean).run();

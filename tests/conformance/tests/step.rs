@@ -128,15 +128,8 @@ fn steps_agree_with_f64() {
 
 /// One query (1) against keys that are their own logits.
 fn attend(state: &mut State, logits: &[f32], values: &[f32], visible: Option<&[u32]>) {
-    let keys = Keys {
-        keys: logits,
-        values,
-        log_weight: None,
-        visible,
-        cap: None,
-        use_sum: true,
-        use_values: true,
-    };
+    let keys =
+        Keys { keys: logits, values, log_weight: None, visible, cap: None, use_sum: true, use_values: true };
     state.attend(keys);
 }
 

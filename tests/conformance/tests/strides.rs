@@ -15,13 +15,7 @@ fn shape() -> Shape {
 
 fn all_params() -> impl Iterator<Item = Params> {
     let exact = Params { method: Method::Exact, mask: Mask::CausalBottomRight, ..Params::default() };
-    let paper = Params {
-        method: Method::Paper,
-        block_size: 16,
-        sample_size: 10,
-        min_seq_len: 20,
-        ..exact
-    };
+    let paper = Params { method: Method::Paper, block_size: 16, sample_size: 10, min_seq_len: 20, ..exact };
     let residuals = [Residual::Uniform, Residual::RowNorm];
     [exact].into_iter().chain(residuals.map(|residual| Params { residual, ..paper }))
 }
@@ -66,9 +60,7 @@ fn arrangements_may_differ_between_tensors() {
 fn broadcast_inputs() {
     for broadcast in [Arrangement::OneRow, Arrangement::OneHead] {
         let mut inputs = Inputs::normal(shape(), 720);
-        let spread = |values: &[f32], shape| {
-            Tensor::new(values, shape, DType::F32, broadcast, 0.0).values()
-        };
+        let spread = |values: &[f32], shape| Tensor::new(values, shape, DType::F32, broadcast, 0.0).values();
         inputs.q = spread(&inputs.q, inputs.shape.q());
         inputs.k = spread(&inputs.k, inputs.shape.k());
         inputs.v = spread(&inputs.v, inputs.shape.v());
