@@ -30,8 +30,7 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
     guard(|| {
         check_pointer(out.cast_const(), "out")?;
         // SAFETY: the pointers are what the header asks for.
-        let (options, from, exec) =
-            unsafe { (params::read(params)?, read_tensors(tensors)?, read_exec(exec)?) };
+        let Arguments { options, from, exec } = unsafe { Arguments::read(params, tensors, exec) }?;
         let (q, k) = (tensor::layout("q", &from.q)?, tensor::layout("k", &from.k)?);
         let layouts = Layouts {
             q,
@@ -80,8 +79,7 @@ pub unsafe extern "C" fn hyperattn_forward(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (options, from, exec) =
-            unsafe { (params::read(params)?, read_tensors(tensors)?, read_exec(exec)?) };
+        let Arguments { options, from, exec } = unsafe { Arguments::read(params, tensors, exec) }?;
         // SAFETY: as above: the views describe the caller's memory, which is the call's until it returns.
         let mut tensors = unsafe {
             let (q, k) = (tensor::input("q", &from.q)?, tensor::input("k", &from.k)?);
@@ -162,6 +160,32 @@ pub unsafe extern "C" fn hyperattn_backward(
 
 fn no_backward(entry: &str) -> Failure {
     Failure::new(HYPERATTN_STATUS_UNSUPPORTED, format_args!("{entry}: this version has no backward pass"))
+}
+
+/// The structs of a call, read but for the tensors' contents.
+struct Arguments {
+    options: params::Options,
+    from: hyperattn_tensors,
+    exec: hyperattn_cpu_exec,
+}
+
+impl Arguments {
+    /// # Safety
+    /// Each pointer is NULL or points to as many readable bytes as its struct_size says.
+    unsafe fn read(
+        params: *const hyperattn_params,
+        tensors: *const hyperattn_tensors,
+        exec: *const hyperattn_cpu_exec,
+    ) -> Result<Self> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            Ok(Arguments {
+                options: params::read(params)?,
+                from: read_tensors(tensors)?,
+                exec: read_exec(exec)?,
+            })
+        }
+    }
 }
 
 /// # Safety

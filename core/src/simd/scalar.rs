@@ -106,8 +106,6 @@ impl Vector for Portable {
     }
 }
 
-// Bit-level facts used above: 2^23 + 2^22 + 127 + n has n + 127 in its low bits.
-
 unsafe fn attend(step: &mut super::Step<'_>) {
     // SAFETY: the caller's contract is generic::attend's; Portable needs no special instructions.
     unsafe { generic::attend::<Portable, 4, 1>(step) }
