@@ -141,22 +141,8 @@ impl Decomposition {
 mod tests {
     extern crate std;
     use super::*;
+    use crate::problem::one_head;
     use std::vec;
-
-    fn problem(mask: Mask, n_q: usize, n_k: usize) -> Problem {
-        Problem {
-            batch: 1,
-            heads_q: 1,
-            heads_kv: 1,
-            group: 1,
-            n_q,
-            n_k,
-            head_dim: 1,
-            value_dim: 1,
-            mask,
-            scale_log2: 1.0,
-        }
-    }
 
     /// Every visible pair is in exactly one sub-problem, and no invisible one in any but a leaf.
     #[test]
@@ -165,7 +151,7 @@ mod tests {
         for (n_q, n_k) in [(1, 1), (7, 7), (16, 16), (33, 33), (20, 45), (45, 20), (5, 0), (3, 64)] {
             for (mask, leaf) in masks.into_iter().flat_map(|mask| [0, 1, 3, 8, 100].map(|leaf| (mask, leaf)))
             {
-                let problem = problem(mask, n_q, n_k);
+                let problem = one_head(mask, n_q, n_k);
                 let parts = Decomposition::new(&problem, leaf);
                 let mut count = vec![0; n_q * n_k];
                 let mut add = |r: Rectangle| {

@@ -4,7 +4,6 @@
 use crate::causal::Decomposition;
 use crate::params::Params;
 use crate::problem::Problem;
-use crate::select::Rectangle;
 
 /// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured on AVX2 at
 /// head_dim 64 and 128: between 20 and 60 pairs.
@@ -15,41 +14,68 @@ const MARGIN: f64 = 0.9;
 
 /// Whether exact attention is the faster choice.
 pub(crate) fn exact_is_faster(params: &Params, problem: &Problem, parts: &Decomposition) -> bool {
-    paper_pairs(params, problem, parts) >= MARGIN * exact_pairs(problem)
+    paper_pairs(params, problem, parts) >= MARGIN * exact_pairs(parts)
 }
 
 /// (query, key) pairs of one head.
-fn exact_pairs(problem: &Problem) -> f64 {
-    let (n_q, n_k) = (problem.n_q as f64, problem.n_k as f64);
-    let visible = |i: usize| problem.visible_keys(i) as f64;
-    match problem.n_q {
-        0 => 0.0,
-        // The visible keys grow by one from some row on, up to some row: two corners of a trapezoid.
-        rows => {
-            let (first, last) = (visible(0), visible(rows - 1));
-            let rising = last - first;
-            let flat_before = (0.0f64).max(if first > 0.0 { 0.0 } else { n_q - n_k });
-            let flat_after = (n_q - flat_before - rising - 1.0).max(0.0);
-            (n_q - flat_after - flat_before) * (first + last) / 2.0 + flat_after * last
-        }
-    }
+fn exact_pairs(parts: &Decomposition) -> f64 {
+    let dense =
+        parts.dense.as_ref().map_or(0.0, |dense| dense.queries.len() as f64 * dense.keys.len() as f64);
+    let square = parts.square.map_or(0.0, |square| square.len as f64 * (square.len as f64 + 1.0) / 2.0);
+    dense + square
 }
 
 /// Pairs of one head under the estimator, selection included.
 fn paper_pairs(params: &Params, problem: &Problem, parts: &Decomposition) -> f64 {
     let budget = f64::from(params.block_size) + f64::from(params.sample_size);
-    let columns = |rectangle: &Rectangle| budget.min(rectangle.keys.len() as f64);
-    let mut pairs = 0.0;
-    if let Some(dense) = &parts.dense {
-        pairs += dense.queries.len() as f64 * columns(dense);
+    let dense = parts
+        .dense
+        .as_ref()
+        .map_or(0.0, |dense| dense.queries.len() as f64 * budget.min(dense.keys.len() as f64));
+    let square = parts.square.map_or(0.0, |square| {
+        let len = square.len as f64;
+        // Level by level half of the queries meet a rectangle; what is left on the diagonal is exact.
+        let interval = |level: u32| len / (1u64 << level) as f64;
+        let levels = (1..=square.levels()).map(|level| len / 2.0 * budget.min(interval(level)));
+        levels.sum::<f64>() + len * interval(square.levels()) / 2.0
+    });
+    dense + square + SELECTION_PAIRS * (problem.n_q as f64 + problem.n_k as f64 / problem.group as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::Mask;
+    use crate::problem::one_head;
+
+    fn choose(mask: Mask, n_q: usize, n_k: usize) -> bool {
+        let params = Params { mask, min_seq_len: 512, ..Params::default() };
+        let problem = one_head(mask, n_q, n_k);
+        exact_is_faster(&params, &problem, &Decomposition::new(&problem, params.min_seq_len))
     }
-    if let Some(square) = &parts.square {
-        let mut interval = square.len as f64;
-        for _ in 0..square.levels() {
-            interval /= 2.0;
-            pairs += square.len as f64 / 2.0 * budget.min(interval);
+
+    #[test]
+    fn short_problems_are_exact_and_long_ones_are_not() {
+        for mask in [Mask::None, Mask::CausalBottomRight, Mask::CausalTopLeft] {
+            assert!(choose(mask, 600, 600), "{mask:?}");
+            assert!(!choose(mask, 65_536, 65_536), "{mask:?}");
         }
-        pairs += square.len as f64 * interval / 2.0;
+        // Sorting a long cache for a few queries costs more than attending to it.
+        assert!(choose(Mask::CausalBottomRight, 8, 65_536));
+        assert!(!choose(Mask::CausalBottomRight, 4096, 65_536));
     }
-    pairs + SELECTION_PAIRS * (problem.n_q as f64 + problem.n_k as f64 / problem.group as f64)
+
+    #[test]
+    fn exact_pairs_count_what_is_visible() {
+        for (mask, n_q, n_k) in [
+            (Mask::None, 5, 9),
+            (Mask::CausalBottomRight, 5, 9),
+            (Mask::CausalTopLeft, 9, 5),
+            (Mask::CausalTopLeft, 5, 9),
+        ] {
+            let problem = one_head(mask, n_q, n_k);
+            let visible: usize = (0..n_q).map(|i| problem.visible_keys(i)).sum();
+            assert_eq!(exact_pairs(&Decomposition::new(&problem, 2)), visible as f64, "{mask:?}");
+        }
+    }
 }

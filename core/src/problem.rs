@@ -291,3 +291,20 @@ fn check_block_mask(params: &Params, mask: &BlockMask<'_>, problem: &Problem) ->
     }
     Ok(())
 }
+
+/// One head of unit dimensions, for tests of what depends on lengths and the mask only.
+#[cfg(test)]
+pub(crate) fn one_head(mask: crate::params::Mask, n_q: usize, n_k: usize) -> Problem {
+    Problem {
+        batch: 1,
+        heads_q: 1,
+        heads_kv: 1,
+        group: 1,
+        n_q,
+        n_k,
+        head_dim: 1,
+        value_dim: 1,
+        mask,
+        scale_log2: 1.0,
+    }
+}
