@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use hyperattn_c_tests::{build, c_program, cpp_program, run_ok};
-use hyperattn_link::Language;
+use hyperattn_c_tests::{build, c_program, cpp_program, folder, run, run_ok, skip};
+use hyperattn_link::{Language, Program};
 
 const SCALAR: (&str, &str) = ("HYPERATTN_MAX_ISA", "scalar");
 
@@ -81,7 +81,7 @@ fn api_misc() {
 #[test]
 fn allocation() {
     if !cfg!(target_os = "linux") {
-        hyperattn_c_tests::skip("--wrap needs a linker that knows it; tried on Linux only");
+        skip("--wrap needs a linker that knows it; tried on Linux only");
         return;
     }
     let wrap = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memalign,--wrap=aligned_alloc";
@@ -89,9 +89,29 @@ fn allocation() {
     run_both(&build(&program, &executable("allocation")));
 }
 
+/// The machine may have a C compiler only, or a C++ compiler older than the standard.
+fn compiles_cpp(language: Language) -> bool {
+    let folder = executable("cpp_probe");
+    std::fs::create_dir_all(&folder).expect("the temporary directory is writable");
+    let source = folder.join(language.name()).with_extension("cpp");
+    std::fs::write(&source, "#include <thread>\n#include <vector>\nint main() { return 0; }\n")
+        .expect("the temporary directory is writable");
+    let object = folder.join(language.name()).with_extension("o");
+    match Program::new(language, [source]).compile_only(&object) {
+        Ok(_) => true,
+        Err(error) => {
+            skip(&format!("no compiler for {}: {}", language.name(), error.output()));
+            false
+        }
+    }
+}
+
 #[test]
 fn harness_cpp() {
     for language in Language::ALL.into_iter().filter(|language| language.is_cpp()) {
+        if !compiles_cpp(language) {
+            continue;
+        }
         let name = format!("harness-{}", language.name());
         run_both(&build(&cpp_program("harness", language), &executable(&name)));
     }
@@ -99,7 +119,17 @@ fn harness_cpp() {
 
 #[test]
 fn example_cpp() {
-    run_both(&build(&cpp_program("example_cpp", Language::Cpp11), &executable("example_cpp")));
+    if compiles_cpp(Language::Cpp11) {
+        run_both(&build(&cpp_program("example_cpp", Language::Cpp11), &executable("example_cpp")));
+    }
+}
+
+/// The shared library does what the archive does.
+#[test]
+fn shared_library() {
+    let library = hyperattn_link::shared_library().unwrap_or_else(|error| panic!("{error}"));
+    let program = c_program("merge").archive(library);
+    run_both(&build(&program, &executable("merge-shared")));
 }
 
 /// A program that checks nothing, or a driver that ignores its failures, would look like success.
@@ -107,10 +137,10 @@ fn example_cpp() {
 fn a_failing_program_is_noticed() {
     let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("failing_program.c");
     std::fs::write(&source, FAILING_PROGRAM).expect("the temporary directory is writable");
-    let support = hyperattn_c_tests::folder().join("support");
+    let support = folder().join("support");
     let sources = [source, support.join("check.c")];
-    let program = hyperattn_link::Program::new(Language::C99, sources).include(support);
-    let output = hyperattn_c_tests::run(&build(&program, &executable("failing_program")), &[]);
+    let program = Program::new(Language::C99, sources).include(support);
+    let output = run(&build(&program, &executable("failing_program")), &[]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("failing_program.c:6: FAILED: 1 + 1 == 3 [the case]: 2, expected 3"), "{text}");

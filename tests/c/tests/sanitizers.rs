@@ -22,6 +22,11 @@ fn instrument(program: Program) -> Program {
     program.sanitizer("address").sanitizer("undefined").flag("-fno-sanitize-recover=all")
 }
 
+/// What a tool said in the end; the reason for skipping should stay one line.
+fn last_line(error: &hyperattn_link::Error) -> &str {
+    error.output().trim_end().lines().last().unwrap_or("no message")
+}
+
 fn prepare() -> Result<Instrumented, String> {
     let source = temporary("probe.c");
     std::fs::create_dir_all(temporary("")).map_err(|e| e.to_string())?;
@@ -30,7 +35,7 @@ fn prepare() -> Result<Instrumented, String> {
     let probe = instrument(Program::new(Language::C99, [source]))
         .archive(archive)
         .compile(&temporary("probe"))
-        .map_err(|error| format!("the C compiler links no sanitizer: {error}"))?;
+        .map_err(|error| format!("the C compiler links no sanitizer: {}", last_line(&error)))?;
     // Leak detection needs ptrace, which some containers forbid.
     let candidates = ["detect_leaks=1", "detect_leaks=0"];
     let works = |options: &&str| run(&probe, &[("ASAN_OPTIONS", *options)]).status.success();
@@ -45,7 +50,7 @@ fn prepare() -> Result<Instrumented, String> {
         // So that a report names lines.
         .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
         .build()
-        .map_err(|error| format!("rustc builds no instrumented library: {error}"))?;
+        .map_err(|error| format!("rustc builds no instrumented library: {}", last_line(&error)))?;
     Ok(Instrumented { archive: library.static_library, options })
 }
 

@@ -1,7 +1,6 @@
 //! The one error type: what was tried, and everything that the tool printed.
 
 use std::fmt;
-use std::io;
 use std::process::{Command, Output};
 
 /// A build step that failed.
@@ -35,13 +34,18 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// The program and its arguments, without the environment, which is long and the user's own.
+pub(crate) fn command_line(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}
+
 /// Runs a command to its end; an unsuccessful one becomes an [`Error`] with all of its output.
 pub(crate) fn run(command: &mut Command) -> Result<Output, Error> {
-    let output =
-        command.output().map_err(|e: io::Error| Error::new(format!("{command:?}"), e.to_string()))?;
+    let output = command.output().map_err(|e| Error::new(command_line(command), e.to_string()))?;
     if output.status.success() {
         return Ok(output);
     }
     let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
-    Err(Error::new(format!("{command:?} ({})", output.status), text))
+    Err(Error::new(format!("{} ({})", command_line(command), output.status), text))
 }

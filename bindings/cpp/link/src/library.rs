@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use crate::artifacts::filenames;
-use crate::error::{Error, run};
+use crate::error::{Error, command_line, run};
 use crate::{HOST, TARGET};
 
 /// Where one build of the library lies.
@@ -85,7 +85,7 @@ impl LibraryBuild {
             Some(path) => {
                 Ok(Library { static_library: path.clone(), shared_library: shared_library.cloned() })
             }
-            None => Err(Error::new(format!("{command:?}"), format!("built no static library:\n{messages}"))),
+            None => Err(Error::new(command_line(&command), format!("built no static library:\n{messages}"))),
         }
     }
 }

@@ -109,7 +109,7 @@ impl Program {
         self
     }
 
-    /// Links this archive instead of the default static library.
+    /// Links this library instead of the default static one; a shared library is found again at run time by its path.
     pub fn archive(mut self, archive: impl Into<PathBuf>) -> Self {
         self.archive = Some(archive.into());
         self
@@ -151,7 +151,8 @@ impl Program {
 
         let mut build = cc::Build::new();
         build.target(TARGET).host(HOST).opt_level(2).debug(true).out_dir(directory);
-        build.cargo_output(false).cargo_warnings(false).warnings(false).cpp(self.language.is_cpp());
+        // Not warnings(false): that adds -w, which silences whatever warnings the caller asks for.
+        build.cargo_output(false).cargo_warnings(false).cpp(self.language.is_cpp());
         if let Some(compiler) = &self.compiler {
             build.compiler(compiler);
         }
