@@ -66,7 +66,10 @@ pub type hyperattn_residual = u32;
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
 pub const HYPERATTN_RESIDUAL_UNIFORM: u32 = 0;
-/// Algorithms 2 and 3: capped row-sum estimate, and columns sampled by the row norms of V.
+/// Algorithms 2 and 3: capped row-sum estimate, and columns sampled by the row norms of V. The cap of the
+/// default constants suits inputs whose unmasked row sums differ by much; on diffuse or real attention it cuts
+/// most of the sum away and the output comes out far too large. Raise approx_d_epsilon and lower approx_d_kappa
+/// there, or use UNIFORM.
 pub const HYPERATTN_RESIDUAL_ROW_NORM: u32 = 1;
 /// Blocks only.
 pub const HYPERATTN_RESIDUAL_NONE: u32 = 2;

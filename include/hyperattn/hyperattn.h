@@ -89,7 +89,10 @@
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
 #define HYPERATTN_RESIDUAL_UNIFORM 0
 
-/// Algorithms 2 and 3: capped row-sum estimate, and columns sampled by the row norms of V.
+/// Algorithms 2 and 3: capped row-sum estimate, and columns sampled by the row norms of V. The cap of the
+/// default constants suits inputs whose unmasked row sums differ by much; on diffuse or real attention it cuts
+/// most of the sum away and the output comes out far too large. Raise approx_d_epsilon and lower approx_d_kappa
+/// there, or use UNIFORM.
 #define HYPERATTN_RESIDUAL_ROW_NORM 1
 
 /// Blocks only.
