@@ -4,43 +4,10 @@ use core::ops::Range;
 
 use crate::error::Result;
 use crate::exec::{Executor, for_each_item};
+use crate::pass::Pass;
 use crate::scratch::{Carver, Lanes};
-use crate::select::Rectangle;
-use crate::tile::{Call, HeadTiling, KeyOrder, States, Tile};
-
-/// One pass over disjoint sets of query rows, and what happens to their results.
-pub(crate) struct Pass<'a> {
-    /// Sub-problem number `i`, if there is one.
-    pub(crate) rectangle: &'a (dyn Fn(usize) -> Option<Rectangle> + Sync),
-    /// Numbers to ask for.
-    pub(crate) count: usize,
-    /// Where partial results of these rows are kept; absent when this pass is all there is.
-    pub(crate) states: Option<&'a States<'a>>,
-    /// Whether this is the last pass over these rows.
-    pub(crate) last: bool,
-}
-
-impl Pass<'_> {
-    /// The sub-problems, numbered.
-    pub(crate) fn rectangles(&self) -> impl Iterator<Item = Rectangle> {
-        (0..self.count).filter_map(self.rectangle)
-    }
-
-    /// Joins what earlier passes stored, then stores or writes the rows of `tile`.
-    pub(crate) fn complete(&self, tile: &mut Tile<'_>, batch: usize) {
-        // SAFETY: the sub-problems of a pass have disjoint queries, every task has its own rows of one
-        // of them, and the next pass starts when all tasks have returned.
-        unsafe {
-            if let Some(states) = self.states {
-                tile.absorb(states);
-            }
-            match self.states {
-                Some(states) if !self.last => tile.store(states),
-                _ => tile.finish(batch),
-            }
-        }
-    }
-}
+use crate::tile::{Call, KeyOrder, Tile};
+use crate::tiling::HeadTiling;
 
 /// Computes every rectangle of `pass` for the batch items `batches`.
 pub(crate) fn run_pass(

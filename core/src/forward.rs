@@ -1,155 +1,25 @@
-//! The forward pass: chooses the method, carves the workspace, prepares the selection and runs the passes.
+//! The forward pass: checks the workspace, prepares the selection and runs the passes.
 
-use crate::causal::Decomposition;
-use crate::cost;
-use crate::error::{Error, ErrorKind, Result, invalid};
-use crate::exact::{self, Pass};
+use crate::error::{Error, ErrorKind, Result};
+use crate::exact;
 use crate::exec::{Executor, for_each_chunk};
 use crate::hyper::{self, Prepared};
 use crate::lsh;
-use crate::params::{Method, Params, Residual};
-use crate::problem::{Layouts, Problem, Tensors};
+use crate::params::Params;
+use crate::pass::Pass;
+use crate::plan::Plan;
+use crate::problem::{Layouts, Tensors};
 use crate::residual;
 use crate::scratch::{Carver, Lanes, Layout, WORKSPACE_ALIGN};
 use crate::select::Rectangle;
 use crate::simd::Kernels;
 use crate::sort;
-use crate::tile::{Call, KeyOrder, States, TileMemory};
+use crate::tile::{Call, KeyOrder, States};
 use crate::view::Rows;
+use crate::workspace::{Shared, Sizes, SortScratch};
 
 /// Rows hashed by one task.
 const HASH_CHUNK: usize = 512;
-
-/// What one call will do: everything that follows from the options and shapes alone.
-struct Plan {
-    problem: Problem,
-    parts: Decomposition,
-    exact: bool,
-    /// Sub-problems with at most this many keys are exact.
-    leaf: usize,
-    /// Whether Algorithm 1 runs; otherwise the order in memory is the order.
-    sorted: bool,
-    /// Whether rows are visited by more than one pass.
-    stateful: bool,
-    row_norm: bool,
-}
-
-impl Plan {
-    fn new(params: &Params, layouts: &Layouts<'_>) -> Result<Self> {
-        let problem = Problem::new(params, layouts)?;
-        let blocks_are_sorted = layouts.block_mask.is_none() && params.block_size > 0;
-        // One block holds all keys of such a sub-problem, so dividing it would change nothing.
-        let block = if blocks_are_sorted { params.block_size as usize } else { 0 };
-        let leaf = params.min_seq_len.max(block);
-        let parts = Decomposition::new(&problem, leaf);
-        let nothing_to_estimate = {
-            let dense_is_small = parts.dense.as_ref().is_none_or(|dense| dense.keys.len() <= leaf);
-            dense_is_small && parts.square.is_none_or(|square| square.levels() == 0)
-        };
-        let exact = match params.method {
-            Method::Exact => true,
-            Method::Auto => nothing_to_estimate || cost::exact_is_faster(params, &problem, &parts),
-            _ => nothing_to_estimate,
-        };
-        let divided = parts.square.is_some_and(|square| square.levels() > 0);
-        Ok(Plan {
-            sorted: blocks_are_sorted && params.lsh_num_projs > 0,
-            stateful: divided || parts.dense_precedes_square(),
-            row_norm: hyper::effective_residual(params) == Residual::RowNorm,
-            problem,
-            parts,
-            exact,
-            leaf,
-        })
-    }
-}
-
-/// The parts of the workspace that all tasks share.
-struct Shared<'a> {
-    projections: &'a mut [f32],
-    /// Ranks first, then the other half of the order's double buffer.
-    query_spare: &'a mut [u32],
-    query_order: &'a mut [u32],
-    key_spare: &'a mut [u32],
-    key_order: &'a mut [u32],
-    norms: &'a mut [f32],
-    norm_prefix: &'a mut [f64],
-    log2_row_sums: &'a mut [f32],
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
-    accumulated: &'a mut [f32],
-}
-
-impl<'a> Shared<'a> {
-    fn carve(plan: &Plan, params: &Params, kernels: &Kernels, carver: &mut Carver<'a>) -> Self {
-        let problem = &plan.problem;
-        let when = |wanted: bool, len: Option<usize>| if wanted { len.unwrap_or(usize::MAX) } else { 0 };
-        let (estimated, sorted) = (!plan.exact, !plan.exact && plan.sorted);
-        let query_rows = problem.heads_q.checked_mul(problem.n_q);
-        let key_rows = problem.heads_kv.checked_mul(problem.n_k);
-        let width = lsh::projection_width(kernels, params.lsh_num_projs as usize);
-        let states = when(estimated && plan.stateful, query_rows);
-        let row_norm = estimated && plan.row_norm;
-        Shared {
-            projections: carver.take(when(sorted, problem.heads_kv.checked_mul(problem.head_dim * width))),
-            query_spare: carver.take(when(sorted, query_rows)),
-            query_order: carver.take(when(sorted, query_rows)),
-            key_spare: carver.take(when(sorted, key_rows)),
-            key_order: carver.take(when(sorted, key_rows)),
-            norms: carver.take(when(row_norm, key_rows)),
-            norm_prefix: carver.take(when(row_norm, key_rows)),
-            log2_row_sums: carver.take(when(row_norm, query_rows)),
-            max: carver.take(states),
-            sum: carver.take(states),
-            accumulated: carver.take(when(states > 0, states.checked_mul(problem.value_dim))),
-        }
-    }
-}
-
-/// Scratch of one task: the largest that any pass carves.
-fn lane_size(plan: &Plan, params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Option<usize> {
-    let problem = &plan.problem;
-    let mut tile = Carver::measuring();
-    TileMemory::carve(kernels, problem, &mut tile);
-    let mut sort = Carver::measuring();
-    if !plan.exact && plan.sorted {
-        SortScratch::carve(params, problem.n_q.max(problem.n_k), &mut sort);
-    }
-    let mut hash = Carver::measuring();
-    hash.take::<f32>(lsh::rank_scratch_len(layouts.q.extents()[3].max(problem.value_dim)));
-    Some(tile.used()?.max(sort.used()?).max(hash.used()?))
-}
-
-struct SortScratch<'a> {
-    counters: &'a mut [u32],
-    spare: &'a mut [u32],
-}
-
-impl<'a> SortScratch<'a> {
-    fn carve(params: &Params, rows: usize, carver: &mut Carver<'a>) -> Self {
-        let spare = if sort::needs_spare(params.lsh_num_projs) { rows } else { 0 };
-        SortScratch {
-            counters: carver.take(sort::counter_len(params.lsh_num_projs)),
-            spare: carver.take(spare),
-        }
-    }
-}
-
-/// Bytes of the shared part and of one lane.
-fn sizes(plan: &Plan, params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Option<(usize, usize)> {
-    let mut shared = Carver::measuring();
-    Shared::carve(plan, params, kernels, &mut shared);
-    Some((shared.used()?, lane_size(plan, params, layouts, kernels)?))
-}
-
-fn total(sizes: Option<(usize, usize)>, lanes: usize) -> Result<(usize, usize, usize)> {
-    let total =
-        sizes.and_then(|(shared, lane)| Some((shared, lane, shared.checked_add(lane.checked_mul(lanes)?)?)));
-    match total {
-        Some(sizes) if isize::try_from(sizes.2).is_ok() => Ok(sizes),
-        _ => invalid!("the shapes need more scratch memory than an address space holds"),
-    }
-}
 
 /// Size and alignment of the workspace that [`forward`] needs for these options, layouts, kernels and
 /// number of lanes. Every error that does not concern addresses or contents is reported here too.
@@ -164,8 +34,8 @@ pub fn forward_workspace(
     executor: &dyn Executor,
 ) -> Result<Layout> {
     let plan = Plan::new(params, layouts)?;
-    let (_, _, size) = total(sizes(&plan, params, layouts, kernels), executor.lanes().max(1))?;
-    Ok(Layout { size, align: WORKSPACE_ALIGN })
+    let sizes = Sizes::new(&plan, params, kernels, executor.lanes().max(1))?;
+    Ok(Layout { size: sizes.total, align: WORKSPACE_ALIGN })
 }
 
 /// Attention: `out = softmax(scale * q k^T) v` under the mask, exactly or by the estimator that `params`
@@ -184,25 +54,24 @@ pub fn forward(
     executor: &dyn Executor,
     workspace: &mut [u8],
 ) -> Result<()> {
-    let layouts = tensors.layouts();
-    let plan = Plan::new(params, &layouts)?;
+    let plan = Plan::new(params, &tensors.layouts())?;
     tensors.check_overlap()?;
     let lane_count = executor.lanes().max(1);
-    let (shared_size, lane_size, size) = total(sizes(&plan, params, &layouts, kernels), lane_count)?;
+    let sizes = Sizes::new(&plan, params, kernels, lane_count)?;
     if !workspace.as_ptr().addr().is_multiple_of(WORKSPACE_ALIGN) {
         return Err(Error::new(
             ErrorKind::WorkspaceTooSmall,
             format_args!("workspace.data = {:p} is not a multiple of {WORKSPACE_ALIGN}", workspace.as_ptr()),
         ));
     }
-    if workspace.len() < size {
+    if workspace.len() < sizes.total {
         return Err(Error::new(
             ErrorKind::WorkspaceTooSmall,
-            format_args!("workspace.size = {} bytes but {size} are needed", workspace.len()),
+            format_args!("workspace.size = {} bytes but {} are needed", workspace.len(), sizes.total),
         ));
     }
-    let (shared, rest) = workspace.split_at_mut(shared_size);
-    let mut lanes = Lanes::new(rest, lane_size, lane_count);
+    let (shared, rest) = workspace.split_at_mut(sizes.shared);
+    let mut lanes = Lanes::new(rest, sizes.lane, lane_count);
     let mut shared = Shared::carve(&plan, params, kernels, &mut Carver::new(shared));
     let call = Call { kernels, params, problem: plan.problem, tensors };
     let mut run = Run { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };

@@ -4,13 +4,14 @@ use core::ops::Range;
 
 use crate::approx_d;
 use crate::error::Result;
-use crate::exact::Pass;
 use crate::exec::{Executor, for_each_item};
 use crate::params::{BlockMask, Params, Residual};
+use crate::pass::Pass;
 use crate::residual::{Column, row_norm_columns, row_norm_stream, uniform_columns, uniform_stream};
 use crate::scratch::{Carver, Lanes};
 use crate::select::{Blocks, Rectangle, Selection};
-use crate::tile::{Call, HeadTiling, KeyOrder, Part, TILE_ROWS, Tile};
+use crate::tile::{Call, KeyOrder, Part, TILE_ROWS, Tile};
+use crate::tiling::HeadTiling;
 use crate::view::Rows;
 
 /// What selection prepared for one batch item.

@@ -19,6 +19,8 @@ mod math;
 mod merge;
 mod overlap;
 mod params;
+mod pass;
+mod plan;
 mod problem;
 mod residual;
 mod rng;
@@ -27,7 +29,9 @@ mod select;
 pub mod simd;
 mod sort;
 mod tile;
+mod tiling;
 mod view;
+mod workspace;
 
 /// The stages of selection one by one, to compare them with other implementations: codes, permutations
 /// and samples are the same bits everywhere.

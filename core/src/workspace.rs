@@ -1,0 +1,107 @@
+//! The workspace of a call: what its tasks share, and what each needs for itself.
+
+use crate::error::{Result, invalid};
+use crate::lsh;
+use crate::params::Params;
+use crate::plan::Plan;
+use crate::scratch::Carver;
+use crate::simd::Kernels;
+use crate::sort;
+use crate::tile::TileMemory;
+
+/// The parts of the workspace that all tasks share.
+pub(crate) struct Shared<'a> {
+    pub(crate) projections: &'a mut [f32],
+    /// Ranks first, then the other half of the order's double buffer.
+    pub(crate) query_spare: &'a mut [u32],
+    pub(crate) query_order: &'a mut [u32],
+    pub(crate) key_spare: &'a mut [u32],
+    pub(crate) key_order: &'a mut [u32],
+    pub(crate) norms: &'a mut [f32],
+    pub(crate) norm_prefix: &'a mut [f64],
+    pub(crate) log2_row_sums: &'a mut [f32],
+    pub(crate) max: &'a mut [f32],
+    pub(crate) sum: &'a mut [f32],
+    pub(crate) accumulated: &'a mut [f32],
+}
+
+impl<'a> Shared<'a> {
+    pub(crate) fn carve(plan: &Plan, params: &Params, kernels: &Kernels, carver: &mut Carver<'a>) -> Self {
+        let problem = &plan.problem;
+        let when = |wanted: bool, len: Option<usize>| if wanted { len.unwrap_or(usize::MAX) } else { 0 };
+        let (estimated, sorted) = (!plan.exact, !plan.exact && plan.sorted);
+        let query_rows = problem.heads_q.checked_mul(problem.n_q);
+        let key_rows = problem.heads_kv.checked_mul(problem.n_k);
+        let width = lsh::projection_width(kernels, params.lsh_num_projs as usize);
+        let states = when(estimated && plan.stateful, query_rows);
+        let row_norm = estimated && plan.row_norm;
+        Shared {
+            projections: carver.take(when(sorted, problem.heads_kv.checked_mul(problem.head_dim * width))),
+            query_spare: carver.take(when(sorted, query_rows)),
+            query_order: carver.take(when(sorted, query_rows)),
+            key_spare: carver.take(when(sorted, key_rows)),
+            key_order: carver.take(when(sorted, key_rows)),
+            norms: carver.take(when(row_norm, key_rows)),
+            norm_prefix: carver.take(when(row_norm, key_rows)),
+            log2_row_sums: carver.take(when(row_norm, query_rows)),
+            max: carver.take(states),
+            sum: carver.take(states),
+            accumulated: carver.take(when(states > 0, states.checked_mul(problem.value_dim))),
+        }
+    }
+}
+
+/// Scratch of one task: the largest that any pass carves.
+fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
+    let problem = &plan.problem;
+    let mut tile = Carver::measuring();
+    TileMemory::carve(kernels, problem, &mut tile);
+    let mut sort = Carver::measuring();
+    if !plan.exact && plan.sorted {
+        SortScratch::carve(params, problem.n_q.max(problem.n_k), &mut sort);
+    }
+    let mut hash = Carver::measuring();
+    hash.take::<f32>(lsh::rank_scratch_len(problem.head_dim.max(problem.value_dim)));
+    Some(tile.used()?.max(sort.used()?).max(hash.used()?))
+}
+
+/// What one task needs to sort the rows of one head.
+pub(crate) struct SortScratch<'a> {
+    pub(crate) counters: &'a mut [u32],
+    pub(crate) spare: &'a mut [u32],
+}
+
+impl<'a> SortScratch<'a> {
+    pub(crate) fn carve(params: &Params, rows: usize, carver: &mut Carver<'a>) -> Self {
+        let spare = if sort::needs_spare(params.lsh_num_projs) { rows } else { 0 };
+        SortScratch {
+            counters: carver.take(sort::counter_len(params.lsh_num_projs)),
+            spare: carver.take(spare),
+        }
+    }
+}
+
+/// How many bytes a call needs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) shared: usize,
+    pub(crate) lane: usize,
+    pub(crate) total: usize,
+}
+
+impl Sizes {
+    pub(crate) fn new(plan: &Plan, params: &Params, kernels: &Kernels, lanes: usize) -> Result<Self> {
+        let sizes = || {
+            let mut carver = Carver::measuring();
+            Shared::carve(plan, params, kernels, &mut carver);
+            let (shared, lane) = (carver.used()?, lane_size(plan, params, kernels)?);
+            let total = shared.checked_add(lane.checked_mul(lanes)?)?;
+            isize::try_from(total).ok()?;
+            Some(Sizes { shared, lane, total })
+        };
+        match sizes() {
+            Some(sizes) => Ok(sizes),
+            None => invalid!("the shapes need more scratch memory than an address space holds"),
+        }
+    }
+}
