@@ -108,8 +108,8 @@ fn scales_of_either_sign() {
     }
 }
 
-/// Logits up to thousands, where softmax picks one key. A logit is off by some 2^-24 sqrt(d) times its
-/// terms, and so is, in absolute terms, the logarithm of a weight; that is added to the tolerance.
+/// Logits up to thousands, where softmax picks one key or the nearest two. A logit is off by some 2^-24 times the
+/// product of the norms, and its weight by that relative error, which is added to the tolerance.
 #[test]
 fn large_logits() {
     for (head_dim, factor) in [(16, 10.0), (64, 100.0), (64, 1000.0), (128, 1000.0)] {
