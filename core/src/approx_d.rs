@@ -106,7 +106,8 @@ pub(crate) fn apply_row_sums(tile: &mut Tile<'_>) {
     for r in 0..tile.rows() {
         let log2_sum = tile.memory.cap[r];
         let old = tile.memory.max[r];
-        let new = old.max(log2_sum);
+        // Values may weigh far more than the sum says: keep the sum a normal number relative to the maximum.
+        let new = old.max(log2_sum).min(log2_sum + 100.0);
         if log2_sum == f32::NEG_INFINITY {
             (tile.memory.max[r], tile.memory.sum[r]) = (f32::NEG_INFINITY, 0.0);
             tile.scale_accumulated(r, 0.0);

@@ -29,7 +29,7 @@ impl Plan {
         let blocks_are_sorted = layouts.block_mask.is_none() && params.block_size > 0;
         // One block holds all keys of such a sub-problem, so dividing it would change nothing.
         let block = if blocks_are_sorted { params.block_size as usize } else { 0 };
-        let leaf = params.min_seq_len.max(block);
+        let leaf = params.min_seq_len.max(block).max(1);
         let parts = Decomposition::new(&problem, leaf);
         let nothing_to_estimate = {
             let dense_is_small = parts.dense.as_ref().is_none_or(|dense| dense.keys.len() <= leaf);
