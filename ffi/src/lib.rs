@@ -1,9 +1,11 @@
 //! The C ABI of hyperattn: `libhyperattn.a`, `libhyperattn.so` and, through cbindgen,
 //! `include/hyperattn/hyperattn.h`.
 //!
-//! Every entry point reads its arguments into the core's types, runs inside [`boundary::guard`], and
+//! Every entry point reads its arguments into the core's types, runs inside `boundary::guard`, and
 //! answers a status. The documentation of the items here is what a C reader finds in the header.
 #![allow(non_camel_case_types)]
+// The documentation of the C items is a C reader's: brackets there are subscripts.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 mod block_mask;
 mod boundary;

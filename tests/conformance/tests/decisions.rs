@@ -235,6 +235,35 @@ fn projections_are_keyed_by_seed_offset_and_head() {
     });
 }
 
+/// Samples for keys have the key of the projections; the rows for tau have that of the query head.
+#[test]
+fn samples_are_keyed_by_seed_offset_and_head() {
+    let base = Params { seed: 1, offset: 1, ..paper(Residual::RowNorm) };
+    let variants = [
+        (base, 0),
+        (base, 1),
+        (Params { seed: 2, ..base }, 0),
+        (Params { offset: 2, ..base }, 0),
+        (Params { seed: 1 | 1 << 32, ..base }, 0),
+        (Params { offset: 1 | 1 << 32, ..base }, 0),
+    ];
+    let mut distinct: HashSet<Vec<usize>> = HashSet::new();
+    let prefix: Vec<f64> = (1..=1000).map(f64::from).collect();
+    for (Params { seed, offset, .. }, head) in variants {
+        let uniform = stages::uniform_columns(stages::uniform_stream(seed, offset, head), 0..1000, 24);
+        distinct.insert(uniform.map(|column| column.position).collect());
+        let stream = stages::row_norm_stream(seed, offset, head);
+        let by_norm = stages::row_norm_columns(stream, 0..1000, 24, &prefix);
+        distinct.insert(by_norm.map(|column| column.position).collect());
+        let params = Params { seed, offset, ..base };
+        distinct.insert((0..24).map(|i| stages::tau_position(&params, head, &(0..1000), i)).collect());
+    }
+    // And by the sub-problem.
+    let elsewhere = stages::uniform_columns(stages::uniform_stream(1, 1, 0), 1000..2000, 24);
+    distinct.insert(elsewhere.map(|column| column.position - 1000).collect());
+    assert_eq!(distinct.len(), 3 * variants.len() + 1);
+}
+
 /// Query heads of one group share projections, order and samples: equal queries give equal bits. The workspace
 /// has room for the keys of the KV heads, not of the query heads.
 #[test]
