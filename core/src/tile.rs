@@ -167,6 +167,7 @@ impl<'a> Tile<'a> {
             }
         }
         self.memory.visible[self.rows..rows].fill(0);
+        self.memory.cap[..rows].fill(f32::INFINITY);
         self.memory.max[..rows].fill(f32::NEG_INFINITY);
         self.memory.sum[..rows].fill(0.0);
         self.memory.accumulated[..rows * self.padded_value_dim].fill(0.0);

@@ -294,3 +294,39 @@ pub struct hyperattn_cuda_exec {
     /// A cudaStream_t or CUstream; NULL = the legacy default stream.
     pub stream: *mut CUstream_st,
 }
+
+/// The layout that compiled programs rely on, for targets with 64-bit pointers.
+#[cfg(all(test, target_pointer_width = "64"))]
+mod tests {
+    use super::*;
+    use std::mem::{offset_of, size_of};
+
+    /// Asserts the size of a struct and the offsets of its fields.
+    macro_rules! layout {
+        ($type:ident, $size:literal, { $($field:ident: $offset:literal),+ }) => {
+            assert_eq!(size_of::<$type>(), $size, stringify!($type));
+            $(assert_eq!(offset_of!($type, $field), $offset, concat!(stringify!($type), ".", stringify!($field)));)+
+        };
+    }
+
+    #[test]
+    fn nothing_has_moved() {
+        layout!(hyperattn_params, 72, {
+            struct_size: 0, method: 8, mask: 12, scale: 16, residual: 20, lsh_num_projs: 24, block_size: 28,
+            sample_size: 32, flags: 36, min_seq_len: 40, seed: 48, offset: 56, approx_d_epsilon: 64,
+            approx_d_kappa: 68
+        });
+        layout!(hyperattn_tensor, 80, { data: 0, dtype: 8, reserved: 12, shape: 16, stride: 48 });
+        layout!(hyperattn_block_mask, 56, {
+            struct_size: 0, query_block: 8, key_block: 12, num_query_blocks: 16, num_key_blocks: 24,
+            row_offsets: 32, columns: 40, row_offsets_head_stride: 48
+        });
+        layout!(hyperattn_tensors, 416, { struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408 });
+        layout!(hyperattn_grads, 328, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248 });
+        layout!(hyperattn_layout, 16, { size: 0, align: 8 });
+        layout!(hyperattn_buffer, 16, { data: 0, size: 8 });
+        layout!(hyperattn_threadpool, 32, { struct_size: 0, ctx: 8, num_threads: 16, parallel_for: 24 });
+        layout!(hyperattn_cpu_exec, 40, { struct_size: 0, workspace: 8, num_threads: 24, reserved: 28, pool: 32 });
+        layout!(hyperattn_cuda_exec, 32, { struct_size: 0, workspace: 8, stream: 24 });
+    }
+}

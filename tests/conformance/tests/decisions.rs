@@ -426,11 +426,11 @@ fn a_numerator_far_above_the_row_sum_leaves_the_lse_alone() {
     let n = 64;
     for large in [20.0, 100.0, 120.0, 140.0, 150.0, 200.0, 1000.0] {
         // Query 0 meets key 1 with a base-2 logit of `large`; all other logits are 0. Row 0 is no tau row, and
-        // the values make key 1 likely to be drawn by row norm.
-        let mut inputs = counting(Shape { head_dim: 2, value_dim: 1, ..Shape::single(n, n) });
+        // the values make key 1 likely to be drawn by row norm. The second column of the values is 0.
+        let mut inputs = counting(Shape { head_dim: 2, value_dim: 2, ..Shape::single(n, n) });
         inputs.k.fill(0.0);
-        inputs.v.fill(1e-3);
-        (inputs.q[0], inputs.k[2], inputs.v[1]) = (1.0, large, 1.0);
+        inputs.v.chunks_mut(2).for_each(|row| row.copy_from_slice(&[1e-3, 0.0]));
+        (inputs.q[0], inputs.k[2], inputs.v[2]) = (1.0, large, 1.0);
         let params = Params {
             block_size: 1,
             sample_size: 4,
@@ -444,6 +444,7 @@ fn a_numerator_far_above_the_row_sum_leaves_the_lse_alone() {
             let outcome = Setup::new(kernels, &params, &inputs).run();
             let (out, lse) = (f64::from(outcome.out[0]), f64::from(outcome.lse[0]));
             assert!((lse - output.lse[0]).abs() < 1e-5, "2^{large}: lse {lse} should be {}", output.lse[0]);
+            assert_eq!(outcome.out[1], 0.0, "2^{large}: a column without values");
             let nearest = if output.out[0] > f64::from(f32::MAX) { f64::INFINITY } else { output.out[0] };
             assert!(
                 out == nearest || (out / nearest - 1.0).abs() < 1e-4,

@@ -152,7 +152,7 @@ impl Program {
         let mut build = cc::Build::new();
         build.target(TARGET).host(HOST).opt_level(2).debug(true).out_dir(directory);
         // Not warnings(false): that adds -w, which silences whatever warnings the caller asks for.
-        build.cargo_output(false).cargo_warnings(false).cpp(self.language.is_cpp());
+        build.cargo_output(false).cargo_metadata(false).cargo_warnings(false).cpp(self.language.is_cpp());
         if let Some(compiler) = &self.compiler {
             build.compiler(compiler);
         }
