@@ -114,7 +114,8 @@ pub(crate) fn apply_row_sums(tile: &mut Tile<'_>) {
         } else {
             tile.memory.max[r] = new;
             tile.memory.sum[r] = crate::math::exp2(log2_sum - new);
-            tile.scale_accumulated(r, crate::math::exp2(old - new));
+            // A finite factor: 0 stays 0 where the output is too large for f32.
+            tile.scale_accumulated(r, crate::math::exp2((old - new).min(127.0)));
         }
     }
 }
