@@ -8,7 +8,8 @@ use crate::params::Params;
 use crate::residual::{Column, uniform_columns, uniform_stream};
 use crate::rng::{Purpose, Stream, below};
 use crate::select::Selection;
-use crate::tile::{KeyOrder, Part, TILE_ROWS, Tile};
+use crate::tile::{KeyOrder, Part, Tile};
+use crate::tiling::TILE_ROWS;
 
 /// Number of rows whose unmasked sums bound tau: m, or all rows where there are fewer.
 pub fn tau_rows(params: &Params, queries: usize) -> usize {

@@ -10,8 +10,8 @@ use crate::pass::Pass;
 use crate::residual::{Column, row_norm_columns, row_norm_stream, uniform_columns, uniform_stream};
 use crate::scratch::{Carver, Lanes};
 use crate::select::{Blocks, Rectangle, Selection};
-use crate::tile::{Call, KeyOrder, Part, TILE_ROWS, Tile};
-use crate::tiling::HeadTiling;
+use crate::tile::{Call, KeyOrder, Part, Tile};
+use crate::tiling::{HeadTiling, TILE_ROWS};
 use crate::view::Rows;
 
 /// What selection prepared for one batch item.

@@ -9,12 +9,8 @@ use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, Kernels, Step};
-use crate::tiling::HeadTiling;
+use crate::tiling::{HeadTiling, TILE_ROWS};
 use crate::view::Rows;
-
-/// Query rows in one tile (over all query heads that share its keys): enough to pay for packing the
-/// keys, few enough for their state to stay in the second-level cache.
-pub(crate) const TILE_ROWS: usize = 256;
 
 /// What every task of a call reads.
 pub(crate) struct Call<'a> {

@@ -3,7 +3,10 @@
 use core::ops::Range;
 
 use crate::problem::Problem;
-use crate::tile::TILE_ROWS;
+
+/// Query rows in one tile (over all query heads that share its keys): enough to pay for packing the
+/// keys, few enough for their state to stay in the second-level cache.
+pub(crate) const TILE_ROWS: usize = 256;
 
 /// How the query heads that share a KV head are spread over tiles.
 #[derive(Debug, Clone, Copy)]
