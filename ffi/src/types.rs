@@ -241,8 +241,16 @@ pub struct hyperattn_buffer {
 /// The caller's own threads.
 ///
 /// parallel_for runs task(task_ctx, i) once for every i in 0..n, on any threads and in any order, and
-/// returns when all have returned. It may be called several times during one call, always from the thread that
-/// called the library, and never while another of its calls for the same hyperattn call runs. task does not throw, long-jump or call back.
+/// returns when all have returned. It may be called several times during one call, one after the other, always
+/// from the thread that called the library. task does not throw, long-jump or call back.
+///
+///     static uint32_t count(void *ctx) { return engine_threads(ctx); }
+///     static void run(void *ctx, size_t n, void (*task)(void *, size_t), void *task_ctx)
+///     {
+///         engine_parallel_for(ctx, n, task, task_ctx);
+///     }
+///     hyperattn_threadpool pool = { sizeof pool, engine, count, run };
+///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec, .pool = &pool };
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct hyperattn_threadpool {

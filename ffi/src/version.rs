@@ -21,6 +21,9 @@ pub extern "C" fn hyperattn_version() -> u32 {
 }
 
 /// The library's HYPERATTN_ABI_VERSION.
+///
+///     if (hyperattn_abi_version() != HYPERATTN_ABI_VERSION)
+///         return "the header belongs to another hyperattn";
 #[unsafe(no_mangle)]
 pub extern "C" fn hyperattn_abi_version() -> u32 {
     HYPERATTN_ABI_VERSION
