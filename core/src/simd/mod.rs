@@ -48,9 +48,9 @@ pub struct Step<'a> {
     pub value_dim: usize,
     /// `[rows / R][head_dim][R]`.
     pub query: &'a [f32],
-    /// `[KEY_TILE / P][head_dim][P]`, zero beyond the last key.
+    /// `[KEY_TILE / P][head_dim][P]`; what lies beyond the last key is not looked at.
     pub keys: &'a [f32],
-    /// `[value_dim / P][KEY_TILE][P]`, zero beyond the last column.
+    /// `[value_dim / P][KEY_TILE][P]`; what lies beyond the last key is not looked at.
     pub values: &'a [f32],
     /// Keys in this tile, at most [`KEY_TILE`].
     pub key_count: usize,
@@ -68,7 +68,7 @@ pub struct Step<'a> {
     pub max: &'a mut [f32],
     /// Running sum of each row's weights, relative to `max`.
     pub sum: &'a mut [f32],
-    /// `[rows][value_dim]`, relative to `max`.
+    /// `[rows][value_dim]`, relative to `max`; left alone, not even rescaled, without `use_values`.
     pub accumulated: &'a mut [f32],
     /// Room for `[R][KEY_TILE]` logits.
     pub scores: &'a mut [f32],

@@ -53,7 +53,7 @@ impl Partial {
         if other.max == f64::NEG_INFINITY {
             return;
         }
-        let max = self.max.max(other.max);
+        let max = maximum(self.max, other.max);
         let (own, others) = ((self.max - max).exp(), (other.max - max).exp());
         self.max = max;
         self.sum = own * self.sum + others * other.sum;

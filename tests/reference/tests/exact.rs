@@ -121,3 +121,14 @@ fn empty_sequences_are_legal() {
     let no_queries = exact(&Problem::new(&[], &[1.0], &[1.0], 1, 1, 1.0), |_, _| true);
     assert!(no_queries.out.is_empty() && no_queries.lse.is_empty());
 }
+
+#[test]
+fn merging_keeps_a_row_that_is_nan() {
+    let nan = Partial { max: f64::NAN, sum: f64::NAN, weighted_values: vec![f64::NAN] };
+    let some = Partial { max: 0.0, sum: 1.0, weighted_values: vec![2.0] };
+    for (mut a, b) in [(Partial::empty(1), nan.clone()), (some.clone(), nan.clone()), (nan, some)] {
+        a.merge(&b);
+        let (out, lse) = a.finish();
+        assert!(out[0].is_nan() && lse.is_nan(), "{a:?}");
+    }
+}
