@@ -2,6 +2,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod detect;
 mod generic;
 mod scalar;
@@ -20,20 +22,23 @@ pub enum Isa {
     Scalar,
     /// x86-64 AVX2, FMA and F16C.
     Avx2,
+    /// x86-64 AVX-512 F, with what [`Isa::Avx2`] has.
+    Avx512,
 }
 
 impl Isa {
-    /// "scalar", "avx2", ...
+    /// "scalar", "avx2", "avx512".
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
         }
     }
 
     /// The instruction set of this [`name`](Self::name).
     pub fn from_name(name: &str) -> Option<Self> {
-        [Isa::Scalar, Isa::Avx2].into_iter().find(|isa| isa.name() == name)
+        [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().find(|isa| isa.name() == name)
     }
 }
 
@@ -112,7 +117,11 @@ impl Kernels {
     /// Every table that this machine can run.
     pub fn available() -> impl Iterator<Item = &'static Kernels> {
         #[cfg(target_arch = "x86_64")]
-        let tables = [Some(Self::scalar()), detect::has_avx2().then_some(&avx2::KERNELS)];
+        let tables = [
+            Some(Self::scalar()),
+            detect::has_avx2().then_some(&avx2::KERNELS),
+            detect::has_avx512().then_some(&avx512::KERNELS),
+        ];
         #[cfg(not(target_arch = "x86_64"))]
         let tables = [Some(Self::scalar())];
         tables.into_iter().flatten()

@@ -1,4 +1,4 @@
-//! Every program of `programs/`, with the machine's best kernels and with the scalar ones.
+//! Every program of `programs/`, with the machine's best kernels and held down to each lesser table.
 
 use std::path::{Path, PathBuf};
 
@@ -6,18 +6,20 @@ use hyperattn_c_tests::{build, c_program, cpp_program, folder, run, run_ok, skip
 use hyperattn_link::{Language, Program};
 
 const SCALAR: (&str, &str) = ("HYPERATTN_MAX_ISA", "scalar");
+const AVX2: (&str, &str) = ("HYPERATTN_MAX_ISA", "avx2");
 
 fn executable(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs").join(name)
 }
 
-fn run_both(executable: &Path) {
-    print!("{}", run_ok(executable, &[]));
-    print!("{}", run_ok(executable, &[SCALAR]));
+fn run_with_every_table(executable: &Path) {
+    for limit in [None, Some(AVX2), Some(SCALAR)] {
+        print!("{}", run_ok(executable, limit.as_slice()));
+    }
 }
 
 fn run_c(name: &str) {
-    run_both(&build(&c_program(name), &executable(name)));
+    run_with_every_table(&build(&c_program(name), &executable(name)));
 }
 
 #[test]
@@ -72,7 +74,7 @@ fn api_misc() {
     let scalar = run_ok(&executable, &[SCALAR]);
     assert!(scalar.lines().any(|line| line == "cpu_isa scalar"), "{scalar}");
     if cfg!(target_arch = "x86_64") {
-        let avx2 = run_ok(&executable, &[("HYPERATTN_MAX_ISA", "avx2")]);
+        let avx2 = run_ok(&executable, &[AVX2]);
         let isa = avx2.lines().find_map(|line| line.strip_prefix("cpu_isa "));
         assert!(matches!(isa, Some("avx2" | "scalar")), "{avx2}");
     }
@@ -86,7 +88,7 @@ fn allocation() {
     }
     let wrap = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memalign,--wrap=aligned_alloc";
     let program = c_program("allocation").link_argument(wrap);
-    run_both(&build(&program, &executable("allocation")));
+    run_with_every_table(&build(&program, &executable("allocation")));
 }
 
 /// The machine may have a C compiler only, or a C++ compiler older than the standard.
@@ -113,14 +115,17 @@ fn harness_cpp() {
             continue;
         }
         let name = format!("harness-{}", language.name());
-        run_both(&build(&cpp_program("harness", language), &executable(&name)));
+        run_with_every_table(&build(&cpp_program("harness", language), &executable(&name)));
     }
 }
 
 #[test]
 fn example_cpp() {
     if compiles_cpp(Language::Cpp11) {
-        run_both(&build(&cpp_program("example_cpp", Language::Cpp11), &executable("example_cpp")));
+        run_with_every_table(&build(
+            &cpp_program("example_cpp", Language::Cpp11),
+            &executable("example_cpp"),
+        ));
     }
 }
 
@@ -129,7 +134,7 @@ fn example_cpp() {
 fn shared_library() {
     let library = hyperattn_link::shared_library().unwrap_or_else(|error| panic!("{error}"));
     let program = c_program("merge").archive(library);
-    run_both(&build(&program, &executable("merge-shared")));
+    run_with_every_table(&build(&program, &executable("merge-shared")));
 }
 
 /// A program that checks nothing, or a driver that ignores its failures, would look like success.

@@ -1,0 +1,151 @@
+//! The table for x86-64 with AVX-512 F (Skylake-X, Zen 4 and later).
+
+use core::arch::x86_64::*;
+
+use super::vector::{EXP2, EXP2_LOWEST, EXP2_ROUND, Vector};
+use super::{Isa, Kernels, generic};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(__m512);
+
+// SAFETY (every block in this impl): an Avx512 exists only inside the kernels below, which run only
+// where the instructions were detected; loads and stores repeat the trait's contract.
+impl Vector for Avx512 {
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_set1_ps(x) })
+    }
+
+    #[inline(always)]
+    fn iota() -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe {
+            _mm512_setr_ps(
+                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+            )
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_fmadd_ps(self.0, factor.0, term.0) })
+    }
+
+    #[inline(always)]
+    fn fused_mul_add(self, factor: Self, term: Self) -> Self {
+        self.mul_add(factor, term)
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_min_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn select_less(self, other: Self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a.0, b.0), other.0, self.0) })
+    }
+
+    #[inline(always)]
+    fn positive_bits(self) -> u32 {
+        // SAFETY: see the impl.
+        u32::from(unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_setzero_ps()) })
+    }
+
+    #[inline(always)]
+    fn reduce_add(self) -> f32 {
+        // SAFETY: see the impl.
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+
+    #[inline(always)]
+    fn reduce_max(self) -> f32 {
+        // SAFETY: see the impl.
+        unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        let x = Self::splat(EXP2_LOWEST).max(self);
+        let rounded = x.add(Self::splat(EXP2_ROUND));
+        let f = x.sub(rounded.sub(Self::splat(EXP2_ROUND)));
+        let mut power = Self::splat(EXP2[5]);
+        for c in [EXP2[4], EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+            power = power.mul_add(f, Self::splat(c));
+        }
+        // SAFETY: see the impl.
+        let scale = unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(rounded.0))) };
+        power.mul(Avx512(scale))
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn attend(step: &mut super::Step<'_>) {
+    // SAFETY: the caller's contract is generic::attend's, and the instructions are enabled here.
+    unsafe { generic::attend::<Avx512, 12, 2>(step) }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+    // SAFETY: as above.
+    unsafe { generic::hash::<Avx512>(rows, head_dim, projections, width, codes) }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
+    let vectors = to.len() / 16;
+    for i in 0..vectors {
+        // SAFETY: 16 (i + 1) <= to.len() elements are readable at `from` and writable at `to`.
+        unsafe {
+            let half = _mm256_loadu_si256(from.cast::<__m256i>().add(i));
+            _mm512_storeu_ps(to.as_mut_ptr().add(16 * i), _mm512_cvtph_ps(half));
+        }
+    }
+    // SAFETY: the elements from 16 * vectors on, within the same bounds.
+    unsafe { generic::widen_f16(from.add(32 * vectors), &mut to[16 * vectors..]) }
+}
+
+pub(super) static KERNELS: Kernels =
+    Kernels { isa: Isa::Avx512, query_rows: 12, panel: 32, lanes: 16, attend, hash, widen_f16 };
