@@ -6,7 +6,7 @@ use crate::view::TensorRef;
 
 /// Number of columns of a stored projection matrix: `num_projs` rounded up to the table's vectors.
 pub fn projection_width(kernels: &Kernels, num_projs: usize) -> usize {
-    num_projs.next_multiple_of(kernels.projection_lanes())
+    num_projs.next_multiple_of(kernels.lanes())
 }
 
 /// Fills `to` (`[head_dim][width]`) with the normals of one head's hyperplanes; columns from

@@ -74,7 +74,10 @@ pub(crate) struct TileMemory<'a> {
     values: &'a mut [f32],
     log_weight: &'a mut [f32],
     scores: &'a mut [f32],
+    /// One widened row.
     wide: &'a mut [f32],
+    /// Widened keys that are not packed yet.
+    rows_to_pack: &'a mut [f32],
 }
 
 impl<'a> TileMemory<'a> {
@@ -100,6 +103,7 @@ impl<'a> TileMemory<'a> {
             log_weight: carver.take(KEY_TILE),
             scores: carver.take(kernels.query_rows() * KEY_TILE),
             wide: carver.take(problem.head_dim.max(problem.value_dim)),
+            rows_to_pack: carver.take(kernels.lanes() * packing_stride(kernels, problem)),
         }
     }
 }
@@ -107,6 +111,11 @@ impl<'a> TileMemory<'a> {
 /// value_dim rounded up to the kernels' panel.
 fn padded_value_dim(kernels: &Kernels, problem: &Problem) -> usize {
     problem.value_dim.next_multiple_of(kernels.panel())
+}
+
+/// Distance of the keys in `rows_to_pack`: head_dim rounded up to whole vectors.
+fn packing_stride(kernels: &Kernels, problem: &Problem) -> usize {
+    problem.head_dim.next_multiple_of(kernels.lanes())
 }
 
 /// See the module.
@@ -176,12 +185,12 @@ impl<'a> Tile<'a> {
     /// Packs the key and the value at `row` as number `slot` of the tile.
     fn pack(&mut self, keys: KeyOrder<'_>, slot: usize, row: usize, with_values: bool) {
         let Call { kernels, problem, tensors, .. } = self.call;
-        let panel = kernels.panel();
-        let wide = &mut self.memory.wide[..problem.head_dim];
-        tensors.k.read_row(kernels, keys.batch, keys.kv_head, row, wide);
-        let column = &mut self.memory.keys[slot / panel * panel * problem.head_dim + slot % panel..];
-        for (x, cell) in wide.iter().zip(column.iter_mut().step_by(panel)) {
-            *cell = *x;
+        let (panel, lanes) = (kernels.panel(), kernels.lanes());
+        let stride = packing_stride(kernels, problem);
+        let key = &mut self.memory.rows_to_pack[slot % lanes * stride..][..problem.head_dim];
+        tensors.k.read_row(kernels, keys.batch, keys.kv_head, row, key);
+        if (slot + 1).is_multiple_of(lanes) {
+            self.pack_keys(slot + 1);
         }
         if with_values {
             let wide = &mut self.memory.wide[..problem.value_dim];
@@ -192,10 +201,23 @@ impl<'a> Tile<'a> {
         }
     }
 
+    /// Packs the keys read since the last whole vector, up to number `count` of the tile.
+    fn pack_keys(&mut self, count: usize) {
+        let Call { kernels, problem, .. } = self.call;
+        let (panel, lanes) = (kernels.panel(), kernels.lanes());
+        let first = (count - 1) / lanes * lanes;
+        let to = &mut self.memory.keys[first / panel * panel * problem.head_dim + first % panel..];
+        let stride = packing_stride(kernels, problem);
+        kernels.transpose(self.memory.rows_to_pack, stride, problem.head_dim, to);
+    }
+
     /// Attends to the packed keys. `first` is the position of the first, when each row sees only as
     /// many leading positions as it was pushed with.
     fn step(&mut self, key_count: usize, first: Option<usize>, weighted: bool, capped: bool, part: Part) {
         let rows = self.padded_rows();
+        if !key_count.is_multiple_of(self.call.kernels.lanes()) {
+            self.pack_keys(key_count);
+        }
         if let Some(first) = first {
             for (in_tile, &visible) in
                 self.memory.visible_in_tile.iter_mut().zip(&self.memory.visible[..rows])

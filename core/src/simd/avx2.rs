@@ -111,6 +111,32 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn transpose(
+        from: *const f32,
+        from_stride: usize,
+        to: *mut f32,
+        to_stride: usize,
+        columns: usize,
+    ) {
+        // SAFETY: see the impl; rows and columns are those that the caller vouches for.
+        unsafe {
+            let row: [__m256; 8] = core::array::from_fn(|i| _mm256_loadu_ps(from.add(i * from_stride)));
+            let (upper, lower) = (fours(&row[..4]), fours(&row[4..]));
+            for c in 0..4 {
+                let whole = [
+                    _mm256_permute2f128_ps::<0x20>(upper[c], lower[c]),
+                    _mm256_permute2f128_ps::<0x31>(upper[c], lower[c]),
+                ];
+                for (half, &whole) in whole.iter().enumerate() {
+                    if 4 * half + c < columns {
+                        _mm256_storeu_ps(to.add((4 * half + c) * to_stride), whole);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     fn exp2(self) -> Self {
         let x = Self::splat(EXP2_LOWEST).max(self);
         let rounded = x.add(Self::splat(EXP2_ROUND));
@@ -125,6 +151,23 @@ impl Vector for Avx2 {
     }
 }
 
+/// Half h of result c is column 4 h + c of four rows. A function, because a closure might not be inlined
+/// and would then lack the instructions.
+#[inline(always)]
+fn fours(row: &[__m256]) -> [__m256; 4] {
+    // SAFETY: called by the impl above only.
+    unsafe {
+        let (low_a, low_b) = (_mm256_unpacklo_ps(row[0], row[1]), _mm256_unpacklo_ps(row[2], row[3]));
+        let (high_a, high_b) = (_mm256_unpackhi_ps(row[0], row[1]), _mm256_unpackhi_ps(row[2], row[3]));
+        [
+            _mm256_shuffle_ps::<0x44>(low_a, low_b),
+            _mm256_shuffle_ps::<0xee>(low_a, low_b),
+            _mm256_shuffle_ps::<0x44>(high_a, high_b),
+            _mm256_shuffle_ps::<0xee>(high_a, high_b),
+        ]
+    }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn attend(step: &mut super::Step<'_>) {
     // SAFETY: the caller's contract is generic::attend's, and the instructions are enabled here.
@@ -135,6 +178,12 @@ unsafe fn attend(step: &mut super::Step<'_>) {
 unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
     // SAFETY: as above.
     unsafe { generic::hash::<Avx2>(rows, head_dim, projections, width, codes) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
+    // SAFETY: as above.
+    unsafe { generic::transpose::<Avx2>(rows, stride, head_dim, to, panel) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -152,4 +201,4 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
 }
 
 pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx2, query_rows: 6, panel: 16, lanes: 8, attend, hash, widen_f16 };
+    Kernels { isa: Isa::Avx2, query_rows: 6, panel: 16, lanes: 8, attend, hash, transpose, widen_f16 };

@@ -107,6 +107,39 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn transpose(
+        from: *const f32,
+        from_stride: usize,
+        to: *mut f32,
+        to_stride: usize,
+        columns: usize,
+    ) {
+        // SAFETY: see the impl; rows and columns are those that the caller vouches for.
+        unsafe {
+            let row: [__m512; 16] = core::array::from_fn(|i| _mm512_loadu_ps(from.add(i * from_stride)));
+            let (first, second) = (fours(&row[..4]), fours(&row[4..8]));
+            let (third, last) = (fours(&row[8..12]), fours(&row[12..]));
+            for c in 0..4 {
+                let even_upper = _mm512_shuffle_f32x4::<0x88>(first[c], second[c]);
+                let odd_upper = _mm512_shuffle_f32x4::<0xdd>(first[c], second[c]);
+                let even_lower = _mm512_shuffle_f32x4::<0x88>(third[c], last[c]);
+                let odd_lower = _mm512_shuffle_f32x4::<0xdd>(third[c], last[c]);
+                let whole = [
+                    _mm512_shuffle_f32x4::<0x88>(even_upper, even_lower),
+                    _mm512_shuffle_f32x4::<0x88>(odd_upper, odd_lower),
+                    _mm512_shuffle_f32x4::<0xdd>(even_upper, even_lower),
+                    _mm512_shuffle_f32x4::<0xdd>(odd_upper, odd_lower),
+                ];
+                for (quarter, &whole) in whole.iter().enumerate() {
+                    if 4 * quarter + c < columns {
+                        _mm512_storeu_ps(to.add((4 * quarter + c) * to_stride), whole);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     fn exp2(self) -> Self {
         let x = Self::splat(EXP2_LOWEST).max(self);
         let rounded = x.add(Self::splat(EXP2_ROUND));
@@ -121,6 +154,25 @@ impl Vector for Avx512 {
     }
 }
 
+/// Quarter q of result c is column 4 q + c of four rows. A function, because a closure might not be
+/// inlined and would then lack the instructions.
+#[inline(always)]
+fn fours(row: &[__m512]) -> [__m512; 4] {
+    // SAFETY: called by the impl above only.
+    unsafe {
+        let low_a = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1]));
+        let low_b = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3]));
+        let high_a = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
+        let high_b = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
+        [
+            _mm512_castpd_ps(_mm512_unpacklo_pd(low_a, low_b)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(low_a, low_b)),
+            _mm512_castpd_ps(_mm512_unpacklo_pd(high_a, high_b)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(high_a, high_b)),
+        ]
+    }
+}
+
 #[target_feature(enable = "avx512f")]
 unsafe fn attend(step: &mut super::Step<'_>) {
     // SAFETY: the caller's contract is generic::attend's, and the instructions are enabled here.
@@ -131,6 +183,12 @@ unsafe fn attend(step: &mut super::Step<'_>) {
 unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
     // SAFETY: as above.
     unsafe { generic::hash::<Avx512>(rows, head_dim, projections, width, codes) }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
+    // SAFETY: as above.
+    unsafe { generic::transpose::<Avx512>(rows, stride, head_dim, to, panel) }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -148,4 +206,4 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
 }
 
 pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx512, query_rows: 12, panel: 32, lanes: 16, attend, hash, widen_f16 };
+    Kernels { isa: Isa::Avx512, query_rows: 12, panel: 32, lanes: 16, attend, hash, transpose, widen_f16 };

@@ -242,6 +242,34 @@ pub(super) unsafe fn hash<V: Vector>(
     }
 }
 
+/// Packs `V::LANES` rows of `head_dim` numbers, `stride` apart, as columns of a panel.
+///
+/// # Safety
+/// The instructions of `V` are available; `stride` is at least `head_dim` rounded up to `V::LANES`,
+/// `rows` holds `V::LANES * stride` numbers, and `to` `(head_dim - 1) * panel + V::LANES`.
+#[inline(always)]
+pub(super) unsafe fn transpose<V: Vector>(
+    rows: &[f32],
+    stride: usize,
+    head_dim: usize,
+    to: &mut [f32],
+    panel: usize,
+) {
+    for first in (0..head_dim).step_by(V::LANES) {
+        let columns = V::LANES.min(head_dim - first);
+        // SAFETY: first + LANES <= stride, and column first + columns - 1 < head_dim (contract).
+        unsafe {
+            V::transpose(
+                rows.as_ptr().add(first),
+                stride,
+                to.as_mut_ptr().add(first * panel),
+                panel,
+                columns,
+            );
+        }
+    }
+}
+
 /// Widens binary16 numbers.
 ///
 /// # Safety

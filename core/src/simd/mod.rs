@@ -87,6 +87,7 @@ pub struct Kernels {
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
     hash: unsafe fn(&[f32], usize, &[f32], usize, &mut [u32]),
+    transpose: unsafe fn(&[f32], usize, usize, &mut [f32], usize),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
 }
 
@@ -142,8 +143,9 @@ impl Kernels {
         self.panel
     }
 
-    /// Columns of a projection matrix come in multiples of this.
-    pub fn projection_lanes(&self) -> usize {
+    /// Numbers in a vector: columns of a projection matrix, and keys that are packed at once, come in
+    /// multiples of this.
+    pub fn lanes(&self) -> usize {
         self.lanes
     }
 
@@ -171,7 +173,7 @@ impl Kernels {
     }
 
     /// Sign codes of `rows` (`[codes.len()][head_dim]`) under `projections` (`[head_dim][width]`,
-    /// `width` a multiple of [`Self::projection_lanes`], at most 32): bit j of a code is set when the
+    /// `width` a multiple of [`Self::lanes`], at most 32): bit j of a code is set when the
     /// projection on column j, summed by fused multiply-adds in ascending order of the head
     /// dimension, is greater than 0 (Definition 1 of the paper).
     pub fn hash(&self, rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
@@ -183,6 +185,18 @@ impl Kernels {
         );
         // SAFETY: as in `attend`.
         unsafe { (self.hash)(rows, head_dim, projections, width, codes) }
+    }
+
+    /// Packs [`Self::lanes`] keys as columns of a panel: number i of key j becomes `to[i * panel + j]`. Key j
+    /// is at `rows[j * stride..]`; `stride` is at least `head_dim` rounded up to the lanes.
+    pub(crate) fn transpose(&self, rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32]) {
+        assert!(
+            stride >= head_dim.next_multiple_of(self.lanes)
+                && rows.len() >= self.lanes * stride
+                && to.len() >= (head_dim - 1) * self.panel + self.lanes
+        );
+        // SAFETY: as in `attend`.
+        unsafe { (self.transpose)(rows, stride, head_dim, to, self.panel) }
     }
 
     /// Widens `to.len()` consecutive elements at `from`.

@@ -95,6 +95,22 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    unsafe fn transpose(
+        from: *const f32,
+        from_stride: usize,
+        to: *mut f32,
+        to_stride: usize,
+        columns: usize,
+    ) {
+        for column in 0..columns {
+            for row in 0..Self::LANES {
+                // SAFETY: row and column are below LANES, within what the caller vouches for.
+                unsafe { *to.add(column * to_stride + row) = *from.add(row * from_stride + column) };
+            }
+        }
+    }
+
+    #[inline(always)]
     fn exp2(self) -> Self {
         Portable(self.0.map(|x| {
             let x = if EXP2_LOWEST > x { EXP2_LOWEST } else { x };
@@ -116,6 +132,11 @@ unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize,
     unsafe { generic::hash::<Portable>(rows, head_dim, projections, width, codes) }
 }
 
+unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
+    // SAFETY: as above.
+    unsafe { generic::transpose::<Portable>(rows, stride, head_dim, to, panel) }
+}
+
 pub(super) static KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,
     query_rows: 4,
@@ -123,5 +144,6 @@ pub(super) static KERNELS: Kernels = Kernels {
     lanes: 8,
     attend,
     hash,
+    transpose,
     widen_f16: generic::widen_f16,
 };

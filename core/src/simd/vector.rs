@@ -55,6 +55,13 @@ pub(crate) trait Vector: Copy {
     /// The largest lane; unspecified when a lane is NaN.
     fn reduce_max(self) -> f32;
 
+    /// Transposes a square of `LANES` rows, of which the first `columns` columns are stored as rows.
+    ///
+    /// # Safety
+    /// `LANES` numbers are readable at each of the `LANES` rows, which start `from_stride` apart at
+    /// `from`, and writable at each of `columns` (at most `LANES`) rows, `to_stride` apart at `to`.
+    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize, columns: usize);
+
     /// 2 to the power of each lane, for lanes up to 0 (NaN stays NaN).
     ///
     /// At most 2 ulp off down to -126 and correct to 2^-126 below. The result is 0 from -127 on.
