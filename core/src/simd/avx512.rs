@@ -2,7 +2,8 @@
 
 use core::arch::x86_64::*;
 
-use super::vector::{EXP2, EXP2_LOWEST, EXP2_ROUND, Vector};
+use super::vector::Vector;
+use super::x86::x86_operations;
 use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
@@ -13,11 +14,18 @@ pub(crate) struct Avx512(__m512);
 impl Vector for Avx512 {
     const LANES: usize = 16;
 
-    #[inline(always)]
-    fn splat(x: f32) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_set1_ps(x) })
-    }
+    x86_operations!(
+        Avx512,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_sub_ps,
+        _mm512_mul_ps,
+        _mm512_fmadd_ps,
+        _mm512_max_ps,
+        _mm512_min_ps
+    );
 
     #[inline(always)]
     fn iota() -> Self {
@@ -27,59 +35,6 @@ impl Vector for Avx512 {
                 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
             )
         })
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_loadu_ps(from) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: see the impl.
-        unsafe { _mm512_storeu_ps(to, self.0) }
-    }
-
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn mul(self, other: Self) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_mul_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn mul_add(self, factor: Self, term: Self) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_fmadd_ps(self.0, factor.0, term.0) })
-    }
-
-    #[inline(always)]
-    fn fused_mul_add(self, factor: Self, term: Self) -> Self {
-        self.mul_add(factor, term)
-    }
-
-    #[inline(always)]
-    fn max(self, other: Self) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_max_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn min(self, other: Self) -> Self {
-        // SAFETY: see the impl.
-        Avx512(unsafe { _mm512_min_ps(self.0, other.0) })
     }
 
     #[inline(always)]
@@ -140,17 +95,9 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn exp2(self) -> Self {
-        let x = Self::splat(EXP2_LOWEST).max(self);
-        let rounded = x.add(Self::splat(EXP2_ROUND));
-        let f = x.sub(rounded.sub(Self::splat(EXP2_ROUND)));
-        let mut power = Self::splat(EXP2[5]);
-        for c in [EXP2[4], EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
-            power = power.mul_add(f, Self::splat(c));
-        }
+    fn low_bits_as_exponent(self) -> Self {
         // SAFETY: see the impl.
-        let scale = unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(rounded.0))) };
-        power.mul(Avx512(scale))
+        Avx512(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0))) })
     }
 }
 

@@ -8,6 +8,8 @@ mod detect;
 mod generic;
 mod scalar;
 mod vector;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use crate::element::DType;
 

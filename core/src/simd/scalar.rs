@@ -1,6 +1,6 @@
 //! The portable table: plain Rust over eight lanes, which any compiler turns into its baseline vectors.
 
-use super::vector::{EXP2, EXP2_LOWEST, EXP2_ROUND, Vector};
+use super::vector::Vector;
 use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
@@ -111,14 +111,8 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn exp2(self) -> Self {
-        Portable(self.0.map(|x| {
-            let x = if EXP2_LOWEST > x { EXP2_LOWEST } else { x };
-            let rounded = x + EXP2_ROUND;
-            let f = x - (rounded - EXP2_ROUND);
-            let power = EXP2.iter().rev().fold(0.0, |p, c| (p + c) * f) + 1.0;
-            power * f32::from_bits(rounded.to_bits() << 23)
-        }))
+    fn low_bits_as_exponent(self) -> Self {
+        Portable(self.0.map(|x| f32::from_bits(x.to_bits() << 23)))
     }
 }
 

@@ -65,17 +65,30 @@ pub(crate) trait Vector: Copy {
     /// 2 to the power of each lane, for lanes up to 0 (NaN stays NaN).
     ///
     /// At most 2 ulp off down to -126 and correct to 2^-126 below. The result is 0 from -127 on.
-    fn exp2(self) -> Self;
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        let x = Self::splat(EXP2_LOWEST).max(self);
+        let rounded = x.add(Self::splat(EXP2_ROUND));
+        let f = x.sub(rounded.sub(Self::splat(EXP2_ROUND)));
+        let mut power = Self::splat(EXP2[5]);
+        for c in [EXP2[4], EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+            power = power.mul_add(f, Self::splat(c));
+        }
+        power.mul(rounded.low_bits_as_exponent())
+    }
+
+    /// The numbers whose exponent fields are the low bits of these: 2^n for `EXP2_ROUND + n`.
+    fn low_bits_as_exponent(self) -> Self;
 }
 
 /// Coefficients of 2^f - 1 = f c_1 + ... + f^6 c_6 on [-1/2, 1/2]: the minimax polynomial of the
 /// relative error, 2.6e-9.
-pub(crate) const EXP2: [f32; 6] =
+const EXP2: [f32; 6] =
     [core::f32::consts::LN_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_81];
 
 /// Adding this to |x| < 2^22 rounds x to an integer, whose value plus the exponent's bias is then in
 /// the low bits.
-pub(crate) const EXP2_ROUND: f32 = 12_582_912.0 + 127.0;
+const EXP2_ROUND: f32 = 12_582_912.0 + 127.0;
 
 /// Below this, 2^x is 0.
-pub(crate) const EXP2_LOWEST: f32 = -127.0;
+const EXP2_LOWEST: f32 = -127.0;
