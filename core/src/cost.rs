@@ -2,7 +2,8 @@
 //! published estimator plus its selection.
 
 use crate::causal::Decomposition;
-use crate::params::Params;
+use crate::hyper;
+use crate::params::{BlockMask, Params, Residual};
 use crate::problem::Problem;
 
 /// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured on AVX2 at
@@ -13,8 +14,13 @@ const SELECTION_PAIRS: f64 = 60.0;
 const MARGIN: f64 = 0.9;
 
 /// Whether exact attention is the faster choice.
-pub(crate) fn exact_is_faster(params: &Params, problem: &Problem, parts: &Decomposition) -> bool {
-    paper_pairs(params, problem, parts) >= MARGIN * exact_pairs(parts)
+pub(crate) fn exact_is_faster(
+    params: &Params,
+    mask: Option<&BlockMask<'_>>,
+    problem: &Problem,
+    parts: &Decomposition,
+) -> bool {
+    paper_pairs(params, mask, problem, parts) >= MARGIN * exact_pairs(parts)
 }
 
 /// (query, key) pairs of one head.
@@ -26,8 +32,20 @@ fn exact_pairs(parts: &Decomposition) -> f64 {
 }
 
 /// Pairs of one head under the estimator, selection included.
-fn paper_pairs(params: &Params, problem: &Problem, parts: &Decomposition) -> f64 {
-    let budget = f64::from(params.block_size) + f64::from(params.sample_size);
+fn paper_pairs(
+    params: &Params,
+    mask: Option<&BlockMask<'_>>,
+    problem: &Problem,
+    parts: &Decomposition,
+) -> f64 {
+    let sample_size = f64::from(params.sample_size);
+    let sampled = match hyper::effective_residual(params) {
+        Residual::None => 0.0,
+        Residual::Uniform => sample_size,
+        // Two samples, and the tau rows: about another m columns for as many queries as keys.
+        Residual::RowNorm => 3.0 * sample_size,
+    };
+    let budget = mask.map_or(f64::from(params.block_size), BlockMask::keys_per_query) + sampled;
     let dense = parts
         .dense
         .as_ref()
@@ -51,7 +69,7 @@ mod tests {
     fn choose(mask: Mask, n_q: usize, n_k: usize) -> bool {
         let params = Params { mask, min_seq_len: 512, ..Params::default() };
         let problem = one_head(mask, n_q, n_k);
-        exact_is_faster(&params, &problem, &Decomposition::new(&problem, params.min_seq_len))
+        exact_is_faster(&params, None, &problem, &Decomposition::new(&problem, params.min_seq_len))
     }
 
     #[test]
@@ -63,6 +81,29 @@ mod tests {
         // Sorting a long cache for a few queries costs more than attending to it.
         assert!(choose(Mask::CausalBottomRight, 8, 65_536));
         assert!(!choose(Mask::CausalBottomRight, 4096, 65_536));
+    }
+
+    #[test]
+    fn the_caller_s_blocks_are_what_costs() {
+        let (n, block) = (16_384, 256);
+        let mut columns = [0; 64 * 64];
+        columns.iter_mut().enumerate().for_each(|(i, column)| *column = i as i32 % 64);
+        for (per_row, exact) in [(64, true), (2, false)] {
+            let row_offsets: [i64; 65] = core::array::from_fn(|row| row as i64 * per_row);
+            let mask = BlockMask {
+                query_block: block,
+                key_block: block,
+                num_query_blocks: 64,
+                num_key_blocks: 64,
+                row_offsets: &row_offsets,
+                columns: &columns,
+                head_stride: 0,
+            };
+            assert_eq!(mask.keys_per_query(), per_row as f64 * block as f64);
+            let problem = one_head(Mask::None, n, n);
+            let parts = Decomposition::new(&problem, 4096);
+            assert_eq!(exact_is_faster(&Params::default(), Some(&mask), &problem, &parts), exact);
+        }
     }
 
     #[test]

@@ -137,6 +137,13 @@ impl BlockMask<'_> {
         Ok(())
     }
 
+    /// Keys that a query meets exactly, on average over the first pattern.
+    pub(crate) fn keys_per_query(&self) -> f64 {
+        let offsets = &self.row_offsets[..self.num_query_blocks + 1];
+        let blocks = offsets[self.num_query_blocks] - offsets[0];
+        blocks as f64 * self.key_block as f64 / self.num_query_blocks.max(1) as f64
+    }
+
     /// The key blocks of one query block of `pattern` (batch * heads_q + head).
     pub(crate) fn row(&self, pattern: usize, query_block: usize) -> &[i32] {
         let at = pattern * self.head_stride + query_block;

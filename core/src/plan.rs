@@ -37,7 +37,10 @@ impl Plan {
         };
         let exact = match params.method {
             Method::Exact => true,
-            Method::Auto => nothing_to_estimate || cost::exact_is_faster(params, &problem, &parts),
+            Method::Auto => {
+                nothing_to_estimate
+                    || cost::exact_is_faster(params, layouts.block_mask.as_ref(), &problem, &parts)
+            }
             _ => nothing_to_estimate,
         };
         let divided = parts.square.is_some_and(|square| square.levels() > 0);

@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use super::entries::kernel_entries;
 use super::vector::Vector;
 use super::x86::x86_operations;
 use super::{Isa, Kernels, generic};
@@ -115,23 +116,7 @@ fn fours(row: &[__m256]) -> [__m256; 4] {
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn attend(step: &mut super::Step<'_>) {
-    // SAFETY: the caller's contract is generic::attend's, and the instructions are enabled here.
-    unsafe { generic::attend::<Avx2, 6, 2>(step) }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
-    // SAFETY: as above.
-    unsafe { generic::hash::<Avx2>(rows, head_dim, projections, width, codes) }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
-    // SAFETY: as above.
-    unsafe { generic::transpose::<Avx2>(rows, stride, head_dim, to, panel) }
-}
+kernel_entries!(Avx2, 6, 2, "avx2,fma,f16c");
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {

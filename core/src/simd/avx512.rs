@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use super::entries::kernel_entries;
 use super::vector::Vector;
 use super::x86::x86_operations;
 use super::{Isa, Kernels, generic};
@@ -120,23 +121,7 @@ fn fours(row: &[__m512]) -> [__m512; 4] {
     }
 }
 
-#[target_feature(enable = "avx512f")]
-unsafe fn attend(step: &mut super::Step<'_>) {
-    // SAFETY: the caller's contract is generic::attend's, and the instructions are enabled here.
-    unsafe { generic::attend::<Avx512, 12, 2>(step) }
-}
-
-#[target_feature(enable = "avx512f")]
-unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
-    // SAFETY: as above.
-    unsafe { generic::hash::<Avx512>(rows, head_dim, projections, width, codes) }
-}
-
-#[target_feature(enable = "avx512f")]
-unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
-    // SAFETY: as above.
-    unsafe { generic::transpose::<Avx512>(rows, stride, head_dim, to, panel) }
-}
+kernel_entries!(Avx512, 12, 2, "avx512f");
 
 #[target_feature(enable = "avx512f")]
 unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {

@@ -5,6 +5,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod detect;
+mod entries;
 mod generic;
 mod scalar;
 mod vector;

@@ -1,5 +1,6 @@
 //! The portable table: plain Rust over eight lanes, which any compiler turns into its baseline vectors.
 
+use super::entries::kernel_entries;
 use super::vector::Vector;
 use super::{Isa, Kernels, generic};
 
@@ -116,20 +117,7 @@ impl Vector for Portable {
     }
 }
 
-unsafe fn attend(step: &mut super::Step<'_>) {
-    // SAFETY: the caller's contract is generic::attend's; Portable needs no special instructions.
-    unsafe { generic::attend::<Portable, 4, 1>(step) }
-}
-
-unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
-    // SAFETY: as above.
-    unsafe { generic::hash::<Portable>(rows, head_dim, projections, width, codes) }
-}
-
-unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
-    // SAFETY: as above.
-    unsafe { generic::transpose::<Portable>(rows, stride, head_dim, to, panel) }
-}
+kernel_entries!(Portable, 4, 1);
 
 pub(super) static KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,

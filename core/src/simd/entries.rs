@@ -1,0 +1,26 @@
+//! The entry points of a table: the generic kernels, compiled for one vector type and its instructions.
+
+/// Defines `attend`, `hash` and `transpose` for a vector, with ROWS and VECTORS of a register tile, under
+/// the target features that it needs.
+macro_rules! kernel_entries {
+    ($vector:ty, $rows:literal, $vectors:literal $(, $features:literal)?) => {
+        $(#[target_feature(enable = $features)])?
+        unsafe fn attend(step: &mut crate::simd::Step<'_>) {
+            // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
+            unsafe { crate::simd::generic::attend::<$vector, $rows, $vectors>(step) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::generic::hash::<$vector>(rows, head_dim, projections, width, codes) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
+            // SAFETY: as above.
+            unsafe { crate::simd::generic::transpose::<$vector>(rows, stride, head_dim, to, panel) }
+        }
+    };
+}
+pub(super) use kernel_entries;
