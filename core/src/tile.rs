@@ -157,9 +157,9 @@ impl<'a> Tile<'a> {
         self.rows += 1;
     }
 
-    /// Rows rounded up to whole register tiles.
+    /// Rows rounded up to what kernels take.
     fn padded_rows(&self) -> usize {
-        self.rows.next_multiple_of(self.call.kernels.query_rows())
+        self.rows.next_multiple_of(self.call.kernels.row_multiple())
     }
 
     /// Packs the pushed queries of batch item `batch` and empties their state.

@@ -101,7 +101,7 @@ fn fours(row: &[__m256]) -> [__m256; 4] {
     }
 }
 
-kernel_entries!(Avx2, 6, 2, "avx2,fma,f16c");
+kernel_entries!(Avx2, 6, 2, 6, "avx2,fma,f16c");
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
@@ -120,6 +120,7 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
 pub(super) static KERNELS: Kernels = Kernels {
     isa: Isa::Avx2,
     query_rows: 6,
+    row_multiple: 6,
     panel: 16,
     lanes: 8,
     attend,

@@ -110,7 +110,7 @@ fn fours(row: &[__m512]) -> [__m512; 4] {
     }
 }
 
-kernel_entries!(Avx512, 12, 2, "avx512f");
+kernel_entries!(Avx512, 12, 2, 4, "avx512f");
 
 #[target_feature(enable = "avx512f")]
 unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
@@ -129,6 +129,7 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
 pub(super) const TABLE: Kernels = Kernels {
     isa: Isa::Avx512,
     query_rows: 12,
+    row_multiple: 4,
     panel: 32,
     lanes: 16,
     attend,

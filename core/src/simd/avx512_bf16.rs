@@ -81,7 +81,7 @@ impl Product for Bf16Pairs {
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn attend_bf16(step: &mut Step<'_>) {
     // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
-    unsafe { generic::attend::<Bf16Pairs, 12, 2>(step) }
+    unsafe { generic::attend::<Bf16Pairs, 12, 2, 4>(step) }
 }
 
 pub(super) static KERNELS: Kernels =

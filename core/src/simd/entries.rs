@@ -1,13 +1,13 @@
 //! The entry points of a table: the generic kernels, compiled for one vector type and its instructions.
 
-/// Defines `attend`, `hash`, `transpose` and `place` for a vector, with ROWS and VECTORS of a register tile, under
+/// Defines `attend`, `hash`, `transpose` and `place` for a vector, with ROWS, VECTORS and TAIL of a register tile, under
 /// the target features that it needs.
 macro_rules! kernel_entries {
-    ($vector:ty, $rows:literal, $vectors:literal $(, $features:literal)?) => {
+    ($vector:ty, $rows:literal, $vectors:literal, $tail:literal $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         unsafe fn attend(step: &mut crate::simd::Step<'_>) {
             // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
-            unsafe { crate::simd::generic::attend::<crate::simd::product::F32<$vector>, $rows, $vectors>(step) }
+            unsafe { crate::simd::generic::attend::<crate::simd::product::F32<$vector>, $rows, $vectors, $tail>(step) }
         }
 
         $(#[target_feature(enable = $features)])?

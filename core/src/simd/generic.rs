@@ -12,42 +12,75 @@ const HEADROOM: f32 = 8.0;
 
 /// Attends every row of a [`Step`]: scores, online softmax, product with the values.
 ///
-/// `ROWS` queries and `VECTORS` vectors of keys (or of value columns) make one register tile.
+/// `ROWS` queries and `VECTORS` vectors of keys (or of value columns) make one register tile; the rows of the
+/// last group are taken `TAIL` at a time where they are fewer.
 ///
 /// # Safety
 /// The instructions of `P` are available, and the slices have the lengths that [`Step`] states for
-/// `query_rows == ROWS`, `lanes == P::Vector::LANES` and `panel == VECTORS * lanes`.
+/// `query_rows == ROWS`, `row_multiple == TAIL`, `lanes == P::Vector::LANES` and `panel == VECTORS * lanes`.
 #[inline(always)]
-pub(super) unsafe fn attend<P: Product, const ROWS: usize, const VECTORS: usize>(step: &mut Step<'_>) {
+pub(super) unsafe fn attend<P: Product, const ROWS: usize, const VECTORS: usize, const TAIL: usize>(
+    step: &mut Step<'_>,
+) {
     let every_key_counts = step.visible.is_none() && step.key_count == KEY_TILE;
     let plain = every_key_counts && step.cap.is_none() && step.log_weight.is_none();
     // SAFETY: the caller's contract.
     unsafe {
         if plain {
-            attend_groups::<P, ROWS, VECTORS, true>(step);
+            attend_rows::<P, ROWS, VECTORS, TAIL, true>(step);
         } else {
-            attend_groups::<P, ROWS, VECTORS, false>(step);
+            attend_rows::<P, ROWS, VECTORS, TAIL, false>(step);
         }
     }
 }
 
 /// [`attend`]; in a `PLAIN` step every row sees a whole tile, without weights and caps.
 #[inline(always)]
-unsafe fn attend_groups<P: Product, const ROWS: usize, const VECTORS: usize, const PLAIN: bool>(
+unsafe fn attend_rows<
+    P: Product,
+    const ROWS: usize,
+    const VECTORS: usize,
+    const TAIL: usize,
+    const PLAIN: bool,
+>(
     step: &mut Step<'_>,
 ) {
+    const { assert!(ROWS.is_multiple_of(TAIL)) };
+    let words = step.head_dim.div_ceil(P::DEPTH);
+    let rows = step.max.len();
+    let whole = rows / ROWS * ROWS;
+    // SAFETY: the groups' rows and queries lie within the slices (contract).
+    unsafe {
+        for first in (0..whole).step_by(ROWS) {
+            let query = step.query.as_ptr().add(first * words);
+            attend_group::<P, ROWS, VECTORS, PLAIN>(step, first, (query, ROWS));
+        }
+        if TAIL < ROWS {
+            for first in (whole..rows).step_by(TAIL) {
+                let query = step.query.as_ptr().add(whole * words + first - whole);
+                attend_group::<P, TAIL, VECTORS, PLAIN>(step, first, (query, ROWS));
+            }
+        }
+    }
+}
+
+/// [`attend_rows`] for the `ROWS` rows from `first` on, whose words begin at `query.0`, each `query.1` after the
+/// one before.
+#[inline(always)]
+unsafe fn attend_group<P: Product, const ROWS: usize, const VECTORS: usize, const PLAIN: bool>(
+    step: &mut Step<'_>,
+    first: usize,
+    query: (*const u32, usize),
+) {
     let panel = VECTORS * P::Vector::LANES;
-    for group in 0..step.max.len() / ROWS {
-        let first = group * ROWS;
-        // SAFETY: the group's rows and all panels lie within the slices (contract).
-        unsafe {
-            let limits = if PLAIN { Limits::whole() } else { Limits::<ROWS>::new(step, first) };
-            for p in 0..limits.most.div_ceil(panel) {
-                weigh_keys::<P, ROWS, VECTORS, PLAIN>(step, first, p, &limits);
-            }
-            if step.use_values && limits.most > 0 {
-                add_values::<P, ROWS, VECTORS>(step, first, &limits);
-            }
+    // SAFETY: the caller's contract.
+    unsafe {
+        let limits = if PLAIN { Limits::whole() } else { Limits::<ROWS>::new(step, first) };
+        for p in 0..limits.most.div_ceil(panel) {
+            weigh_keys::<P, ROWS, VECTORS, PLAIN>(step, (first, query), p, &limits);
+        }
+        if step.use_values && limits.most > 0 {
+            add_values::<P, ROWS, VECTORS>(step, first, &limits);
         }
     }
 }
@@ -85,7 +118,7 @@ impl<const ROWS: usize> Limits<ROWS> {
 #[inline(always)]
 unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const PLAIN: bool>(
     step: &mut Step<'_>,
-    first: usize,
+    (first, query): (usize, (*const u32, usize)),
     p: usize,
     limits: &Limits<ROWS>,
 ) {
@@ -103,7 +136,7 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
     }
     // SAFETY: panel p holds words * panel words, the query group words * ROWS, and there is room for ROWS
     // rows of a panel of logits (contract).
-    let mut largest = unsafe { score::<P, ROWS, VECTORS>(step, first, p, &origin) };
+    let mut largest = unsafe { score::<P, ROWS, VECTORS>(step, query, p, &origin) };
     if !PLAIN {
         // SAFETY: as above.
         largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, limits, &origin) };
@@ -138,7 +171,7 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
 #[inline(always)]
 unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
     step: &mut Step<'_>,
-    first: usize,
+    (query, next): (*const u32, usize),
     p: usize,
     origin: &[f32; ROWS],
 ) -> P::Vector {
@@ -153,8 +186,7 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
     // SAFETY: as the caller says.
     unsafe {
         let key = step.keys.as_ptr().add(p * VECTORS * lanes * words);
-        let query = step.query.as_ptr().add(first * words);
-        multiply::<P, ROWS, VECTORS>(words, (query, ROWS, 1), key, &mut tile);
+        multiply::<P, ROWS, VECTORS>(words, (query, next, 1), key, &mut tile);
     }
     let scale = P::Vector::splat(step.scale);
     let mut largest = [P::Vector::splat(f32::NEG_INFINITY); VECTORS];
@@ -237,8 +269,8 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
     let panel = VECTORS * lanes;
     let lowest = P::Vector::splat(f32::NEG_INFINITY);
     let mut largest = lowest;
-    for r in 0..ROWS {
-        let end = P::Vector::splat(limits.each[r] as f32);
+    for (r, (&origin, &limit)) in origin.iter().zip(&limits.each).enumerate() {
+        let end = P::Vector::splat(limit as f32);
         for v in 0..VECTORS {
             let key = p * panel + v * lanes;
             // SAFETY: room for the panel's logits, a cap for each of the group's rows, KEY_TILE weights.
@@ -246,7 +278,7 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
                 let at = step.logits.as_mut_ptr().add(r * panel + v * lanes);
                 let mut x = P::Vector::load(at);
                 if let Some(cap) = step.cap {
-                    x = P::Vector::splat(*cap.get_unchecked(first + r) - origin[r]).min(x);
+                    x = P::Vector::splat(*cap.get_unchecked(first + r) - origin).min(x);
                 }
                 if let Some(weights) = step.log_weight {
                     x = x.add(P::Vector::load(weights.as_ptr().add(key)));
@@ -270,7 +302,7 @@ unsafe fn raise<P: Product, const ROWS: usize, const VECTORS: usize>(
     origin: &[f32; ROWS],
 ) {
     let lanes = P::Vector::LANES;
-    for r in 0..ROWS {
+    for (r, &origin) in origin.iter().enumerate() {
         // SAFETY: the group's rows are among the step's; LANES sums and value_dim accumulated numbers a row,
         // a panel of logits, and the words of the panels before p.
         unsafe {
@@ -285,8 +317,8 @@ unsafe fn raise<P: Product, const ROWS: usize, const VECTORS: usize>(
             if largest == f32::NEG_INFINITY || (largest <= HEADROOM && !empty) {
                 continue;
             }
-            let new = origin[r] + largest;
-            let shift = new - origin[r];
+            let new = origin + largest;
+            let shift = new - origin;
             *max = new;
             for v in 0..VECTORS {
                 P::Vector::load(logits.add(v * lanes))

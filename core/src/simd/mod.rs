@@ -76,7 +76,7 @@ impl Packing {
 /// Queries against one packed tile of keys: the unit of work of a kernel.
 ///
 /// Logits are in base 2. With R = `query_rows`, P = `panel` and L = `lanes` of the table, rows come in groups
-/// of R, keys in panels of P, and the columns of the values in panels of P and, where less than P are left, of L.
+/// of R, the last of which may have only a multiple of T = `row_multiple`, keys in panels of P, and the columns of the values in panels of P and, where less than P are left, of L.
 /// W is the number of words that hold `head_dim` elements, S the number that hold [`KEY_TILE`].
 pub struct Step<'a> {
     /// What the words are.
@@ -87,7 +87,7 @@ pub struct Step<'a> {
     pub value_dim: usize,
     /// Factor on the products of [`Packing::Bf16Pairs`]; queries of [`Packing::F32`] carry it.
     pub scale: f32,
-    /// `[rows / R][W][R]`.
+    /// `[groups][W][R]`.
     pub query: &'a [u32],
     /// `[KEY_TILE / P][W][P]`; what lies beyond the last key is not looked at.
     pub keys: &'a [u32],
@@ -105,7 +105,7 @@ pub struct Step<'a> {
     pub use_sum: bool,
     /// Whether these keys enter the product with the values.
     pub use_values: bool,
-    /// What each row's weights are relative to (`[rows]`, a multiple of R): -inf as long as a row has seen
+    /// What each row's weights are relative to (`[rows]`, a multiple of T): -inf as long as a row has seen
     /// nothing but -inf, then a logit that no other exceeds by more than 8.
     pub max: &'a mut [f32],
     /// Running sums of each row's weights, relative to `max`; their sum is the row's (`[rows][L]`).
@@ -122,6 +122,7 @@ pub struct Step<'a> {
 pub struct Kernels {
     isa: Isa,
     query_rows: usize,
+    row_multiple: usize,
     panel: usize,
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
@@ -185,6 +186,11 @@ impl Kernels {
         self.query_rows
     }
 
+    /// Rows of a step come in multiples of this (T).
+    pub fn row_multiple(&self) -> usize {
+        self.row_multiple
+    }
+
     /// Keys in a panel (P).
     pub fn panel(&self) -> usize {
         self.panel
@@ -210,10 +216,10 @@ impl Kernels {
         let words = step.head_dim.div_ceil(depth);
         let full = |weights: Option<&[f32]>, len| weights.is_none_or(|slice| slice.len() >= len);
         assert!(
-            rows.is_multiple_of(self.query_rows)
+            rows.is_multiple_of(self.row_multiple)
                 && step.value_dim.is_multiple_of(self.lanes)
                 && step.key_count <= KEY_TILE
-                && step.query.len() >= rows * words
+                && step.query.len() >= rows.next_multiple_of(self.query_rows) * words
                 && step.keys.len() >= KEY_TILE * words
                 && step.values.len() >= KEY_TILE / depth * step.value_dim
                 && full(step.log_weight, KEY_TILE)

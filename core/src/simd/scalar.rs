@@ -105,11 +105,12 @@ impl Vector for Portable {
     }
 }
 
-kernel_entries!(Portable, 4, 1);
+kernel_entries!(Portable, 4, 1, 4);
 
 pub(super) static KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,
     query_rows: 4,
+    row_multiple: 4,
     panel: 8,
     lanes: 8,
     attend,

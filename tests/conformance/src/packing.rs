@@ -67,9 +67,9 @@ impl State {
     ) -> Self {
         let rows = query.len() / head_dim;
         let group = kernels.query_rows();
-        let padded = rows.next_multiple_of(group);
+        let padded = rows.next_multiple_of(kernels.row_multiple());
         let width = head_dim.div_ceil(packing.depth());
-        let mut packed = vec![0; padded * width];
+        let mut packed = vec![0; padded.next_multiple_of(group) * width];
         for (row, query) in query.chunks(head_dim).enumerate() {
             for (i, word) in words(packing, query).into_iter().enumerate() {
                 packed[row / group * group * width + i * group + row % group] = word;

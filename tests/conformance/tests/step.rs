@@ -36,7 +36,7 @@ impl Chain {
     fn new(kernels: &'static Kernels, packing: Packing, generator: &mut Generator) -> Self {
         let head_dim = [1, 2, 5, 64, 80][generator.below(5)];
         let value_dim = [1, 7, 16, 33][generator.below(4)];
-        let rows = 1 + generator.below(13);
+        let rows = 1 + generator.below(29);
         let query = normals(generator, packing, rows * head_dim);
         let state = State::new(kernels, packing, &query, head_dim, value_dim);
         let sums_only = generator.below(4) == 0;
@@ -123,7 +123,7 @@ impl Chain {
             }
             assert!(self.state.accumulated(r)[self.value_dim..].iter().all(|&x| x == 0.0));
         }
-        assert!(self.state.max.len().is_multiple_of(self.kernels.query_rows()));
+        assert!(self.state.max.len().is_multiple_of(self.kernels.row_multiple()));
     }
 }
 
