@@ -9,6 +9,7 @@ mod avx512_bf16;
 mod detect;
 mod entries;
 mod generic;
+mod prefetch;
 mod product;
 mod scalar;
 mod vector;
@@ -16,6 +17,7 @@ mod vector;
 mod x86;
 
 use crate::element::DType;
+pub(crate) use prefetch::prefetch;
 
 /// Keys in one packed tile.
 pub const KEY_TILE: usize = 64;
