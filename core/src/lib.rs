@@ -19,6 +19,7 @@ mod math;
 mod merge;
 mod overlap;
 mod pack;
+mod paper;
 mod params;
 mod pass;
 mod plan;

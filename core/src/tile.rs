@@ -54,11 +54,20 @@ pub(crate) enum Part {
     Values,
 }
 
-/// Unnormalised partial results of all query rows of one batch item, kept between passes.
+/// Unnormalised partial results of all query rows of some heads of one batch item, kept between passes.
 pub(crate) struct States<'a> {
+    pub(crate) first_head: usize,
     pub(crate) max: Rows<'a>,
     pub(crate) sum: Rows<'a>,
     pub(crate) accumulated: Rows<'a>,
+}
+
+impl States<'_> {
+    /// Number of the state of row `row` of the tile.
+    fn index(&self, tile: &Tile<'_>, row: usize) -> usize {
+        let (head, query) = (tile.memory.head_of[row] as usize, tile.memory.row_of[row] as usize);
+        (head - self.first_head) * tile.call.problem.n_q + query
+    }
 }
 
 /// The scratch memory of a tile.
@@ -402,8 +411,7 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn absorb(&mut self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
-            let index =
-                self.memory.head_of[r] as usize * self.call.problem.n_q + self.memory.row_of[r] as usize;
+            let index = states.index(self, r);
             // SAFETY: the rows are this tile's own (contract).
             let (max, sum, accumulated) = unsafe {
                 (states.max.row(index)[0], states.sum.row(index)[0], &*states.accumulated.row(index))
@@ -428,8 +436,7 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn store(&self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
-            let index =
-                self.memory.head_of[r] as usize * self.call.problem.n_q + self.memory.row_of[r] as usize;
+            let index = states.index(self, r);
             // SAFETY: the rows are this tile's own (contract).
             unsafe {
                 states.max.row(index)[0] = self.memory.max[r];

@@ -23,7 +23,9 @@ fn prefetch_line(address: *const u8) {
 #[inline(always)]
 fn prefetch_line(address: *const u8) {
     // SAFETY: the instruction is part of the architecture and does not fault.
-    unsafe { core::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
+    unsafe {
+        core::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly))
+    }
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
