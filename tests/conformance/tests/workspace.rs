@@ -3,7 +3,7 @@
 
 use hyperattn_conformance::executors::{Order, Threads};
 use hyperattn_conformance::for_each_table;
-use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
 use hyperattn_conformance::random_mask::OwnedMask;
 use hyperattn_conformance::run::{Setup, Workspace};
 use hyperattn_core::{
@@ -39,6 +39,7 @@ fn all_inputs() -> Vec<Inputs> {
         Inputs::normal(shape, 1100),
         Inputs::normal(wide, 1101).rounded(DType::BF16),
         Inputs::normal(single, 1102),
+        Inputs::normal(shape, 1105).rounded(DTypes { q: DType::F32, kv: DType::F16 }),
     ]
 }
 
