@@ -190,6 +190,8 @@ impl Member for Ours<'_> {
             self.memory.added_bytes =
                 self.memory.peak_bytes.zip(before).map(|(peak, before)| peak.saturating_sub(before));
         }
+        // After a long call the clock rate may be another.
+        self.peak.measure_if_due(&self.threads);
         Ok(seconds)
     }
 }

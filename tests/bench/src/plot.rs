@@ -91,10 +91,14 @@ pub fn draw(kind: Kind, title: &str, family: &Family, path: &Path) -> Result<(),
                 Kind::Time => format!("{} (slope {:.2})", series.label, series.slope()),
                 Kind::Error => series.label.clone(),
             };
-            drawn.label(label.trim_start()).legend(move |(x, y)| {
-                let ends = [(x + 4, y), (x + 4 + LEGEND_LENGTH, y)];
-                DashedPathElement::new(ends, dash, DASH, colour.stroke_width(2))
-            });
+            let label = label.trim_start();
+            // A curve that has nothing to be told from needs no name.
+            if !label.is_empty() {
+                drawn.label(label).legend(move |(x, y)| {
+                    let ends = [(x + 4, y), (x + 4 + LEGEND_LENGTH, y)];
+                    DashedPathElement::new(ends, dash, DASH, colour.stroke_width(2))
+                });
+            }
         }
         let corner = match kind {
             Kind::Time => SeriesLabelPosition::UpperLeft,

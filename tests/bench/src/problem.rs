@@ -170,17 +170,26 @@ impl Problem {
         if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("/") }
     }
 
+    /// Queries and keys: one number where they agree.
+    pub fn lengths(&self) -> String {
+        pair(self.shape.n_q, self.shape.n_k)
+    }
+
+    /// Query and KV heads: one number where they agree.
+    pub fn heads(&self) -> String {
+        pair(self.shape.heads_q, self.shape.heads_kv)
+    }
+
     /// The settings in short: what always matters, and what differs from the default.
     pub fn label(&self) -> String {
-        let Shape { batch, heads_q, heads_kv, n_q, n_k, head_dim, .. } = self.shape;
-        let pair = |a: usize, b: usize| if a == b { a.to_string() } else { format!("{a}/{b}") };
+        let Shape { batch, head_dim, .. } = self.shape;
         let mut label = format!(
             "{} {} {} n{} d{head_dim} h{} t{}",
             self.get("method"),
             self.get("mask"),
             self.dtypes(),
-            pair(n_q, n_k),
-            pair(heads_q, heads_kv),
+            self.lengths(),
+            self.heads(),
             self.threads
         );
         if batch > 1 {
@@ -230,6 +239,10 @@ fn choose<T: Copy>(table: &[(&str, T)], value: &str) -> Result<T, String> {
 fn name_of<T: Copy + PartialEq>(table: &[(&str, T)], value: T) -> String {
     let found = table.iter().find(|(_, chosen)| *chosen == value);
     found.map_or_else(String::new, |(name, _)| (*name).to_string())
+}
+
+fn pair(a: usize, b: usize) -> String {
+    if a == b { a.to_string() } else { format!("{a}/{b}") }
 }
 
 /// A whole number; k and m multiply by 1,024 and 1,048,576.

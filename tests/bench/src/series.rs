@@ -29,12 +29,15 @@ pub struct Family {
 /// Settings whose values say what they are.
 const PLAIN: [&str; 7] = ["library", "isa", "method", "mask", "dtypes", "layout", "residual"];
 
+/// Settings that another's value says, too.
+const SAID: [&str; 5] = ["dtype_k", "dtype_v", "dtype_out", "heads_kv", "n_k"];
+
 /// Settings that exact attention does not look at.
 const ESTIMATOR: [&str; 4] = ["min_seq_len", "block_size", "sample_size", "residual"];
 
 /// Time in milliseconds over the number of keys.
 pub fn time_over_length(records: &[Record]) -> Family {
-    family(records, &["n_q", "n_k"], |record| Some((record.problem.shape.n_k as f64, record.time_ms.median)))
+    family(records, &["n"], |record| Some((record.problem.shape.n_k as f64, record.time_ms.median)))
 }
 
 /// Relative error over the keys that a query meets, where the estimator ran.
@@ -55,14 +58,17 @@ impl Series {
 
 /// The name and value of everything that tells two series apart.
 fn identity(record: &Record, ignored: &[&str]) -> Vec<(&'static str, String)> {
+    let problem = &record.problem;
     let mut identity = vec![("library", record.library.clone()), ("isa", record.isa.clone())];
     identity.extend(Problem::SETTINGS.iter().map(|&name| match name {
-        "dtype_q" => ("dtypes", record.problem.dtypes()),
-        _ => (name, record.problem.get(name)),
+        "dtype_q" => ("dtypes", problem.dtypes()),
+        "heads_q" => ("heads", problem.heads()),
+        "n_q" => ("n", problem.lengths()),
+        _ => (name, problem.get(name)),
     }));
-    let exact = record.problem.params.method == Method::Exact;
-    let beside = |name: &str| name.starts_with("dtype_") || exact && ESTIMATOR.contains(&name);
-    identity.retain(|(name, _)| !ignored.contains(name) && !beside(name));
+    let exact = problem.params.method == Method::Exact;
+    let said = |name: &str| SAID.contains(&name) || exact && ESTIMATOR.contains(&name);
+    identity.retain(|(name, _)| !ignored.contains(name) && !said(name));
     identity
 }
 
