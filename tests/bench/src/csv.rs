@@ -53,10 +53,12 @@ pub struct Record {
     pub accuracy: Option<Accuracy>,
     /// Memory of the call.
     pub memory: Memory,
+    /// Share of the time that its threads waited for a core; absent where the system does not say.
+    pub waiting: Option<f64>,
 }
 
 const PLACE: [&str; 5] = ["list", "line", "group", "library", "isa"];
-const MEASURES: [&str; 17] = [
+const MEASURES: [&str; 18] = [
     "runs",
     "time_ms",
     "time_low_ms",
@@ -74,6 +76,7 @@ const MEASURES: [&str; 17] = [
     "workspace_bytes",
     "peak_bytes",
     "added_bytes",
+    "waiting",
 ];
 
 /// The names of the columns.
@@ -102,6 +105,7 @@ impl Record {
         fields.push(accuracy.map_or_else(String::new, |accuracy| digits(accuracy.error)));
         fields.push(optional(accuracy.map(|accuracy| accuracy.rows)));
         fields.extend([memory.workspace_bytes, memory.peak_bytes, memory.added_bytes].map(optional));
+        fields.push(self.waiting.map_or_else(String::new, digits));
         // A comma in a name would move all that follows.
         let plain: Vec<String> = fields.into_iter().map(|field| field.replace(',', ";")).collect();
         plain.join(",")
@@ -152,6 +156,7 @@ impl Record {
                 peak_bytes: bytes("peak_bytes")?,
                 added_bytes: bytes("added_bytes")?,
             },
+            waiting: maybe("waiting", text("waiting"))?,
         })
     }
 }
@@ -221,13 +226,15 @@ pub(crate) mod tests {
                 peak_bytes: Some(1 << 30),
                 added_bytes: Some(0),
             },
+            waiting: Some(0.125),
         }
     }
 
     #[test]
     fn records_survive_writing_and_reading() {
         let mut bare = record(&[("method", "auto"), ("dtype_k", "f16"), ("n", "1m")], 12340.0);
-        (bare.accuracy, bare.memory, bare.isa) = (None, Memory::default(), String::new());
+        (bare.accuracy, bare.memory, bare.waiting) = (None, Memory::default(), None);
+        bare.isa = String::new();
         let mut infinite = record(&[("residual", "row_norm")], 2e-5);
         infinite.accuracy = Some(Accuracy { error: f64::INFINITY, rows: 1 });
         let records = [record(&[], 0.25), bare, infinite];
@@ -250,7 +257,7 @@ pub(crate) mod tests {
     fn errors_name_the_line_and_the_column() {
         let good = record(&[], 1.0).to_line();
         let with = |line: &str| parse(&format!("{}\n{good}\n{line}", header())).unwrap_err();
-        assert_eq!(with("a,b"), "line 3: expected 40 fields, found 2");
+        assert_eq!(with("a,b"), "line 3: expected 41 fields, found 2");
         assert_eq!(with(&good.replace("123.45", "fast")), "line 3: gflops is not a number: \"fast\"");
         assert!(with(&good.replace("exact", "fast")).starts_with("line 3: method = \"fast\": the value"));
         assert!(parse("a,b\n").unwrap_err().starts_with("line 1:"));

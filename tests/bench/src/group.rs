@@ -10,6 +10,7 @@ use crate::csv::{Memory, Record};
 use crate::executor::Threads;
 use crate::inputs::Inputs;
 use crate::keys_per_query::keys_per_query;
+use crate::load::{Moment, Waiting};
 use crate::memory;
 use crate::peak::Peak;
 use crate::peer::Peer;
@@ -75,6 +76,7 @@ pub fn measure(
         let mut record = ours.record(place, entry.line, named, time, &times[0])?;
         record.accuracy = Some(accuracy(&entry.problem, ours.inputs, &ours.out));
         record.memory = ours.memory;
+        record.waiting = ours.waiting.share(entry.problem.threads);
         records.push(record);
     }
     if let (Some(name), Some(time)) = (peer_name, times.get(ours.len())) {
@@ -103,6 +105,8 @@ struct Ours<'a> {
     /// Where the aligned part of the workspace begins.
     start: usize,
     memory: Memory,
+    turn: Option<Moment>,
+    waiting: Waiting,
 }
 
 impl<'a> Ours<'a> {
@@ -123,6 +127,8 @@ impl<'a> Ours<'a> {
             workspace,
             memory: Memory { workspace_bytes: Some(need.size as u64), ..Memory::default() },
             out,
+            turn: None,
+            waiting: Waiting::default(),
         })
     }
 
@@ -157,6 +163,7 @@ impl<'a> Ours<'a> {
             keys_per_query,
             accuracy: None,
             memory: Memory::default(),
+            waiting: None,
         })
     }
 }
@@ -175,6 +182,16 @@ fn tensors<'t>(inputs: &'t Inputs, out: &'t mut Tensor) -> hyperattn_core::Resul
 }
 
 impl Member for Ours<'_> {
+    fn begin(&mut self) {
+        self.turn = Some(Moment::now());
+    }
+
+    fn rest(&mut self) {
+        if let Some(start) = self.turn.take() {
+            self.waiting.add_since(&start);
+        }
+    }
+
     fn call(&mut self) -> Result<f64, Box<dyn Error>> {
         self.peak.measure_if_due(&self.threads);
         // Later calls add nothing to what the first one touched.

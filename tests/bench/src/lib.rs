@@ -7,6 +7,7 @@ pub mod executor;
 pub mod group;
 pub mod inputs;
 pub mod keys_per_query;
+pub mod load;
 pub mod memory;
 pub mod options;
 pub mod peak;

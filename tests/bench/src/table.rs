@@ -12,7 +12,7 @@ pub fn width<'p>(problems: impl Iterator<Item = &'p Problem>) -> usize {
 /// The names of the columns.
 pub fn header(width: usize) -> String {
     format!(
-        "{:<width$} {:<18} {:>4} {:>10} {:>6} {:>8} {:>5} {:>7} {:>8} {:>8} {:>8} {:>8}",
+        "{:<width$} {:<18} {:>4} {:>10} {:>6} {:>8} {:>5} {:>7} {:>8} {:>8} {:>8} {:>8} {:>7}",
         "problem",
         "by",
         "runs",
@@ -24,7 +24,8 @@ pub fn header(width: usize) -> String {
         "keys/q",
         "error",
         "work MB",
-        "added MB"
+        "added MB",
+        "waiting"
     )
 }
 
@@ -35,7 +36,7 @@ pub fn row(record: &Record, width: usize) -> String {
         |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 * 1e-6));
     let percent = |fraction: f64| format!("{:.0}%", 100.0 * fraction);
     format!(
-        "{:<width$} {by:<18} {:>4} {:>10} {:>6} {:>8.1} {:>5} {:>7} {:>8.1} {:>8} {:>8} {:>8}",
+        "{:<width$} {by:<18} {:>4} {:>10} {:>6} {:>8.1} {:>5} {:>7} {:>8.1} {:>8} {:>8} {:>8} {:>7}",
         record.problem.label(),
         record.runs,
         three_digits(record.time_ms.median),
@@ -46,7 +47,8 @@ pub fn row(record: &Record, width: usize) -> String {
         record.keys_per_query,
         record.accuracy.map_or("-".into(), |accuracy| format!("{:.1e}", accuracy.error)),
         megabytes(record.memory.workspace_bytes),
-        megabytes(record.memory.added_bytes)
+        megabytes(record.memory.added_bytes),
+        record.waiting.map_or("-".into(), percent)
     )
 }
 

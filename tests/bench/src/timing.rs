@@ -13,7 +13,10 @@ pub trait Member {
     /// What the call answers.
     fn call(&mut self) -> Result<f64, Box<dyn Error>>;
 
-    /// Waits until what the calls left running has gone, before it is another member's turn.
+    /// It is this member's turn.
+    fn begin(&mut self) {}
+
+    /// The turn ends. Waits until what the calls left running has gone, before it is another member's turn.
     fn rest(&mut self) {}
 }
 
@@ -68,6 +71,7 @@ pub fn in_turns(members: &mut [&mut dyn Member], budget: Duration) -> Result<Vec
     let budget = budget.as_secs_f64();
     let mut first = Vec::new();
     for member in members.iter_mut() {
+        member.begin();
         // The second call of a short member says more: the first one faults its pages in.
         let mut seconds = member.call()?;
         if seconds < budget {
@@ -89,6 +93,7 @@ pub fn in_turns(members: &mut [&mut dyn Member], budget: Duration) -> Result<Vec
             if long(seconds) {
                 continue;
             }
+            member.begin();
             if seconds < SHORT {
                 member.call()?;
             }
