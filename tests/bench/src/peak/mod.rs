@@ -118,6 +118,7 @@ mod tests {
     #[test]
     fn every_table_has_a_peak_and_more_threads_are_not_slower() {
         for kernels in Kernels::available() {
+            let mut of_dtypes = Vec::new();
             for dtype in [DType::F32, DType::BF16] {
                 let mut rates = Vec::new();
                 for count in [1, 2] {
@@ -130,21 +131,19 @@ mod tests {
                     rates.push(peak.gflops()[0]);
                 }
                 // A machine with one core, or a busy one, gives each thread a part.
-                assert!(rates[0] > 0.1 && rates[1] > 0.5 * rates[0], "{kernels:?} {dtype:?}: {rates:?}");
+                assert!(rates[0] > 0.0 && rates[1] > 0.5 * rates[0], "{kernels:?} {dtype:?}: {rates:?}");
+                of_dtypes.push(rates[0]);
             }
+            // The faster of two loops; another program may take the core meanwhile.
+            assert!(of_dtypes[1] > 0.5 * of_dtypes[0], "{kernels:?}: {of_dtypes:?}");
         }
     }
 
     #[test]
-    fn wider_vectors_are_not_slower() {
-        let mut rates = Vec::new();
-        let threads = Threads::new(1).expect("the calling thread");
-        for kernels in Kernels::available() {
-            let mut peak = Peak::new(kernels.isa(), [DType::F32; 3]);
-            peak.measure_if_due(&threads);
-            rates.push(peak.gflops()[0]);
-        }
-        // Half of the weaker one's: another program may take the core meanwhile.
-        assert!(rates.windows(2).all(|pair| pair[1] > 0.5 * pair[0]), "{rates:?}");
+    fn mixed_inputs_are_held_against_f32() {
+        let f32 = Peak::new(Kernels::detect(None).isa(), [DType::F32; 3]);
+        let mixed = Peak::new(Kernels::detect(None).isa(), [DType::F32, DType::BF16, DType::BF16]);
+        assert_eq!(f32.name(), mixed.name());
+        assert!(f32.name().starts_with("f32"), "{}", f32.name());
     }
 }
