@@ -3,13 +3,13 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
+use hyperattn_core::stages::keys_per_query;
 use hyperattn_core::{Kernels, Method, Params, Tensors, forward, forward_workspace};
 
 use crate::accuracy::accuracy;
 use crate::csv::{Memory, Record};
 use crate::executor::Threads;
 use crate::inputs::Inputs;
-use crate::keys_per_query::keys_per_query;
 use crate::load::{Moment, Waiting};
 use crate::memory;
 use crate::peak::Peak;

@@ -6,7 +6,6 @@ pub mod csv;
 pub mod executor;
 pub mod group;
 pub mod inputs;
-pub mod keys_per_query;
 pub mod load;
 pub mod memory;
 pub mod options;
