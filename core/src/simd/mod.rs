@@ -120,6 +120,9 @@ pub struct Step<'a> {
     pub weights: &'a mut [u32],
 }
 
+/// (rows, words, scale, to), see [`Kernels::pack_queries`].
+type PackQueries = unsafe fn(&[&[u32]], usize, Option<f32>, &mut [u32]);
+
 /// The kernels of one instruction set.
 pub struct Kernels {
     isa: Isa,
@@ -131,6 +134,7 @@ pub struct Kernels {
     attend_bf16: Option<unsafe fn(&mut Step<'_>)>,
     hash: unsafe fn(&[f32], usize, &[f32], usize, &mut [u32]),
     transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
+    pack_queries: PackQueries,
     place: unsafe fn(&[u32], usize, usize, &mut [u32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
 }
@@ -268,6 +272,19 @@ impl Kernels {
         );
         // SAFETY: as in `attend`.
         unsafe { (self.transpose)(rows, words, to, self.panel) }
+    }
+
+    /// Packs R = [`Self::query_rows`] rows as a group of queries: word i of row r becomes `to[i * R + r]`,
+    /// multiplied by `scale` as an f32 if there is one. The rows hold `words` rounded up to the lanes; up to L
+    /// words beyond the group are overwritten.
+    pub fn pack_queries(&self, rows: &[&[u32]], words: usize, scale: Option<f32>, to: &mut [u32]) {
+        assert!(
+            rows.len() == self.query_rows
+                && rows.iter().all(|row| row.len() >= words.next_multiple_of(self.lanes))
+                && to.len() >= words * self.query_rows + self.lanes
+        );
+        // SAFETY: as in `attend`.
+        unsafe { (self.pack_queries)(rows, words, scale, to) }
     }
 
     /// Packs one row of words of the values as number `slot` of the `slots` of a tile (see [`Step::values`]);
