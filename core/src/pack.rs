@@ -2,7 +2,7 @@
 
 use crate::problem::Problem;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, Kernels, Packing};
+use crate::simd::{HASH_ROWS, KEY_TILE, Kernels, Packing};
 use crate::view::TensorRef;
 
 /// Sizes of packed queries, keys and values.
@@ -59,7 +59,7 @@ impl<'a> PackScratch<'a> {
     pub(crate) fn carve(kernels: &Kernels, problem: &Problem, carver: &mut Carver<'a>) -> Self {
         let stride = problem.head_dim.next_multiple_of(kernels.lanes());
         PackScratch {
-            rows: carver.take(kernels.lanes().max(kernels.query_rows()) * stride),
+            rows: carver.take(kernels.lanes().max(kernels.query_rows()).max(HASH_ROWS) * stride),
             stride,
             value: carver.take(problem.value_dim),
             wide: carver.take(2 * problem.head_dim.max(problem.value_dim)),
@@ -97,7 +97,7 @@ impl Packer<'_> {
 
     /// `count` rows of `view` as words, in place where they are words already, else in `scratch`. `place` gives
     /// the head and the row of each.
-    fn rows<'r>(
+    pub(crate) fn rows<'r>(
         &self,
         view: &'r TensorRef<'_>,
         count: usize,

@@ -128,6 +128,9 @@ impl<'a> TileMemory<'a> {
     }
 }
 
+/// Outputs are asked for this many rows before they are written: sorted rows lie far apart.
+const ROWS_AHEAD: usize = 16;
+
 /// What one step does besides attending to its keys.
 #[derive(Clone, Copy)]
 struct StepOptions {
@@ -443,6 +446,12 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn finish(&mut self, batch: usize) {
         let Call { problem, tensors, .. } = self.call;
         for r in 0..self.rows {
+            let ahead = (r + ROWS_AHEAD).min(self.rows - 1);
+            tensors.out.prefetch_row(
+                batch,
+                self.memory.head_of[ahead] as usize,
+                self.memory.row_of[ahead] as usize,
+            );
             let (head, row) = (self.memory.head_of[r] as usize, self.memory.row_of[r] as usize);
             let sum = self.sum_of(r);
             let lse = log2_of(self.memory.max[r], sum) * core::f32::consts::LN_2;

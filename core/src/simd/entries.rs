@@ -11,9 +11,9 @@ macro_rules! kernel_entries {
         }
 
         $(#[target_feature(enable = $features)])?
-        unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+        unsafe fn hash(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::hash::<$vector>(rows, head_dim, projections, width, codes) }
+            unsafe { crate::simd::generic::hash::<$vector>(rows, projections, width, codes) }
         }
 
         $(#[target_feature(enable = $features)])?

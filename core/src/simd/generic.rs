@@ -4,7 +4,7 @@ use half::f16;
 
 use super::product::Product;
 use super::vector::Vector;
-use super::{KEY_TILE, Step};
+use super::{HASH_ROWS, KEY_TILE, Step};
 
 /// A logit may exceed the number that its row's weights are relative to by this much (base 2) before the
 /// row is rescaled: weights stay below 256, far from overflow, and rescaling becomes rare.
@@ -442,37 +442,31 @@ unsafe fn add_to_row<P: Product>(
     }
 }
 
-/// Rows hashed at once: enough independent chains to hide the latency of a fused multiply-add.
-const HASH_ROWS: usize = 8;
-
 /// Sign codes of rows: bit j is set when the projection on hyperplane j is positive.
 ///
 /// Every projection is one chain of fused multiply-adds in ascending order of the head dimension,
 /// starting from 0, so that codes are the same on every instruction set.
 ///
 /// # Safety
-/// The instructions of `V` are available; `width` is a multiple of `V::LANES`,
-/// `rows.len() == codes.len() * head_dim` and `projections.len() == head_dim * width`.
+/// The instructions of `V` are available; `width` is a multiple of `V::LANES`, there are as many `rows` as `codes`,
+/// and `projections` has `width` numbers for every word of a row.
 #[inline(always)]
-pub(super) unsafe fn hash<V: Vector>(
-    rows: &[f32],
-    head_dim: usize,
-    projections: &[f32],
-    width: usize,
-    codes: &mut [u32],
-) {
+pub(super) unsafe fn hash<V: Vector>(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
+    let head_dim = projections.len() / width;
     codes.fill(0);
     for vector in 0..width / V::LANES {
-        for (group, codes) in codes.chunks_mut(HASH_ROWS).enumerate() {
-            let row = |r: usize| (group * HASH_ROWS + r.min(codes.len() - 1)) * head_dim;
-            let starts: [usize; HASH_ROWS] = core::array::from_fn(row);
+        for (rows, codes) in rows.chunks(HASH_ROWS).zip(codes.chunks_mut(HASH_ROWS)) {
+            let mut starts = [rows[0].as_ptr(); HASH_ROWS];
+            for (start, row) in starts.iter_mut().zip(rows) {
+                *start = row.as_ptr();
+            }
             let mut sums = [V::splat(0.0); HASH_ROWS];
             for i in 0..head_dim {
-                // SAFETY: i < head_dim, so the indices lie within `projections` and `rows` (contract).
+                // SAFETY: i < head_dim, so the indices lie within `projections` and the rows (contract).
                 unsafe {
                     let normal = V::load(projections.as_ptr().add(i * width + vector * V::LANES));
                     for (sum, start) in sums.iter_mut().zip(starts) {
-                        *sum = V::splat(*rows.as_ptr().add(start + i)).fused_mul_add(normal, *sum);
+                        *sum = V::splat(*start.add(i).cast::<f32>()).fused_mul_add(normal, *sum);
                     }
                 }
             }
