@@ -9,8 +9,9 @@ use crate::plan::Plan;
 use crate::problem::{Layouts, Problem};
 use crate::simd::Kernels;
 
-/// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured on AVX2 at
-/// head_dim 64 and 128: between 20 and 60 pairs.
+/// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured at head_dim 64 and 128: 20 to
+/// 60 pairs with AVX2, 60 to 150 with AVX-512, whose pairs are cheaper. Chosen so that near the crossing the
+/// faster method is taken, or exact attention.
 const SELECTION_PAIRS: f64 = 60.0;
 
 /// The estimator must promise at least this gain: the model is not better than that.

@@ -128,7 +128,7 @@ impl<'a> TileMemory<'a> {
     }
 }
 
-/// Outputs are asked for this many rows before they are written: sorted rows lie far apart.
+/// States and outputs are asked for this many rows before they are used: sorted rows lie far apart.
 const ROWS_AHEAD: usize = 16;
 
 /// What one step does besides attending to its keys.
@@ -409,6 +409,7 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn absorb(&mut self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
+            states.accumulated.prefetch(states.index(self, (r + ROWS_AHEAD).min(self.rows - 1)));
             let index = states.index(self, r);
             // SAFETY: the rows are this tile's own (contract).
             let (max, sum, accumulated) = unsafe {

@@ -297,6 +297,11 @@ impl<'a> Rows<'a> {
         Rows { data: slice.as_mut_ptr(), rows, width, owner: PhantomData }
     }
 
+    /// Asks for one row to be brought into the cache.
+    pub(crate) fn prefetch(&self, row: usize) {
+        prefetch(self.data.wrapping_add(row * self.width).cast::<u8>(), self.width * size_of::<f32>());
+    }
+
     /// One row.
     ///
     /// # Safety
