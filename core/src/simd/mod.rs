@@ -7,6 +7,8 @@ mod avx512;
 mod detect;
 mod entries;
 mod generic;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod neon;
 mod scalar;
 mod vector;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +25,8 @@ pub const KEY_TILE: usize = 64;
 pub enum Isa {
     /// No special instructions.
     Scalar,
+    /// aarch64 NEON.
+    Neon,
     /// x86-64 AVX2, FMA and F16C.
     Avx2,
     /// x86-64 AVX-512 F, with what [`Isa::Avx2`] has.
@@ -30,10 +34,11 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// "scalar", "avx2", "avx512".
+    /// "scalar", "neon", "avx2", "avx512".
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
         }
@@ -41,7 +46,7 @@ impl Isa {
 
     /// The instruction set of this [`name`](Self::name).
     pub fn from_name(name: &str) -> Option<Self> {
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().find(|isa| isa.name() == name)
+        [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512].into_iter().find(|isa| isa.name() == name)
     }
 }
 
@@ -127,7 +132,11 @@ impl Kernels {
             detect::has_avx512().then_some(&avx512::KERNELS),
         ];
         #[cfg(not(target_arch = "x86_64"))]
-        let tables = [Some(Self::scalar())];
+        let tables = [
+            Some(Self::scalar()),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+            Some(&neon::KERNELS),
+        ];
         tables.into_iter().flatten()
     }
 
