@@ -84,8 +84,7 @@ pub(crate) fn estimate_row_sums(
     for r in 0..tile.rows() {
         tile.memory.cap[r] = factor + log2_add(tile.log2_sum(r), floor(r));
     }
-    tile.memory.other_max.fill(f32::NEG_INFINITY);
-    tile.memory.other_sum.fill(0.0);
+    tile.empty_other_sums();
     tile.swap_sums();
     let stream = uniform_stream(params.seed, params.offset, keys.kv_head);
     let columns = uniform_columns(stream, positions, params.sample_size as usize);
@@ -110,11 +109,10 @@ pub(crate) fn apply_row_sums(tile: &mut Tile<'_>) {
         // Values may weigh far more than the sum says: keep the sum a normal number relative to the maximum.
         let new = old.max(log2_sum).min(log2_sum + 100.0);
         if log2_sum == f32::NEG_INFINITY {
-            (tile.memory.max[r], tile.memory.sum[r]) = (f32::NEG_INFINITY, 0.0);
+            tile.set_sum(r, f32::NEG_INFINITY, 0.0);
             tile.scale_accumulated(r, 0.0);
         } else {
-            tile.memory.max[r] = new;
-            tile.memory.sum[r] = crate::math::exp2(log2_sum - new);
+            tile.set_sum(r, new, crate::math::exp2(log2_sum - new));
             // A finite factor: 0 stays 0 where the output is too large for f32.
             tile.scale_accumulated(r, crate::math::exp2((old - new).min(127.0)));
         }

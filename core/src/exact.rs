@@ -3,24 +3,54 @@
 use core::ops::Range;
 
 use crate::error::Result;
-use crate::exec::{Executor, for_each_item};
+use crate::exec::{Executor, for_each_chunk, for_each_item};
+use crate::pack::PackScratch;
 use crate::pass::Pass;
+use crate::problem::Problem;
 use crate::scratch::{Carver, Lanes};
+use crate::simd::KEY_TILE;
 use crate::tile::{Call, KeyOrder, Tile};
 use crate::tiling::HeadTiling;
 
+/// Keys from which on a rectangle's keys are packed before its queries are attended to. Shorter ones would
+/// leave much of the last tile empty.
+const PACKED_KEYS: usize = 4 * KEY_TILE;
+
+/// Tiles in which the keys of one KV head are packed once for all tasks that read them: those of `count`
+/// rectangles of at most `queries` and `keys`. None when a single task reads them.
+pub(crate) fn packed_tiles(problem: &Problem, count: usize, queries: usize, keys: usize) -> usize {
+    let tiling = HeadTiling::new(problem, true);
+    let shared = tiling.chunks(queries) * tiling.parts > 1 && keys >= PACKED_KEYS;
+    if shared { count.saturating_mul(keys.div_ceil(KEY_TILE)) } else { 0 }
+}
+
 /// Computes every rectangle of `pass` for the batch items `batches`.
+///
+/// Where `packed` holds [`packed_tiles`] for every KV head, the keys and values of the (single) batch item are
+/// packed there first.
 pub(crate) fn run_pass(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     batches: Range<usize>,
     pass: &Pass<'_>,
+    packed: &mut [u32],
 ) -> Result<()> {
     let problem = &call.problem;
     let tiling = HeadTiling::new(problem, true);
-    let most_rows = pass.rectangles().map(|rectangle| rectangle.queries.len()).max().unwrap_or(0);
-    let chunks = tiling.chunks(most_rows);
+    let longest = |of: fn(crate::select::Rectangle) -> usize| pass.rectangles().map(of).max().unwrap_or(0);
+    let (most_queries, most_keys) = (longest(|r| r.queries.len()), longest(|r| r.keys.len()));
+    let head_len = packed_tiles(problem, pass.count, most_queries, most_keys) * call.shape.tile_len();
+    let rectangle_len = most_keys.div_ceil(KEY_TILE) * call.shape.tile_len();
+    let packed = if head_len > 0 && packed.len() >= head_len * problem.heads_kv && batches.len() == 1 {
+        let packed = &mut packed[..head_len * problem.heads_kv];
+        pack(call, executor, lanes, batches.start, pass, rectangle_len, packed)?;
+        Some(&*packed)
+    } else {
+        None
+    };
+
+    let chunks = tiling.chunks(most_queries);
     let per_head = chunks * pass.count;
     let per_batch = per_head * tiling.parts * problem.heads_kv;
     for_each_item(executor, lanes, per_batch * batches.len(), &|scratch, item| {
@@ -31,7 +61,8 @@ pub(crate) fn run_pass(
         };
         // Later rows see more keys under a causal mask: start with the long tasks.
         let place = per_head - 1 - item % per_head;
-        let Some(rectangle) = (pass.rectangle)(place / chunks) else { return };
+        let index = place / chunks;
+        let Some(rectangle) = (pass.rectangle)(index) else { return };
         let queries = HeadTiling::chunk_of(&rectangle.queries, place % chunks, chunks);
         if queries.is_empty() {
             return;
@@ -43,7 +74,37 @@ pub(crate) fn run_pass(
             }
         }
         tile.load_queries(batch);
-        tile.attend_visible(KeyOrder { batch, kv_head, order: None }, rectangle.keys);
+        let packed = packed.map(|packed| &packed[kv_head * head_len + index * rectangle_len..]);
+        tile.attend_visible(KeyOrder { batch, kv_head, order: None }, rectangle.keys, packed);
         pass.complete(&mut tile, batch);
+    })
+}
+
+/// Packs the keys and values of every KV head: `[heads_kv][rectangles][tiles]`.
+fn pack(
+    call: &Call<'_>,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    batch: usize,
+    pass: &Pass<'_>,
+    rectangle_len: usize,
+    packed: &mut [u32],
+) -> Result<()> {
+    let (shape, problem, tensors) = (&call.shape, &call.problem, call.tensors);
+    let tiles = rectangle_len / shape.tile_len();
+    for_each_chunk(executor, lanes, packed, shape.tile_len(), &|scratch, index, tile| {
+        let (kv_head, index) = (index / (tiles * pass.count), index % (tiles * pass.count));
+        let Some(rectangle) = (pass.rectangle)(index / tiles) else { return };
+        let start = rectangle.keys.start + index % tiles * KEY_TILE;
+        if start >= rectangle.keys.end {
+            return;
+        }
+        let count = KEY_TILE.min(rectangle.keys.end - start);
+        let rows: [u32; KEY_TILE] = core::array::from_fn(|slot| (start + slot) as u32);
+        let mut scratch = PackScratch::carve(call.kernels, problem, &mut Carver::new(scratch));
+        let (keys, values) = tile.split_at_mut(shape.keys_len());
+        let packer = call.packer(batch);
+        packer.pack_keys(&tensors.k, kv_head, &rows[..count], &mut scratch, keys);
+        packer.pack_values(&tensors.v, kv_head, &rows[..count], &mut scratch, values);
     })
 }

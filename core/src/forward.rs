@@ -5,6 +5,7 @@ use crate::exact;
 use crate::exec::{Executor, for_each_chunk};
 use crate::hyper::{self, Prepared};
 use crate::lsh;
+use crate::pack::PackedShape;
 use crate::params::Params;
 use crate::pass::Pass;
 use crate::plan::Plan;
@@ -73,7 +74,8 @@ pub fn forward(
     let (shared, rest) = workspace.split_at_mut(sizes.shared);
     let mut lanes = Lanes::new(rest, sizes.lane, lane_count);
     let mut shared = Shared::carve(&plan, params, kernels, &mut Carver::new(shared));
-    let call = Call { kernels, params, problem: plan.problem, tensors };
+    let shape = PackedShape::new(kernels, &plan.problem);
+    let call = Call { kernels, params, problem: plan.problem, tensors, shape };
     let mut run = Run { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
     if plan.exact { run.exact() } else { run.paper() }
 }
@@ -92,7 +94,14 @@ impl Run<'_, '_> {
         let problem = &self.plan.problem;
         let whole = Rectangle { queries: 0..problem.n_q, keys: 0..problem.n_k };
         let pass = Pass { rectangle: &|_| Some(whole.clone()), count: 1, states: None, last: true };
-        exact::run_pass(self.call, self.executor, self.lanes, 0..problem.batch, &pass)
+        let packed = &mut *self.shared.packed;
+        // What is packed is that of one batch item.
+        let batches_at_once = if packed.is_empty() { problem.batch } else { 1 };
+        for batch in (0..problem.batch).step_by(batches_at_once) {
+            let batches = batch..batch + batches_at_once;
+            exact::run_pass(self.call, self.executor, self.lanes, batches, &pass, packed)?;
+        }
+        Ok(())
     }
 
     fn paper(&mut self) -> Result<()> {
@@ -258,7 +267,8 @@ impl Run<'_, '_> {
         let states = (self.plan.stateful && place != Place::Only).then_some(&states);
         let pass = Pass { rectangle, count, states, last: place != Place::Inner };
         if exactness == Exactness::Exact {
-            return exact::run_pass(self.call, self.executor, self.lanes, batch..batch + 1, &pass);
+            let batches = batch..batch + 1;
+            return exact::run_pass(self.call, self.executor, self.lanes, batches, &pass, shared.packed);
         }
         let key_order = self.plan.sorted.then_some(&*shared.key_order);
         if self.plan.row_norm {

@@ -18,6 +18,7 @@ mod lsh;
 mod math;
 mod merge;
 mod overlap;
+mod pack;
 mod params;
 mod pass;
 mod plan;

@@ -3,6 +3,7 @@
 use crate::causal::Decomposition;
 use crate::cost;
 use crate::error::Result;
+use crate::exact;
 use crate::hyper;
 use crate::params::{Method, Params, Residual};
 use crate::problem::{Layouts, Problem};
@@ -53,5 +54,20 @@ impl Plan {
             exact,
             leaf,
         })
+    }
+
+    /// Tiles of packed keys that the exact passes of one KV head read more than once.
+    pub(crate) fn packed_tiles(&self) -> usize {
+        let problem = &self.problem;
+        if self.exact {
+            return exact::packed_tiles(problem, 1, problem.n_q, problem.n_k);
+        }
+        // The first leaf is the longest.
+        self.parts.square.and_then(|square| Some((square, square.leaf_rectangle(0)?))).map_or(
+            0,
+            |(square, leaf)| {
+                exact::packed_tiles(problem, 1 << square.levels(), leaf.queries.len(), leaf.keys.len())
+            },
+        )
     }
 }

@@ -1,5 +1,6 @@
 //! The shape of one call, checked: whatever passes here is safe to compute.
 
+use crate::element::DType;
 use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::math;
 use crate::overlap::{overlap, overlaps_itself};
@@ -91,6 +92,8 @@ pub(crate) struct Problem {
     pub(crate) head_dim: usize,
     pub(crate) value_dim: usize,
     pub(crate) mask: Mask,
+    /// The element type of q, k and v, where it is one.
+    pub(crate) shared_dtype: Option<DType>,
     /// Factor on the queries that gives logits in base 2.
     pub(crate) scale_log2: f32,
 }
@@ -112,6 +115,7 @@ impl Problem {
             head_dim,
             value_dim,
             mask: params.mask,
+            shared_dtype: (layouts.q.dtype == layouts.k.dtype).then_some(layouts.k.dtype),
             scale_log2: scale * math::LOG2_E,
         };
         if let Some(mask) = &layouts.block_mask {
@@ -305,6 +309,7 @@ pub(crate) fn one_head(mask: crate::params::Mask, n_q: usize, n_k: usize) -> Pro
         head_dim: 1,
         value_dim: 1,
         mask,
+        shared_dtype: None,
         scale_log2: 1.0,
     }
 }

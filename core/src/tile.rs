@@ -4,11 +4,12 @@
 use core::ops::Range;
 
 use crate::math;
+use crate::pack::{PackScratch, PackedShape, Packer};
 use crate::params::Params;
 use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, Kernels, Step};
+use crate::simd::{KEY_TILE, Kernels, Packing, Step};
 use crate::tiling::{HeadTiling, TILE_ROWS};
 use crate::view::Rows;
 
@@ -18,6 +19,13 @@ pub(crate) struct Call<'a> {
     pub(crate) params: &'a Params,
     pub(crate) problem: Problem,
     pub(crate) tensors: &'a Tensors<'a>,
+    pub(crate) shape: PackedShape,
+}
+
+impl Call<'_> {
+    pub(crate) fn packer(&self, batch: usize) -> Packer<'_> {
+        Packer { kernels: self.kernels, packing: self.shape.packing, batch }
+    }
 }
 
 /// The keys and values of one KV head in some order.
@@ -59,69 +67,72 @@ pub(crate) struct TileMemory<'a> {
     row_of: &'a mut [u32],
     visible: &'a mut [u32],
     visible_in_tile: &'a mut [u32],
-    query: &'a mut [f32],
-    /// Running maximum of each row's base-2 logits.
+    query: &'a mut [u32],
+    /// What each row's weights are relative to, a base-2 logit.
     pub(crate) max: &'a mut [f32],
-    /// Running sum of each row's weights, relative to the maximum.
-    pub(crate) sum: &'a mut [f32],
+    /// Running sums of each row's weights, one per lane, relative to the maximum.
+    sum: &'a mut [f32],
     accumulated: &'a mut [f32],
     /// Upper bounds on each row's logits, for the passes that are capped.
     pub(crate) cap: &'a mut [f32],
     /// Second (max, sum) pair, for estimators that keep two sums.
-    pub(crate) other_max: &'a mut [f32],
-    pub(crate) other_sum: &'a mut [f32],
-    keys: &'a mut [f32],
-    values: &'a mut [f32],
+    other_max: &'a mut [f32],
+    other_sum: &'a mut [f32],
+    keys: &'a mut [u32],
+    values: &'a mut [u32],
     log_weight: &'a mut [f32],
-    scores: &'a mut [f32],
-    /// One widened row.
-    wide: &'a mut [f32],
-    /// Widened keys that are not packed yet.
-    rows_to_pack: &'a mut [f32],
+    logits: &'a mut [f32],
+    weights: &'a mut [u32],
+    query_words: &'a mut [u32],
+    pack: PackScratch<'a>,
 }
 
 impl<'a> TileMemory<'a> {
     /// Scratch from `carver`; with a measuring carver it is only counted.
-    pub(crate) fn carve(kernels: &Kernels, problem: &Problem, carver: &mut Carver<'a>) -> Self {
+    pub(crate) fn carve(
+        kernels: &Kernels,
+        problem: &Problem,
+        shape: &PackedShape,
+        carver: &mut Carver<'a>,
+    ) -> Self {
         let most = problem.n_q.saturating_mul(problem.group.min(HeadTiling::MOST_HEADS));
         let rows = TILE_ROWS.min(most).next_multiple_of(kernels.query_rows());
-        let value_dim = padded_value_dim(kernels, problem);
         TileMemory {
             head_of: carver.take(rows),
             row_of: carver.take(rows),
             visible: carver.take(rows),
             visible_in_tile: carver.take(rows),
-            query: carver.take(rows * problem.head_dim),
+            query: carver.take(rows * shape.key_words),
             max: carver.take(rows),
-            sum: carver.take(rows),
-            accumulated: carver.take(rows * value_dim),
+            sum: carver.take(rows * kernels.lanes()),
+            accumulated: carver.take(rows * shape.value_dim),
             cap: carver.take(rows),
             other_max: carver.take(rows),
-            other_sum: carver.take(rows),
-            keys: carver.take(KEY_TILE * problem.head_dim),
-            values: carver.take(KEY_TILE * value_dim),
+            other_sum: carver.take(rows * kernels.lanes()),
+            keys: carver.take(shape.keys_len()),
+            values: carver.take(shape.values_len()),
             log_weight: carver.take(KEY_TILE),
-            scores: carver.take(kernels.query_rows() * KEY_TILE),
-            wide: carver.take(problem.head_dim.max(problem.value_dim)),
-            rows_to_pack: carver.take(kernels.lanes() * packing_stride(kernels, problem)),
+            logits: carver.take(kernels.query_rows() * kernels.panel()),
+            weights: carver.take(kernels.query_rows() * KEY_TILE / shape.packing.depth()),
+            query_words: carver.take(shape.key_words),
+            pack: PackScratch::carve(kernels, problem, carver),
         }
     }
 }
 
-/// value_dim rounded up to the kernels' panel.
-fn padded_value_dim(kernels: &Kernels, problem: &Problem) -> usize {
-    problem.value_dim.next_multiple_of(kernels.panel())
-}
-
-/// Distance of the keys in `rows_to_pack`: head_dim rounded up to whole vectors.
-fn packing_stride(kernels: &Kernels, problem: &Problem) -> usize {
-    problem.head_dim.next_multiple_of(kernels.lanes())
+/// What one step does besides attending to its keys.
+#[derive(Clone, Copy)]
+struct StepOptions {
+    /// Position of the first key, when each row sees only as many leading positions as it was pushed with.
+    limited_from: Option<usize>,
+    weighted: bool,
+    capped: bool,
+    part: Part,
 }
 
 /// See the module.
 pub(crate) struct Tile<'a> {
     call: &'a Call<'a>,
-    padded_value_dim: usize,
     rows: usize,
     pub(crate) memory: TileMemory<'a>,
 }
@@ -129,8 +140,8 @@ pub(crate) struct Tile<'a> {
 impl<'a> Tile<'a> {
     /// An empty tile in scratch from `carver`.
     pub(crate) fn carve(call: &'a Call<'a>, carver: &mut Carver<'a>) -> Self {
-        let memory = TileMemory::carve(call.kernels, &call.problem, carver);
-        Tile { call, padded_value_dim: padded_value_dim(call.kernels, &call.problem), rows: 0, memory }
+        let memory = TileMemory::carve(call.kernels, &call.problem, &call.shape, carver);
+        Tile { call, rows: 0, memory }
     }
 
     /// Number of query rows.
@@ -146,101 +157,83 @@ impl<'a> Tile<'a> {
         self.rows += 1;
     }
 
-    /// Rows rounded up to whole register tiles.
+    /// Rows rounded up to what kernels take.
     fn padded_rows(&self) -> usize {
-        self.rows.next_multiple_of(self.call.kernels.query_rows())
+        self.rows.next_multiple_of(self.call.kernels.row_multiple())
     }
 
-    /// Packs the pushed queries of batch item `batch`, scaled, and empties their state.
+    /// Packs the pushed queries of batch item `batch` and empties their state.
     pub(crate) fn load_queries(&mut self, batch: usize) {
-        let Call { kernels, problem, tensors, .. } = self.call;
-        let (group, d) = (kernels.query_rows(), problem.head_dim);
-        let rows = self.padded_rows();
-        self.memory.query[..rows * d].fill(0.0);
+        let Call { kernels, problem, tensors, shape, .. } = self.call;
+        let (group, words) = (kernels.query_rows(), shape.key_words);
+        let (rows, memory) = (self.padded_rows(), &mut self.memory);
+        let packer = self.call.packer(batch);
         for r in 0..self.rows {
-            let wide = &mut self.memory.wide[..d];
-            tensors.q.read_row(
-                kernels,
-                batch,
-                self.memory.head_of[r] as usize,
-                self.memory.row_of[r] as usize,
-                wide,
-            );
-            let panel = &mut self.memory.query[r / group * group * d..];
-            for (i, x) in wide.iter().enumerate() {
-                panel[i * group + r % group] = x * problem.scale_log2;
+            let place = (memory.head_of[r] as usize, memory.row_of[r] as usize);
+            packer.read_words(&tensors.q, place, memory.pack.wide, memory.query_words);
+            let panel = memory.query[r / group * group * words..].iter_mut();
+            for (to, &word) in panel.skip(r % group).step_by(group).zip(memory.query_words.iter()) {
+                *to = match shape.packing {
+                    Packing::F32 => (f32::from_bits(word) * problem.scale_log2).to_bits(),
+                    Packing::Bf16Pairs => word,
+                };
             }
         }
-        self.memory.visible[self.rows..rows].fill(0);
-        self.memory.cap[..rows].fill(f32::INFINITY);
-        self.memory.max[..rows].fill(f32::NEG_INFINITY);
-        self.memory.sum[..rows].fill(0.0);
-        self.memory.accumulated[..rows * self.padded_value_dim].fill(0.0);
-        // The columns beyond value_dim are multiplied and never looked at: they must only not be slow.
-        let panel = kernels.panel();
-        let last = self.padded_value_dim - panel;
-        self.memory.values[last * KEY_TILE..][..panel * KEY_TILE].fill(0.0);
+        for r in self.rows..rows {
+            let panel = memory.query[r / group * group * words..].iter_mut();
+            panel.skip(r % group).step_by(group).take(words).for_each(|word| *word = 0);
+        }
+        memory.visible[self.rows..rows].fill(0);
+        memory.cap[..rows].fill(f32::INFINITY);
+        memory.max[..rows].fill(f32::NEG_INFINITY);
+        memory.sum[..rows * kernels.lanes()].fill(0.0);
+        memory.accumulated[..rows * shape.value_dim].fill(0.0);
     }
 
-    /// Packs the key and the value at `row` as number `slot` of the tile.
-    fn pack(&mut self, keys: KeyOrder<'_>, slot: usize, row: usize, with_values: bool) {
-        let Call { kernels, problem, tensors, .. } = self.call;
-        let (panel, lanes) = (kernels.panel(), kernels.lanes());
-        let stride = packing_stride(kernels, problem);
-        let key = &mut self.memory.rows_to_pack[slot % lanes * stride..][..problem.head_dim];
-        tensors.k.read_row(kernels, keys.batch, keys.kv_head, row, key);
-        if (slot + 1).is_multiple_of(lanes) {
-            self.pack_keys(slot + 1);
-        }
-        if with_values {
-            let wide = &mut self.memory.wide[..problem.value_dim];
-            tensors.v.read_row(kernels, keys.batch, keys.kv_head, row, wide);
-            for (p, piece) in wide.chunks(panel).enumerate() {
-                self.memory.values[(p * KEY_TILE + slot) * panel..][..piece.len()].copy_from_slice(piece);
-            }
+    /// Packs the keys and values at `rows` (at most a tile) into the tile's own memory.
+    fn pack(&mut self, keys: KeyOrder<'_>, rows: &[u32], part: Part) {
+        let (packer, memory) = (self.call.packer(keys.batch), &mut self.memory);
+        let tensors = self.call.tensors;
+        packer.pack_keys(&tensors.k, keys.kv_head, rows, &mut memory.pack, memory.keys);
+        if part != Part::Sum {
+            packer.pack_values(&tensors.v, keys.kv_head, rows, &mut memory.pack, memory.values);
         }
     }
 
-    /// Packs the keys read since the last whole vector, up to number `count` of the tile.
-    fn pack_keys(&mut self, count: usize) {
-        let Call { kernels, problem, .. } = self.call;
-        let (panel, lanes) = (kernels.panel(), kernels.lanes());
-        let first = (count - 1) / lanes * lanes;
-        let to = &mut self.memory.keys[first / panel * panel * problem.head_dim + first % panel..];
-        let stride = packing_stride(kernels, problem);
-        kernels.transpose(self.memory.rows_to_pack, stride, problem.head_dim, to);
-    }
-
-    /// Attends to the packed keys. `first` is the position of the first, when each row sees only as
-    /// many leading positions as it was pushed with.
-    fn step(&mut self, key_count: usize, first: Option<usize>, weighted: bool, capped: bool, part: Part) {
+    /// Attends to `key_count` packed keys: those of `packed`, a tile of keys and then values, or those in the
+    /// tile's own memory.
+    fn step(&mut self, packed: Option<&[u32]>, key_count: usize, options: StepOptions) {
         let rows = self.padded_rows();
-        if !key_count.is_multiple_of(self.call.kernels.lanes()) {
-            self.pack_keys(key_count);
-        }
-        if let Some(first) = first {
-            for (in_tile, &visible) in
-                self.memory.visible_in_tile.iter_mut().zip(&self.memory.visible[..rows])
-            {
+        let Call { kernels, problem, shape, .. } = self.call;
+        let memory = &mut self.memory;
+        if let Some(first) = options.limited_from {
+            for (in_tile, &visible) in memory.visible_in_tile.iter_mut().zip(&memory.visible[..rows]) {
                 *in_tile = visible.saturating_sub(first as u32).min(KEY_TILE as u32);
             }
         }
-        self.call.kernels.attend(&mut Step {
-            head_dim: self.call.problem.head_dim,
-            value_dim: self.padded_value_dim,
-            query: self.memory.query,
-            keys: self.memory.keys,
-            values: self.memory.values,
+        let (keys, values) = match packed {
+            Some(tile) => tile.split_at(shape.keys_len()),
+            None => (&*memory.keys, &*memory.values),
+        };
+        kernels.attend(&mut Step {
+            packing: shape.packing,
+            head_dim: problem.head_dim,
+            value_dim: shape.value_dim,
+            scale: problem.scale_log2,
+            query: memory.query,
+            keys,
+            values,
             key_count,
-            log_weight: weighted.then_some(&*self.memory.log_weight),
-            visible: first.is_some().then_some(&*self.memory.visible_in_tile),
-            cap: capped.then_some(&*self.memory.cap),
-            use_sum: part != Part::Values,
-            use_values: part != Part::Sum,
-            max: &mut self.memory.max[..rows],
-            sum: &mut self.memory.sum[..rows],
-            accumulated: self.memory.accumulated,
-            scores: self.memory.scores,
+            log_weight: options.weighted.then_some(&*memory.log_weight),
+            visible: options.limited_from.is_some().then_some(&*memory.visible_in_tile),
+            cap: options.capped.then_some(&*memory.cap),
+            use_sum: options.part != Part::Values,
+            use_values: options.part != Part::Sum,
+            max: &mut memory.max[..rows],
+            sum: memory.sum,
+            accumulated: memory.accumulated,
+            logits: memory.logits,
+            weights: memory.weights,
         });
     }
 
@@ -253,40 +246,45 @@ impl<'a> Tile<'a> {
         capped: bool,
         part: Part,
     ) {
-        self.attend_tiles(keys, positions, false, capped, part);
+        let options = StepOptions { limited_from: None, weighted: false, capped, part };
+        let mut rows = [0; KEY_TILE];
+        for first in positions.clone().step_by(KEY_TILE) {
+            let count = KEY_TILE.min(positions.end - first);
+            for (slot, row) in rows[..count].iter_mut().enumerate() {
+                *row = keys.row(first + slot) as u32;
+            }
+            self.pack(keys, &rows[..count], part);
+            self.step(None, count, options);
+        }
     }
 
     /// Attends to the keys at `positions` of the order in memory, each row to those below the number
-    /// it was pushed with.
-    pub(crate) fn attend_visible(&mut self, keys: KeyOrder<'_>, positions: Range<usize>) {
-        let most =
-            self.memory.visible[..self.rows].iter().fold(0, |most, &visible| most.max(visible as usize));
-        let least =
-            self.memory.visible[..self.rows].iter().fold(most, |least, &visible| least.min(visible as usize));
-        let end = positions.end.min(most);
-        // Whole tiles that every row sees need no limits.
-        let common = least.clamp(positions.start, end.max(positions.start));
-        let aligned = positions.start + (common - positions.start) / KEY_TILE * KEY_TILE;
-        self.attend_tiles(keys, positions.start..aligned, false, false, Part::Both);
-        self.attend_tiles(keys, aligned..end, true, false, Part::Both);
-    }
-
-    fn attend_tiles(
+    /// it was pushed with. `packed` holds their tiles, the first of which begins at `positions.start`; without
+    /// it they are packed here.
+    pub(crate) fn attend_visible(
         &mut self,
         keys: KeyOrder<'_>,
         positions: Range<usize>,
-        limited: bool,
-        capped: bool,
-        part: Part,
+        packed: Option<&[u32]>,
     ) {
-        let mut start = positions.start;
-        while start < positions.end {
-            let count = KEY_TILE.min(positions.end - start);
-            for slot in 0..count {
-                self.pack(keys, slot, keys.row(start + slot), part != Part::Sum);
+        let visible = &self.memory.visible[..self.rows];
+        let most = visible.iter().fold(0, |most, &visible| most.max(visible as usize));
+        let least = visible.iter().fold(most, |least, &visible| least.min(visible as usize));
+        let end = positions.end.min(most);
+        let mut rows = [0; KEY_TILE];
+        for (index, first) in (positions.start..end).step_by(KEY_TILE).enumerate() {
+            let count = KEY_TILE.min(end - first);
+            let tile = packed.map(|packed| &packed[index * self.call.shape.tile_len()..]);
+            if tile.is_none() {
+                for (slot, row) in rows[..count].iter_mut().enumerate() {
+                    *row = (first + slot) as u32;
+                }
+                self.pack(keys, &rows[..count], Part::Both);
             }
-            self.step(count, limited.then_some(start), false, capped, part);
-            start += count;
+            // A tile that every row sees needs no limits.
+            let limited_from = (least < first + count).then_some(first);
+            let options = StepOptions { limited_from, weighted: false, capped: false, part: Part::Both };
+            self.step(tile, count, options);
         }
     }
 
@@ -298,28 +296,44 @@ impl<'a> Tile<'a> {
         capped: bool,
         part: Part,
     ) {
+        let options = StepOptions { limited_from: None, weighted: true, capped, part };
+        let mut rows = [0; KEY_TILE];
         let mut count = 0;
         for column in columns {
-            self.pack(keys, count, keys.row(column.position), part != Part::Sum);
+            rows[count] = keys.row(column.position) as u32;
             self.memory.log_weight[count] = column.log_weight;
             count += 1;
             if count == KEY_TILE {
-                self.step(count, None, true, capped, part);
+                self.pack(keys, &rows, part);
+                self.step(None, count, options);
                 count = 0;
             }
         }
         if count > 0 {
-            self.step(count, None, true, capped, part);
+            self.pack(keys, &rows[..count], part);
+            self.step(None, count, options);
         }
+    }
+
+    /// The sum of `row`'s weights, relative to its maximum.
+    fn sum_of(&self, row: usize) -> f32 {
+        let lanes = self.call.kernels.lanes();
+        self.memory.sum[row * lanes..][..lanes].iter().sum()
+    }
+
+    /// Makes `sum`, relative to `max`, the sum of `row`.
+    pub(crate) fn set_sum(&mut self, row: usize, max: f32, sum: f32) {
+        let lanes = self.call.kernels.lanes();
+        let sums = &mut self.memory.sum[row * lanes..][..lanes];
+        sums.fill(0.0);
+        sums[0] = sum;
+        self.memory.max[row] = max;
     }
 
     /// Base-2 log of each row's sum, -inf for an empty row.
     pub(crate) fn log2_sum(&self, row: usize) -> f32 {
-        if self.memory.sum[row] == 0.0 {
-            f32::NEG_INFINITY
-        } else {
-            self.memory.max[row] + math::log2(self.memory.sum[row])
-        }
+        let sum = self.sum_of(row);
+        if sum == 0.0 { f32::NEG_INFINITY } else { self.memory.max[row] + math::log2(sum) }
     }
 
     /// Writes the base-2 logs of the rows' sums to consecutive rows of `to`.
@@ -339,9 +353,15 @@ impl<'a> Tile<'a> {
         core::mem::swap(&mut self.memory.sum, &mut self.memory.other_sum);
     }
 
+    /// Empties the second (max, sum) pair.
+    pub(crate) fn empty_other_sums(&mut self) {
+        self.memory.other_max.fill(f32::NEG_INFINITY);
+        self.memory.other_sum.fill(0.0);
+    }
+
     /// Multiplies what `row` has accumulated.
     pub(crate) fn scale_accumulated(&mut self, row: usize, factor: f32) {
-        let width = self.padded_value_dim;
+        let width = self.call.shape.value_dim;
         self.memory.accumulated[row * width..][..width].iter_mut().for_each(|x| *x *= factor);
     }
 
@@ -350,7 +370,7 @@ impl<'a> Tile<'a> {
     /// # Safety
     /// While this runs nobody else uses the states of these rows.
     pub(crate) unsafe fn absorb(&mut self, states: &States<'_>) {
-        let (width, value_dim) = (self.padded_value_dim, self.call.problem.value_dim);
+        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
             let index =
                 self.memory.head_of[r] as usize * self.call.problem.n_q + self.memory.row_of[r] as usize;
@@ -363,8 +383,8 @@ impl<'a> Tile<'a> {
                 continue;
             }
             let [mine, stored] = crate::merge::merge_factors(self.memory.max[r], max);
-            self.memory.max[r] = self.memory.max[r].max(max);
-            self.memory.sum[r] = self.memory.sum[r] * mine + sum * stored;
+            let joined = self.sum_of(r) * mine + sum * stored;
+            self.set_sum(r, self.memory.max[r].max(max), joined);
             for (x, y) in self.memory.accumulated[r * width..][..value_dim].iter_mut().zip(accumulated) {
                 *x = *x * mine + *y * stored;
             }
@@ -376,14 +396,14 @@ impl<'a> Tile<'a> {
     /// # Safety
     /// As for [`Self::absorb`].
     pub(crate) unsafe fn store(&self, states: &States<'_>) {
-        let (width, value_dim) = (self.padded_value_dim, self.call.problem.value_dim);
+        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
             let index =
                 self.memory.head_of[r] as usize * self.call.problem.n_q + self.memory.row_of[r] as usize;
             // SAFETY: the rows are this tile's own (contract).
             unsafe {
                 states.max.row(index)[0] = self.memory.max[r];
-                states.sum.row(index)[0] = self.memory.sum[r];
+                states.sum.row(index)[0] = self.sum_of(r);
                 states
                     .accumulated
                     .row(index)
@@ -401,9 +421,10 @@ impl<'a> Tile<'a> {
         for r in 0..self.rows {
             let (head, row) = (self.memory.head_of[r] as usize, self.memory.row_of[r] as usize);
             let lse = self.log2_sum(r) * core::f32::consts::LN_2;
-            let factor = if self.memory.sum[r] == 0.0 { 0.0 } else { 1.0 / self.memory.sum[r] };
+            let sum = self.sum_of(r);
+            let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
             self.scale_accumulated(r, factor);
-            let from = &self.memory.accumulated[r * self.padded_value_dim..][..problem.value_dim];
+            let from = &self.memory.accumulated[r * self.call.shape.value_dim..][..problem.value_dim];
             // SAFETY: the rows are this tile's own (contract).
             unsafe {
                 tensors.out.write_row(batch, head, row, from);

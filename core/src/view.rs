@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::element::{DType, Element};
 use crate::error::{Result, invalid};
-use crate::simd::Kernels;
+use crate::simd::{Kernels, Packing};
 
 /// Longest sequence supported: positions are kept in 32 bits.
 pub const MAX_SEQUENCE: i64 = i32::MAX as i64;
@@ -151,6 +151,31 @@ impl<'a> TensorRef<'a> {
     /// Address of element `[0, 0, 0, 0]`.
     pub(crate) fn address(&self) -> usize {
         self.data as usize
+    }
+
+    /// Elements of a row.
+    pub(crate) fn row_len(&self) -> usize {
+        self.layout.extents()[3]
+    }
+
+    /// One row as the words that `packing` makes of it, where they lie in memory as such: elements of the
+    /// right type, at a multiple of four bytes, and whole words.
+    pub(crate) fn words(&self, packing: Packing, batch: usize, head: usize, row: usize) -> Option<&'a [u32]> {
+        let [batches, heads, rows, head_dim] = self.layout.extents();
+        assert!(batch < batches && head < heads && row < rows);
+        let dtype = match packing {
+            Packing::F32 => DType::F32,
+            Packing::Bf16Pairs => DType::BF16,
+        };
+        if self.layout.dtype != dtype || !head_dim.is_multiple_of(packing.depth()) {
+            return None;
+        }
+        // SAFETY: the indices are within the extents, so the row's head_dim consecutive elements are readable
+        // for 'a (constructor contract), and nobody writes them; the address is checked before it is used.
+        unsafe {
+            let from = self.data.offset(self.layout.offset(batch, head, row)).cast::<u32>();
+            from.is_aligned().then(|| core::slice::from_raw_parts(from, head_dim / packing.depth()))
+        }
     }
 
     /// Widens one row into `to`, which has head_dim elements.

@@ -2,6 +2,7 @@
 
 use crate::error::{Result, invalid};
 use crate::lsh;
+use crate::pack::PackedShape;
 use crate::params::Params;
 use crate::plan::Plan;
 use crate::scratch::Carver;
@@ -23,6 +24,8 @@ pub(crate) struct Shared<'a> {
     pub(crate) max: &'a mut [f32],
     pub(crate) sum: &'a mut [f32],
     pub(crate) accumulated: &'a mut [f32],
+    /// Keys and values of the passes that are exact.
+    pub(crate) packed: &'a mut [u32],
 }
 
 impl<'a> Shared<'a> {
@@ -35,6 +38,8 @@ impl<'a> Shared<'a> {
         let width = lsh::projection_width(kernels, params.lsh_num_projs as usize);
         let states = when(estimated && plan.stateful, query_rows);
         let row_norm = estimated && plan.row_norm;
+        let tile_len = PackedShape::new(kernels, problem).tile_len();
+        let packed = plan.packed_tiles().saturating_mul(tile_len).saturating_mul(problem.heads_kv);
         Shared {
             projections: carver.take(when(sorted, problem.heads_kv.checked_mul(problem.head_dim * width))),
             query_spare: carver.take(when(sorted, query_rows)),
@@ -47,6 +52,7 @@ impl<'a> Shared<'a> {
             max: carver.take(states),
             sum: carver.take(states),
             accumulated: carver.take(when(states > 0, states.checked_mul(problem.value_dim))),
+            packed: carver.take(packed),
         }
     }
 }
@@ -55,7 +61,7 @@ impl<'a> Shared<'a> {
 fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
     let problem = &plan.problem;
     let mut tile = Carver::measuring();
-    TileMemory::carve(kernels, problem, &mut tile);
+    TileMemory::carve(kernels, problem, &PackedShape::new(kernels, problem), &mut tile);
     let mut sort = Carver::measuring();
     if !plan.exact && plan.sorted {
         SortScratch::carve(params, problem.n_q.max(problem.n_k), &mut sort);

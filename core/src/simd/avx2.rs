@@ -47,16 +47,6 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    fn reduce_add(self) -> f32 {
-        // SAFETY: see the impl.
-        unsafe {
-            let x = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
-            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
-        }
-    }
-
-    #[inline(always)]
     fn reduce_max(self) -> f32 {
         // SAFETY: see the impl.
         unsafe {
@@ -67,16 +57,11 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(
-        from: *const f32,
-        from_stride: usize,
-        to: *mut f32,
-        to_stride: usize,
-        columns: usize,
-    ) {
+    unsafe fn transpose(rows: &[&[u32]], column: usize, to: *mut u32, to_stride: usize, columns: usize) {
         // SAFETY: see the impl; rows and columns are those that the caller vouches for.
         unsafe {
-            let row: [__m256; 8] = core::array::from_fn(|i| _mm256_loadu_ps(from.add(i * from_stride)));
+            let row: [__m256; 8] =
+                core::array::from_fn(|i| _mm256_loadu_ps(rows.get_unchecked(i).as_ptr().add(column).cast()));
             let (upper, lower) = (fours(&row[..4]), fours(&row[4..]));
             for c in 0..4 {
                 let whole = [
@@ -85,7 +70,7 @@ impl Vector for Avx2 {
                 ];
                 for (half, &whole) in whole.iter().enumerate() {
                     if 4 * half + c < columns {
-                        _mm256_storeu_ps(to.add((4 * half + c) * to_stride), whole);
+                        _mm256_storeu_ps(to.add((4 * half + c) * to_stride).cast(), whole);
                     }
                 }
             }
@@ -116,7 +101,7 @@ fn fours(row: &[__m256]) -> [__m256; 4] {
     }
 }
 
-kernel_entries!(Avx2, 6, 2, "avx2,fma,f16c");
+kernel_entries!(Avx2, 6, 2, 6, "avx2,fma,f16c");
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
@@ -132,5 +117,16 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
     unsafe { generic::widen_f16(from.add(16 * vectors), &mut to[8 * vectors..]) }
 }
 
-pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx2, query_rows: 6, panel: 16, lanes: 8, attend, hash, transpose, widen_f16 };
+pub(super) static KERNELS: Kernels = Kernels {
+    isa: Isa::Avx2,
+    query_rows: 6,
+    row_multiple: 6,
+    panel: 16,
+    lanes: 8,
+    attend,
+    attend_bf16: None,
+    hash,
+    transpose,
+    place,
+    widen_f16,
+};

@@ -8,7 +8,7 @@ use super::x86::x86_operations;
 use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(super) __m512);
 
 // SAFETY (every block in this impl): an Avx512 exists only inside the kernels below, which run only
 // where the instructions were detected; loads and stores repeat the trait's contract.
@@ -51,28 +51,17 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn reduce_add(self) -> f32 {
-        // SAFETY: see the impl.
-        unsafe { _mm512_reduce_add_ps(self.0) }
-    }
-
-    #[inline(always)]
     fn reduce_max(self) -> f32 {
         // SAFETY: see the impl.
         unsafe { _mm512_reduce_max_ps(self.0) }
     }
 
     #[inline(always)]
-    unsafe fn transpose(
-        from: *const f32,
-        from_stride: usize,
-        to: *mut f32,
-        to_stride: usize,
-        columns: usize,
-    ) {
+    unsafe fn transpose(rows: &[&[u32]], column: usize, to: *mut u32, to_stride: usize, columns: usize) {
         // SAFETY: see the impl; rows and columns are those that the caller vouches for.
         unsafe {
-            let row: [__m512; 16] = core::array::from_fn(|i| _mm512_loadu_ps(from.add(i * from_stride)));
+            let row: [__m512; 16] =
+                core::array::from_fn(|i| _mm512_loadu_ps(rows.get_unchecked(i).as_ptr().add(column).cast()));
             let (first, second) = (fours(&row[..4]), fours(&row[4..8]));
             let (third, last) = (fours(&row[8..12]), fours(&row[12..]));
             for c in 0..4 {
@@ -88,7 +77,7 @@ impl Vector for Avx512 {
                 ];
                 for (quarter, &whole) in whole.iter().enumerate() {
                     if 4 * quarter + c < columns {
-                        _mm512_storeu_ps(to.add((4 * quarter + c) * to_stride), whole);
+                        _mm512_storeu_ps(to.add((4 * quarter + c) * to_stride).cast(), whole);
                     }
                 }
             }
@@ -121,7 +110,7 @@ fn fours(row: &[__m512]) -> [__m512; 4] {
     }
 }
 
-kernel_entries!(Avx512, 12, 2, "avx512f");
+kernel_entries!(Avx512, 12, 2, 4, "avx512f");
 
 #[target_feature(enable = "avx512f")]
 unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
@@ -137,5 +126,18 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
     unsafe { generic::widen_f16(from.add(32 * vectors), &mut to[16 * vectors..]) }
 }
 
-pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx512, query_rows: 12, panel: 32, lanes: 16, attend, hash, transpose, widen_f16 };
+pub(super) const TABLE: Kernels = Kernels {
+    isa: Isa::Avx512,
+    query_rows: 12,
+    row_multiple: 4,
+    panel: 32,
+    lanes: 16,
+    attend,
+    attend_bf16: None,
+    hash,
+    transpose,
+    place,
+    widen_f16,
+};
+
+pub(super) static KERNELS: Kernels = TABLE;

@@ -1,13 +1,13 @@
 //! The entry points of a table: the generic kernels, compiled for one vector type and its instructions.
 
-/// Defines `attend`, `hash` and `transpose` for a vector, with ROWS and VECTORS of a register tile, under
+/// Defines `attend`, `hash`, `transpose` and `place` for a vector, with ROWS, VECTORS and TAIL of a register tile, under
 /// the target features that it needs.
 macro_rules! kernel_entries {
-    ($vector:ty, $rows:literal, $vectors:literal $(, $features:literal)?) => {
+    ($vector:ty, $rows:literal, $vectors:literal, $tail:literal $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         unsafe fn attend(step: &mut crate::simd::Step<'_>) {
             // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
-            unsafe { crate::simd::generic::attend::<$vector, $rows, $vectors>(step) }
+            unsafe { crate::simd::generic::attend::<crate::simd::product::F32<$vector>, $rows, $vectors, $tail>(step) }
         }
 
         $(#[target_feature(enable = $features)])?
@@ -17,9 +17,15 @@ macro_rules! kernel_entries {
         }
 
         $(#[target_feature(enable = $features)])?
-        unsafe fn transpose(rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32], panel: usize) {
+        unsafe fn transpose(rows: &[&[u32]], words: usize, to: &mut [u32], panel: usize) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::transpose::<$vector>(rows, stride, head_dim, to, panel) }
+            unsafe { crate::simd::generic::transpose::<$vector>(rows, words, to, panel) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn place(row: &[u32], slot: usize, slots: usize, to: &mut [u32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::generic::place::<$vector, $vectors>(row, slot, slots, to) }
         }
     };
 }

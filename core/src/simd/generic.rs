@@ -2,202 +2,435 @@
 
 use half::f16;
 
+use super::product::Product;
 use super::vector::Vector;
 use super::{KEY_TILE, Step};
 
+/// A logit may exceed the number that its row's weights are relative to by this much (base 2) before the
+/// row is rescaled: weights stay below 256, far from overflow, and rescaling becomes rare.
+const HEADROOM: f32 = 8.0;
+
 /// Attends every row of a [`Step`]: scores, online softmax, product with the values.
 ///
-/// `ROWS` queries and `VECTORS` vectors of keys (or of value columns) make one register tile.
+/// `ROWS` queries and `VECTORS` vectors of keys (or of value columns) make one register tile; the rows of the
+/// last group are taken `TAIL` at a time where they are fewer.
 ///
 /// # Safety
-/// The instructions of `V` are available, and the slices have the lengths that [`Step`] states for
-/// `query_rows == ROWS` and `panel == VECTORS * V::LANES`.
+/// The instructions of `P` are available, and the slices have the lengths that [`Step`] states for
+/// `query_rows == ROWS`, `row_multiple == TAIL`, `lanes == P::Vector::LANES` and `panel == VECTORS * lanes`.
 #[inline(always)]
-pub(super) unsafe fn attend<V: Vector, const ROWS: usize, const VECTORS: usize>(step: &mut Step<'_>) {
-    let groups = step.max.len() / ROWS;
-    for group in 0..groups {
-        let first = group * ROWS;
-        let limits: [usize; ROWS] = core::array::from_fn(|r| match step.visible {
-            Some(visible) => (visible[first + r] as usize).min(step.key_count),
-            None => step.key_count,
-        });
-        let most = limits.into_iter().fold(0, usize::max);
-        if most == 0 {
-            continue;
-        }
-        let least = limits.into_iter().fold(most, usize::min);
-        // SAFETY: the group's rows and all panels lie within the slices (contract).
-        unsafe {
-            let query = step.query.as_ptr().add(first * step.head_dim);
-            score::<V, ROWS, VECTORS>(step, query, most);
-            let rescale: [f32; ROWS] = core::array::from_fn(|r| soften::<V>(step, r, first + r, limits[r]));
-            if step.use_values {
-                weigh::<V, ROWS, VECTORS>(step, first, least, rescale);
-                // Rows of a causal tile that see more keys than the others: a key beyond a row's limit
-                // must not touch it, not even with weight 0, or its NaN would.
-                for (r, &limit) in limits.iter().enumerate() {
-                    for key in least..limit {
-                        weigh_one::<V, VECTORS>(step, r, first + r, key);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Logits of `ROWS` queries against the first `keys` keys (rounded up to a panel) into `step.scores`.
-#[inline(always)]
-unsafe fn score<V: Vector, const ROWS: usize, const VECTORS: usize>(
+pub(super) unsafe fn attend<P: Product, const ROWS: usize, const VECTORS: usize, const TAIL: usize>(
     step: &mut Step<'_>,
-    query: *const f32,
-    keys: usize,
 ) {
-    let panel = VECTORS * V::LANES;
-    let scores = step.scores.as_mut_ptr();
-    for p in 0..keys.div_ceil(panel) {
-        // SAFETY: panel p holds head_dim * panel numbers, the query group head_dim * ROWS, and the
-        // scores ROWS * KEY_TILE.
-        unsafe {
-            let mut key = step.keys.as_ptr().add(p * panel * step.head_dim);
-            let mut query = query;
-            let mut tile = [[V::splat(0.0); VECTORS]; ROWS];
-            for _ in 0..step.head_dim {
-                let columns: [V; VECTORS] = core::array::from_fn(|v| V::load(key.add(v * V::LANES)));
-                for (r, row) in tile.iter_mut().enumerate() {
-                    let x = V::splat(*query.add(r));
-                    for (cell, &column) in row.iter_mut().zip(&columns) {
-                        *cell = x.mul_add(column, *cell);
-                    }
-                }
-                key = key.add(panel);
-                query = query.add(ROWS);
-            }
-            for (r, row) in tile.iter().enumerate() {
-                for (v, cell) in row.iter().enumerate() {
-                    cell.store(scores.add(r * KEY_TILE + p * panel + v * V::LANES));
-                }
-            }
-        }
-    }
-}
-
-/// Turns one row's logits into weights relative to the row's running maximum, updates the maximum
-/// and the sum, and returns the factor by which what was accumulated before shrinks.
-#[inline(always)]
-unsafe fn soften<V: Vector>(step: &mut Step<'_>, row_in_group: usize, row: usize, limit: usize) -> f32 {
-    if limit == 0 {
-        return 1.0;
-    }
-    let vectors = limit.div_ceil(V::LANES);
-    let cap = V::splat(step.cap.map_or(f32::INFINITY, |cap| cap[row]));
-    let lowest = V::splat(f32::NEG_INFINITY);
-    let end = V::splat(limit as f32);
-    // SAFETY: vectors * LANES <= KEY_TILE numbers of this row of `scores` and of `log_weight`.
+    let every_key_counts = step.visible.is_none() && step.key_count == KEY_TILE;
+    let plain = every_key_counts && step.cap.is_none() && step.log_weight.is_none();
+    // SAFETY: the caller's contract.
     unsafe {
-        let scores = step.scores.as_mut_ptr().add(row_in_group * KEY_TILE);
-        let mut largest = lowest;
-        for i in 0..vectors {
-            let mut s = V::load(scores.add(i * V::LANES));
-            if step.cap.is_some() {
-                s = cap.min(s);
-            }
-            if let Some(weights) = step.log_weight {
-                s = s.add(V::load(weights.as_ptr().add(i * V::LANES)));
-            }
-            if (i + 1) * V::LANES > limit {
-                s = s.select_less(lowest, V::iota().add(V::splat((i * V::LANES) as f32)), end);
-            }
-            s.store(scores.add(i * V::LANES));
-            // A NaN logit leaves the maximum alone: it reaches the sum through its own weight.
-            largest = s.max(largest);
+        if plain {
+            attend_rows::<P, ROWS, VECTORS, TAIL, true>(step);
+        } else {
+            attend_rows::<P, ROWS, VECTORS, TAIL, false>(step);
         }
-        let old = step.max[row];
-        let new = old.max(largest.reduce_max());
-        // With nothing but -inf so far every weight must be 0, not exp(-inf + inf).
-        let origin = if new == f32::NEG_INFINITY { 0.0 } else { new };
-        let shift = V::splat(origin);
-        let mut sum = V::splat(0.0);
-        for i in 0..vectors {
-            let weight = V::load(scores.add(i * V::LANES)).sub(shift).exp2();
-            weight.store(scores.add(i * V::LANES));
-            sum = sum.add(weight);
-        }
-        let rescale = if old == new { 1.0 } else { exp2_one::<V>(old - origin) };
-        step.max[row] = new;
-        step.sum[row] *= rescale;
-        if step.use_sum {
-            step.sum[row] += sum.reduce_add();
-        }
-        rescale
     }
 }
 
-/// 2^x of one number, by the same polynomial as the weights.
+/// [`attend`]; in a `PLAIN` step every row sees a whole tile, without weights and caps.
 #[inline(always)]
-fn exp2_one<V: Vector>(x: f32) -> f32 {
-    V::splat(x).exp2().reduce_max()
+unsafe fn attend_rows<
+    P: Product,
+    const ROWS: usize,
+    const VECTORS: usize,
+    const TAIL: usize,
+    const PLAIN: bool,
+>(
+    step: &mut Step<'_>,
+) {
+    const { assert!(ROWS.is_multiple_of(TAIL)) };
+    let words = step.head_dim.div_ceil(P::DEPTH);
+    let rows = step.max.len();
+    let whole = rows / ROWS * ROWS;
+    // SAFETY: the groups' rows and queries lie within the slices (contract).
+    unsafe {
+        for first in (0..whole).step_by(ROWS) {
+            let query = step.query.as_ptr().add(first * words);
+            attend_group::<P, ROWS, VECTORS, PLAIN>(step, first, (query, ROWS));
+        }
+        if TAIL < ROWS {
+            for first in (whole..rows).step_by(TAIL) {
+                let query = step.query.as_ptr().add(whole * words + first - whole);
+                attend_group::<P, TAIL, VECTORS, PLAIN>(step, first, (query, ROWS));
+            }
+        }
+    }
 }
 
-/// Rescales what the group has accumulated and adds the first `keys` values, weighted.
+/// [`attend_rows`] for the `ROWS` rows from `first` on, whose words begin at `query.0`, each `query.1` after the
+/// one before.
 #[inline(always)]
-unsafe fn weigh<V: Vector, const ROWS: usize, const VECTORS: usize>(
+unsafe fn attend_group<P: Product, const ROWS: usize, const VECTORS: usize, const PLAIN: bool>(
     step: &mut Step<'_>,
     first: usize,
-    keys: usize,
-    rescale: [f32; ROWS],
+    query: (*const u32, usize),
 ) {
-    let panel = VECTORS * V::LANES;
-    let scores = step.scores.as_ptr();
-    for p in 0..step.value_dim / panel {
-        // SAFETY: panel p holds KEY_TILE * panel numbers; row r of the group has value_dim
-        // accumulated numbers, the scores KEY_TILE per row.
-        unsafe {
-            let value = step.values.as_ptr().add(p * panel * KEY_TILE);
-            let sums = step.accumulated.as_mut_ptr().add(first * step.value_dim + p * panel);
-            // From zero, joined to the running sums at the end: a chain as long as the sequence would
-            // lose the small weights in the rounding of the sum.
-            let mut tile = [[V::splat(0.0); VECTORS]; ROWS];
-            for key in 0..keys {
-                let columns: [V; VECTORS] =
-                    core::array::from_fn(|v| V::load(value.add(key * panel + v * V::LANES)));
-                for (r, row) in tile.iter_mut().enumerate() {
-                    let weight = V::splat(*scores.add(r * KEY_TILE + key));
-                    for (cell, &column) in row.iter_mut().zip(&columns) {
-                        *cell = weight.mul_add(column, *cell);
-                    }
-                }
+    let panel = VECTORS * P::Vector::LANES;
+    // SAFETY: the caller's contract.
+    unsafe {
+        let limits = if PLAIN { Limits::whole() } else { Limits::<ROWS>::new(step, first) };
+        for p in 0..limits.most.div_ceil(panel) {
+            weigh_keys::<P, ROWS, VECTORS, PLAIN>(step, (first, query), p, &limits);
+        }
+        if step.use_values && limits.most > 0 {
+            add_values::<P, ROWS, VECTORS>(step, first, &limits);
+        }
+    }
+}
+
+/// How many leading keys of the tile the rows of a group see.
+struct Limits<const ROWS: usize> {
+    each: [usize; ROWS],
+    least: usize,
+    most: usize,
+}
+
+impl<const ROWS: usize> Limits<ROWS> {
+    #[inline(always)]
+    fn whole() -> Self {
+        Limits { each: [KEY_TILE; ROWS], least: KEY_TILE, most: KEY_TILE }
+    }
+
+    /// # Safety
+    /// The step has rows `first..first + ROWS`.
+    #[inline(always)]
+    unsafe fn new(step: &Step<'_>, first: usize) -> Self {
+        let mut each = [step.key_count; ROWS];
+        if let Some(visible) = step.visible {
+            for (r, limit) in each.iter_mut().enumerate() {
+                // SAFETY: as the caller says.
+                *limit = (*limit).min(unsafe { *visible.get_unchecked(first + r) } as usize);
             }
-            for (r, row) in tile.iter().enumerate() {
-                let shrink = V::splat(rescale[r]);
-                for (v, &cell) in row.iter().enumerate() {
-                    let at = sums.add(r * step.value_dim + v * V::LANES);
-                    shrink.mul_add(V::load(at), cell).store(at);
+        }
+        let most = each.into_iter().fold(0, usize::max);
+        Limits { each, least: each.into_iter().fold(most, usize::min), most }
+    }
+}
+
+/// Turns panel `p` of the keys into weights of the rows from `first` on, and adds them to the sums.
+#[inline(always)]
+unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const PLAIN: bool>(
+    step: &mut Step<'_>,
+    (first, query): (usize, (*const u32, usize)),
+    p: usize,
+    limits: &Limits<ROWS>,
+) {
+    let lanes = P::Vector::LANES;
+    let panel = VECTORS * lanes;
+    // With nothing but -inf so far every weight must be 0, not exp(-inf + inf).
+    let mut origin = [0.0; ROWS];
+    let mut some_are_empty = false;
+    for (r, origin) in origin.iter_mut().enumerate() {
+        // SAFETY: the group's rows are among the step's.
+        let max = unsafe { *step.max.get_unchecked(first + r) };
+        let empty = max == f32::NEG_INFINITY;
+        some_are_empty |= empty;
+        *origin = if empty { 0.0 } else { max };
+    }
+    // SAFETY: panel p holds words * panel words, the query group words * ROWS, and there is room for ROWS
+    // rows of a panel of logits (contract).
+    let mut largest = unsafe { score::<P, ROWS, VECTORS>(step, query, p, &origin) };
+    if !PLAIN {
+        // SAFETY: as above.
+        largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, limits, &origin) };
+    }
+    if some_are_empty || largest.sub(P::Vector::splat(HEADROOM)).positive_bits() != 0 {
+        core::hint::cold_path();
+        // SAFETY: as above.
+        unsafe { raise::<P, ROWS, VECTORS>(step, first, p, &origin) };
+    }
+    for r in 0..ROWS {
+        // SAFETY: as above; LANES sums a row, and KEY_TILE / DEPTH words of weights.
+        unsafe {
+            let logits = step.logits.as_ptr().add(r * panel);
+            let mut weights = [P::Vector::splat(0.0); VECTORS];
+            let mut total = P::Vector::splat(0.0);
+            for (v, weight) in weights.iter_mut().enumerate() {
+                *weight = P::Vector::load(logits.add(v * lanes)).exp2();
+                total = total.add(*weight);
+            }
+            let to = step.weights.as_mut_ptr().add((r * KEY_TILE + p * panel) / P::DEPTH);
+            P::store_weights(weights, to);
+            if step.use_sum {
+                let sum = step.sum.as_mut_ptr().add((first + r) * lanes);
+                P::Vector::load(sum).add(total).store(sum);
+            }
+        }
+    }
+}
+
+/// Logits of `ROWS` queries against panel `p` of the keys, relative to `origin`, into `step.logits`. Returns
+/// the largest of every lane; a NaN is passed over.
+#[inline(always)]
+unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
+    step: &mut Step<'_>,
+    (query, next): (*const u32, usize),
+    p: usize,
+    origin: &[f32; ROWS],
+) -> P::Vector {
+    let lanes = P::Vector::LANES;
+    let words = step.head_dim.div_ceil(P::DEPTH);
+    let mut tile = [[P::Vector::splat(0.0); VECTORS]; ROWS];
+    if P::QUERIES_ARE_SCALED {
+        for (row, origin) in tile.iter_mut().zip(origin) {
+            row.fill(P::Vector::splat(-origin));
+        }
+    }
+    // SAFETY: as the caller says.
+    unsafe {
+        let key = step.keys.as_ptr().add(p * VECTORS * lanes * words);
+        multiply::<P, ROWS, VECTORS>(words, (query, next, 1), key, &mut tile);
+    }
+    let scale = P::Vector::splat(step.scale);
+    let mut largest = [P::Vector::splat(f32::NEG_INFINITY); VECTORS];
+    let logits = step.logits.as_mut_ptr();
+    for (r, row) in tile.iter().enumerate() {
+        for (v, &cell) in row.iter().enumerate() {
+            let logit =
+                if P::QUERIES_ARE_SCALED { cell } else { cell.mul_add(scale, P::Vector::splat(-origin[r])) };
+            largest[v] = logit.max(largest[v]);
+            // SAFETY: as the caller says.
+            unsafe { logit.store(logits.add((r * VECTORS + v) * lanes)) };
+        }
+    }
+    let mut all = largest[0];
+    for lanes in largest {
+        all = lanes.max(all);
+    }
+    all
+}
+
+/// Adds to every cell of a register tile the products of its row's and its column's words: a row's word i is at
+/// `rows.0[row * rows.2 + i * rows.1]`, the columns' follow one another from `columns` on.
+#[inline(always)]
+unsafe fn multiply<P: Product, const ROWS: usize, const VECTORS: usize>(
+    words: usize,
+    rows: (*const u32, usize, usize),
+    columns: *const u32,
+    tile: &mut [[P::Vector; VECTORS]; ROWS],
+) {
+    let width = VECTORS * P::Vector::LANES;
+    let (row, next, _) = rows;
+    // A short loop is predicted to its end: four words at a time.
+    // SAFETY: as the caller says.
+    unsafe {
+        for quarter in 0..words / 4 {
+            let (row, columns) = (row.add(4 * quarter * next), columns.add(4 * quarter * width));
+            multiply_word::<P, ROWS, VECTORS>(row, rows.2, columns, tile);
+            multiply_word::<P, ROWS, VECTORS>(row.add(next), rows.2, columns.add(width), tile);
+            multiply_word::<P, ROWS, VECTORS>(row.add(2 * next), rows.2, columns.add(2 * width), tile);
+            multiply_word::<P, ROWS, VECTORS>(row.add(3 * next), rows.2, columns.add(3 * width), tile);
+        }
+        for word in words / 4 * 4..words {
+            multiply_word::<P, ROWS, VECTORS>(row.add(word * next), rows.2, columns.add(word * width), tile);
+        }
+    }
+}
+
+/// [`multiply`] for one word.
+#[inline(always)]
+unsafe fn multiply_word<P: Product, const ROWS: usize, const VECTORS: usize>(
+    rows: *const u32,
+    row_stride: usize,
+    columns: *const u32,
+    tile: &mut [[P::Vector; VECTORS]; ROWS],
+) {
+    // SAFETY: as the caller of `multiply` says.
+    unsafe {
+        let columns: [P::Operand; VECTORS] =
+            core::array::from_fn(|v| P::load(columns.add(v * P::Vector::LANES)));
+        for (r, row) in tile.iter_mut().enumerate() {
+            let x = P::splat(*rows.add(r * row_stride));
+            for (cell, &column) in row.iter_mut().zip(&columns) {
+                *cell = P::multiply_add(x, column, *cell);
+            }
+        }
+    }
+}
+
+/// Applies caps and weights to the logits, and takes out the keys that a row does not see. Returns the
+/// largest of every lane.
+#[inline(always)]
+unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
+    step: &mut Step<'_>,
+    first: usize,
+    p: usize,
+    limits: &Limits<ROWS>,
+    origin: &[f32; ROWS],
+) -> P::Vector {
+    let lanes = P::Vector::LANES;
+    let panel = VECTORS * lanes;
+    let lowest = P::Vector::splat(f32::NEG_INFINITY);
+    let mut largest = lowest;
+    for (r, (&origin, &limit)) in origin.iter().zip(&limits.each).enumerate() {
+        let end = P::Vector::splat(limit as f32);
+        for v in 0..VECTORS {
+            let key = p * panel + v * lanes;
+            // SAFETY: room for the panel's logits, a cap for each of the group's rows, KEY_TILE weights.
+            unsafe {
+                let at = step.logits.as_mut_ptr().add(r * panel + v * lanes);
+                let mut x = P::Vector::load(at);
+                if let Some(cap) = step.cap {
+                    x = P::Vector::splat(*cap.get_unchecked(first + r) - origin).min(x);
+                }
+                if let Some(weights) = step.log_weight {
+                    x = x.add(P::Vector::load(weights.as_ptr().add(key)));
+                }
+                x = x.select_less(lowest, P::Vector::iota().add(P::Vector::splat(key as f32)), end);
+                largest = x.max(largest);
+                x.store(at);
+            }
+        }
+    }
+    largest
+}
+
+/// Raises the maximum of every row whose logits leave the headroom, or that had none, and rescales what
+/// is relative to it: the logits, this tile's earlier weights, the sum and the product.
+#[inline(always)]
+unsafe fn raise<P: Product, const ROWS: usize, const VECTORS: usize>(
+    step: &mut Step<'_>,
+    first: usize,
+    p: usize,
+    origin: &[f32; ROWS],
+) {
+    let lanes = P::Vector::LANES;
+    for (r, &origin) in origin.iter().enumerate() {
+        // SAFETY: the group's rows are among the step's; LANES sums and value_dim accumulated numbers a row,
+        // a panel of logits, and the words of the panels before p.
+        unsafe {
+            let logits = step.logits.as_mut_ptr().add(r * VECTORS * lanes);
+            let mut largest = P::Vector::splat(f32::NEG_INFINITY);
+            for v in 0..VECTORS {
+                largest = P::Vector::load(logits.add(v * lanes)).max(largest);
+            }
+            let largest = largest.reduce_max();
+            let max = step.max.get_unchecked_mut(first + r);
+            let empty = *max == f32::NEG_INFINITY;
+            if largest == f32::NEG_INFINITY || (largest <= HEADROOM && !empty) {
+                continue;
+            }
+            let new = origin + largest;
+            let shift = new - origin;
+            *max = new;
+            for v in 0..VECTORS {
+                P::Vector::load(logits.add(v * lanes))
+                    .sub(P::Vector::splat(shift))
+                    .store(logits.add(v * lanes));
+            }
+            if empty {
+                continue;
+            }
+            let factor = P::Vector::splat(-shift).exp2();
+            let sum = step.sum.as_mut_ptr().add((first + r) * lanes);
+            P::Vector::load(sum).mul(factor).store(sum);
+            let weights = step.weights.as_mut_ptr().add(r * KEY_TILE / P::DEPTH);
+            for word in 0..p * VECTORS * lanes / P::DEPTH {
+                *weights.add(word) = P::scale_word(*weights.add(word), factor.reduce_max());
+            }
+            if step.use_values {
+                let accumulated = step.accumulated.as_mut_ptr().add((first + r) * step.value_dim);
+                for column in (0..step.value_dim).step_by(lanes) {
+                    P::Vector::load(accumulated.add(column)).mul(factor).store(accumulated.add(column));
                 }
             }
         }
     }
 }
 
-/// Adds one weighted value to one row.
+/// Adds the weighted values to what the rows from `first` on have accumulated.
 #[inline(always)]
-unsafe fn weigh_one<V: Vector, const VECTORS: usize>(
+unsafe fn add_values<P: Product, const ROWS: usize, const VECTORS: usize>(
     step: &mut Step<'_>,
-    row_in_group: usize,
-    row: usize,
-    key: usize,
+    first: usize,
+    limits: &Limits<ROWS>,
 ) {
-    let panel = VECTORS * V::LANES;
-    for p in 0..step.value_dim / panel {
-        // SAFETY: as in `weigh`, for one row and one key.
-        unsafe {
-            let weight = V::splat(*step.scores.as_ptr().add(row_in_group * KEY_TILE + key));
-            let value = step.values.as_ptr().add((p * KEY_TILE + key) * panel);
-            let sums = step.accumulated.as_mut_ptr().add(row * step.value_dim + p * panel);
-            for v in 0..VECTORS {
-                let cell = V::load(sums.add(v * V::LANES));
-                weight.mul_add(V::load(value.add(v * V::LANES)), cell).store(sums.add(v * V::LANES));
+    // A word that holds the last key and nothing more has a zero value beside it.
+    let (least, words) = if limits.least == step.key_count {
+        (limits.least, limits.least.div_ceil(P::DEPTH))
+    } else {
+        let words = limits.least / P::DEPTH;
+        (words * P::DEPTH, words)
+    };
+    let vectors = step.value_dim / P::Vector::LANES;
+    for panel in 0..vectors / VECTORS {
+        // SAFETY: the panel's vectors are among those of the values and of the rows.
+        unsafe { add_panel::<P, ROWS, VECTORS>(step, first, panel * VECTORS, words) };
+    }
+    for vector in vectors / VECTORS * VECTORS..vectors {
+        // SAFETY: as above.
+        unsafe { add_panel::<P, ROWS, 1>(step, first, vector, words) };
+    }
+    // Rows of a causal tile that see more keys than the others: a key beyond a row's limit must not
+    // touch it, not even with weight 0, or its NaN would.
+    for (r, &limit) in limits.each.iter().enumerate() {
+        for key in least..limit {
+            for vector in 0..vectors {
+                let width = if vector < vectors / VECTORS * VECTORS { VECTORS } else { 1 };
+                // SAFETY: as above.
+                unsafe { add_value::<P>(step, (r, first + r), key, vector, width) };
             }
         }
+    }
+}
+
+/// [`add_values`] for the `WIDTH` vectors of columns from `vector` on and the keys of the first `words` words.
+#[inline(always)]
+unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
+    step: &mut Step<'_>,
+    first: usize,
+    vector: usize,
+    words: usize,
+) {
+    let lanes = P::Vector::LANES;
+    let row_words = KEY_TILE / P::DEPTH;
+    // SAFETY: a panel holds KEY_TILE / DEPTH * WIDTH * LANES words and follows the vectors before it; the
+    // weights have KEY_TILE / DEPTH words a row.
+    unsafe {
+        let value = step.values.as_ptr().add(vector * lanes * row_words);
+        let weights = step.weights.as_ptr();
+        let sums = step.accumulated.as_mut_ptr().add(first * step.value_dim + vector * lanes);
+        // From zero, joined to the running sums at the end: a chain as long as the sequence would lose
+        // the small weights in the rounding of the sum.
+        let mut tile = [[P::Vector::splat(0.0); WIDTH]; ROWS];
+        multiply::<P, ROWS, WIDTH>(words, (weights, 1, row_words), value, &mut tile);
+        for (r, row) in tile.iter().enumerate() {
+            for (v, &cell) in row.iter().enumerate() {
+                let at = sums.add(r * step.value_dim + v * lanes);
+                P::Vector::load(at).add(cell).store(at);
+            }
+        }
+    }
+}
+
+/// Adds one weighted value's vector of columns to one row, given as its number in the group and in the
+/// step; the vector belongs to a panel of `width` vectors.
+#[inline(always)]
+unsafe fn add_value<P: Product>(
+    step: &mut Step<'_>,
+    (row_in_group, row): (usize, usize),
+    key: usize,
+    vector: usize,
+    width: usize,
+) {
+    let lanes = P::Vector::LANES;
+    let row_words = KEY_TILE / P::DEPTH;
+    let (word, element) = (key / P::DEPTH, key % P::DEPTH);
+    let (panel, within) = (vector / width * width, vector % width);
+    // SAFETY: as in `add_panel`, for one row and one word.
+    unsafe {
+        let weight = P::element_of(*step.weights.as_ptr().add(row_in_group * row_words + word), element);
+        let from = (panel * row_words + word * width + within) * lanes;
+        let value = P::element(P::load(step.values.as_ptr().add(from)), element);
+        let sum = step.accumulated.as_mut_ptr().add(row * step.value_dim + vector * lanes);
+        P::Vector::splat(weight).mul_add(value, P::Vector::load(sum)).store(sum);
     }
 }
 
@@ -242,30 +475,49 @@ pub(super) unsafe fn hash<V: Vector>(
     }
 }
 
-/// Packs `V::LANES` rows of `head_dim` numbers, `stride` apart, as columns of a panel.
+/// Packs the first `words` words of `V::LANES` rows as columns of a panel.
 ///
 /// # Safety
-/// The instructions of `V` are available; `stride` is at least `head_dim` rounded up to `V::LANES`,
-/// `rows` holds `V::LANES * stride` numbers, and `to` `(head_dim - 1) * panel + V::LANES`.
+/// The instructions of `V` are available; there are `V::LANES` rows, each of at least `words` rounded up to
+/// `V::LANES`, and `to` has `(words - 1) * panel + V::LANES` words.
 #[inline(always)]
-pub(super) unsafe fn transpose<V: Vector>(
-    rows: &[f32],
-    stride: usize,
-    head_dim: usize,
-    to: &mut [f32],
-    panel: usize,
+pub(super) unsafe fn transpose<V: Vector>(rows: &[&[u32]], words: usize, to: &mut [u32], panel: usize) {
+    for first in (0..words).step_by(V::LANES) {
+        let columns = V::LANES.min(words - first);
+        // SAFETY: first + LANES is within every row, and column first + columns - 1 < words (contract).
+        unsafe { V::transpose(rows, first, to.as_mut_ptr().add(first * panel), panel, columns) };
+    }
+}
+
+/// Packs a row of values as number `slot` of the tile, columns beyond it as zeros.
+///
+/// # Safety
+/// The instructions of `V` are available; `to` has `slots * row.len().next_multiple_of(V::LANES)` words,
+/// `slot < slots`.
+#[inline(always)]
+pub(super) unsafe fn place<V: Vector, const VECTORS: usize>(
+    row: &[u32],
+    slot: usize,
+    slots: usize,
+    to: &mut [u32],
 ) {
-    for first in (0..head_dim).step_by(V::LANES) {
-        let columns = V::LANES.min(head_dim - first);
-        // SAFETY: first + LANES <= stride, and column first + columns - 1 < head_dim (contract).
+    let vectors = row.len().div_ceil(V::LANES);
+    let whole = vectors / VECTORS * VECTORS;
+    for vector in 0..vectors {
+        let width = if vector < whole { VECTORS } else { 1 };
+        let at = (vector / width * width * slots + slot * width + vector % width) * V::LANES;
+        let from = vector * V::LANES;
+        // SAFETY: the vector's place is within the tile (contract), and its words within the row where
+        // they are read.
         unsafe {
-            V::transpose(
-                rows.as_ptr().add(first),
-                stride,
-                to.as_mut_ptr().add(first * panel),
-                panel,
-                columns,
-            );
+            let to = to.as_mut_ptr().add(at);
+            if from + V::LANES <= row.len() {
+                V::load(row.as_ptr().add(from).cast()).store(to.cast());
+            } else {
+                for i in 0..V::LANES {
+                    *to.add(i) = row.get(from + i).copied().unwrap_or(0);
+                }
+            }
         }
     }
 }

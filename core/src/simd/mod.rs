@@ -4,11 +4,19 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod detect;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod detect_aarch64;
+#[cfg(target_arch = "x86_64")]
+mod detect_x86;
 mod entries;
 mod generic;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod neon_bf16;
+mod product;
 mod scalar;
 mod vector;
 #[cfg(target_arch = "x86_64")]
@@ -27,44 +35,77 @@ pub enum Isa {
     Scalar,
     /// aarch64 NEON.
     Neon,
+    /// aarch64 BF16 (FEAT_BF16), with what [`Isa::Neon`] has.
+    NeonBf16,
     /// x86-64 AVX2, FMA and F16C.
     Avx2,
     /// x86-64 AVX-512 F, with what [`Isa::Avx2`] has.
     Avx512,
+    /// x86-64 AVX-512 BF16, with what [`Isa::Avx512`] has.
+    Avx512Bf16,
 }
 
 impl Isa {
-    /// "scalar", "neon", "avx2", "avx512".
+    const ALL: [Isa; 6] = [Isa::Scalar, Isa::Neon, Isa::NeonBf16, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+
+    /// "scalar", "neon", "neon_bf16", "avx2", "avx512", "avx512_bf16".
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Neon => "neon",
+            Isa::NeonBf16 => "neon_bf16",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512_bf16",
         }
     }
 
     /// The instruction set of this [`name`](Self::name).
     pub fn from_name(name: &str) -> Option<Self> {
-        [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512].into_iter().find(|isa| isa.name() == name)
+        Self::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+}
+
+/// What the 32-bit words of packed queries, keys and values are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// One f32.
+    F32,
+    /// Two neighbouring bf16, the first in the lower half: elements of a query or a key, or one column of the
+    /// values of two keys. Absent elements are 0.
+    Bf16Pairs,
+}
+
+impl Packing {
+    /// Elements in a word.
+    pub const fn depth(self) -> usize {
+        match self {
+            Packing::F32 => 1,
+            Packing::Bf16Pairs => 2,
+        }
     }
 }
 
 /// Queries against one packed tile of keys: the unit of work of a kernel.
 ///
-/// Logits are in base 2: the query rows carry `scale * log2(e)`. With R = `query_rows` and
-/// P = `panel` of the table, rows come in groups of R and columns in panels of P.
+/// Logits are in base 2. With R = `query_rows`, P = `panel` and L = `lanes` of the table, rows come in groups
+/// of R, the last of which may have only a multiple of T = `row_multiple`, keys in panels of P, and the columns of the values in panels of P and, where less than P are left, of L.
+/// W is the number of words that hold `head_dim` elements, S the number that hold [`KEY_TILE`].
 pub struct Step<'a> {
+    /// What the words are.
+    pub packing: Packing,
     /// Elements of a query and of a key.
     pub head_dim: usize,
-    /// Elements of a value, rounded up to a multiple of P.
+    /// Elements of a value, rounded up to a multiple of L.
     pub value_dim: usize,
-    /// `[rows / R][head_dim][R]`.
-    pub query: &'a [f32],
-    /// `[KEY_TILE / P][head_dim][P]`; what lies beyond the last key is not looked at.
-    pub keys: &'a [f32],
-    /// `[value_dim / P][KEY_TILE][P]`; what lies beyond the last key is not looked at.
-    pub values: &'a [f32],
+    /// Factor on the products of [`Packing::Bf16Pairs`]; queries of [`Packing::F32`] carry it.
+    pub scale: f32,
+    /// `[groups][W][R]`.
+    pub query: &'a [u32],
+    /// `[KEY_TILE / P][W][P]`; what lies beyond the last key is not looked at.
+    pub keys: &'a [u32],
+    /// `[panels][S][P or L]`; words beyond the last key are not looked at.
+    pub values: &'a [u32],
     /// Keys in this tile, at most [`KEY_TILE`].
     pub key_count: usize,
     /// Added to the logits of each key (base 2, `[KEY_TILE]`).
@@ -77,25 +118,31 @@ pub struct Step<'a> {
     pub use_sum: bool,
     /// Whether these keys enter the product with the values.
     pub use_values: bool,
-    /// Running maximum of each row's logits (`[rows]`, a multiple of R).
+    /// What each row's weights are relative to (`[rows]`, a multiple of T): -inf as long as a row has seen
+    /// nothing but -inf, then a logit that no other exceeds by more than 8.
     pub max: &'a mut [f32],
-    /// Running sum of each row's weights, relative to `max`.
+    /// Running sums of each row's weights, relative to `max`; their sum is the row's (`[rows][L]`).
     pub sum: &'a mut [f32],
     /// `[rows][value_dim]`, relative to `max`; left alone, not even rescaled, without `use_values`.
     pub accumulated: &'a mut [f32],
-    /// Room for `[R][KEY_TILE]` logits.
-    pub scores: &'a mut [f32],
+    /// Room for the logits of a group against a panel: `[R][P]`.
+    pub logits: &'a mut [f32],
+    /// Room for the weights of a group: `[R][S]`.
+    pub weights: &'a mut [u32],
 }
 
 /// The kernels of one instruction set.
 pub struct Kernels {
     isa: Isa,
     query_rows: usize,
+    row_multiple: usize,
     panel: usize,
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
+    attend_bf16: Option<unsafe fn(&mut Step<'_>)>,
     hash: unsafe fn(&[f32], usize, &[f32], usize, &mut [u32]),
-    transpose: unsafe fn(&[f32], usize, usize, &mut [f32], usize),
+    transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
+    place: unsafe fn(&[u32], usize, usize, &mut [u32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
 }
 
@@ -111,16 +158,30 @@ impl Kernels {
         &scalar::KERNELS
     }
 
-    /// The best table that this machine can run and that is not beyond `limit`. Asks the processor
-    /// each time: keep the result.
+    /// The best table that this machine can run and that is not beyond `limit`. A table whose bf16
+    /// instructions are slower than the f32 ones on this processor is passed over unless `limit` names it.
+    /// Asks the processor each time: keep the result.
     pub fn detect(limit: Option<Isa>) -> &'static Kernels {
         let mut best = Self::scalar();
         for kernels in Self::available() {
-            if limit.is_none_or(|limit| kernels.isa <= limit) && kernels.isa > best.isa {
+            let allowed = match limit {
+                Some(limit) => kernels.isa <= limit,
+                None => kernels.is_worth_choosing(),
+            };
+            if allowed && kernels.isa > best.isa {
                 best = kernels;
             }
         }
         best
+    }
+
+    /// Whether bf16 products, where the table has them, cost no more than f32 ones on this processor.
+    fn is_worth_choosing(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let fast = detect_x86::bf16_products_are_fast();
+        #[cfg(not(target_arch = "x86_64"))]
+        let fast = true;
+        self.attend_bf16.is_none() || fast
     }
 
     /// Every table that this machine can run.
@@ -128,14 +189,17 @@ impl Kernels {
         #[cfg(target_arch = "x86_64")]
         let tables = [
             Some(Self::scalar()),
-            detect::has_avx2().then_some(&avx2::KERNELS),
-            detect::has_avx512().then_some(&avx512::KERNELS),
+            detect_x86::has_avx2().then_some(&avx2::KERNELS),
+            detect_x86::has_avx512().then_some(&avx512::KERNELS),
+            detect_x86::has_avx512_bf16().then_some(&avx512_bf16::KERNELS),
         ];
         #[cfg(not(target_arch = "x86_64"))]
         let tables = [
             Some(Self::scalar()),
             #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
             Some(&neon::KERNELS),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+            detect_aarch64::has_bf16().then_some(&neon_bf16::KERNELS),
         ];
         tables.into_iter().flatten()
     }
@@ -150,38 +214,58 @@ impl Kernels {
         self.query_rows
     }
 
-    /// Columns in a panel (P).
+    /// Rows of a step come in multiples of this (T).
+    pub fn row_multiple(&self) -> usize {
+        self.row_multiple
+    }
+
+    /// Keys in a panel (P).
     pub fn panel(&self) -> usize {
         self.panel
     }
 
-    /// Numbers in a vector: columns of a projection matrix, and keys that are packed at once, come in
+    /// Numbers in a vector (L): columns of a projection matrix, and keys that are packed at once, come in
     /// multiples of this.
     pub fn lanes(&self) -> usize {
         self.lanes
     }
 
+    /// How tensors of this element type, all three of it, are packed.
+    pub fn packing(&self, dtype: DType) -> Packing {
+        if dtype == DType::BF16 && self.attend_bf16.is_some() { Packing::Bf16Pairs } else { Packing::F32 }
+    }
+
     /// Attends every row of the step to its keys, in one online softmax with what came before.
+    ///
+    /// Panics when the table has no kernel for the step's packing or a slice is shorter than it must be.
     pub fn attend(&self, step: &mut Step<'_>) {
         let rows = step.max.len();
+        let depth = step.packing.depth();
+        let words = step.head_dim.div_ceil(depth);
         let full = |weights: Option<&[f32]>, len| weights.is_none_or(|slice| slice.len() >= len);
         assert!(
-            rows.is_multiple_of(self.query_rows)
-                && step.value_dim.is_multiple_of(self.panel)
+            rows.is_multiple_of(self.row_multiple)
+                && step.value_dim.is_multiple_of(self.lanes)
                 && step.key_count <= KEY_TILE
-                && step.query.len() >= rows * step.head_dim
-                && step.keys.len() >= KEY_TILE * step.head_dim
-                && step.values.len() >= KEY_TILE * step.value_dim
+                && step.query.len() >= rows.next_multiple_of(self.query_rows) * words
+                && step.keys.len() >= KEY_TILE * words
+                && step.values.len() >= KEY_TILE / depth * step.value_dim
                 && full(step.log_weight, KEY_TILE)
                 && full(step.cap, rows)
                 && step.visible.is_none_or(|visible| visible.len() >= rows)
-                && step.sum.len() >= rows
+                && step.sum.len() >= rows * self.lanes
                 && step.accumulated.len() >= rows * step.value_dim
-                && step.scores.len() >= self.query_rows * KEY_TILE
+                && step.logits.len() >= self.query_rows * self.panel
+                && step.weights.len() >= self.query_rows * KEY_TILE / depth
         );
+        let attend = match (step.packing, self.attend_bf16) {
+            (Packing::F32, _) => self.attend,
+            (Packing::Bf16Pairs, Some(attend)) => attend,
+            (Packing::Bf16Pairs, None) => panic!("this table has no kernel for bf16 pairs"),
+        };
         // SAFETY: the lengths are those that Step states, and a table is handed out only where its
         // instructions are available.
-        unsafe { (self.attend)(step) }
+        unsafe { attend(step) }
     }
 
     /// Sign codes of `rows` (`[codes.len()][head_dim]`) under `projections` (`[head_dim][width]`,
@@ -199,16 +283,25 @@ impl Kernels {
         unsafe { (self.hash)(rows, head_dim, projections, width, codes) }
     }
 
-    /// Packs [`Self::lanes`] keys as columns of a panel: number i of key j becomes `to[i * panel + j]`. Key j
-    /// is at `rows[j * stride..]`; `stride` is at least `head_dim` rounded up to the lanes.
-    pub(crate) fn transpose(&self, rows: &[f32], stride: usize, head_dim: usize, to: &mut [f32]) {
+    /// Packs [`Self::lanes`] rows as columns of a panel: word i of row j becomes `to[i * panel + j]` for
+    /// the first `words` words. The rows hold `words` rounded up to the lanes.
+    pub fn transpose(&self, rows: &[&[u32]], words: usize, to: &mut [u32]) {
         assert!(
-            stride >= head_dim.next_multiple_of(self.lanes)
-                && rows.len() >= self.lanes * stride
-                && to.len() >= (head_dim - 1) * self.panel + self.lanes
+            rows.len() == self.lanes
+                && rows.iter().all(|row| row.len() >= words.next_multiple_of(self.lanes))
+                && words > 0
+                && to.len() >= (words - 1) * self.panel + self.lanes
         );
         // SAFETY: as in `attend`.
-        unsafe { (self.transpose)(rows, stride, head_dim, to, self.panel) }
+        unsafe { (self.transpose)(rows, words, to, self.panel) }
+    }
+
+    /// Packs one row of words of the values as number `slot` of the `slots` of a tile (see [`Step::values`]);
+    /// columns from `row.len()` on become 0.
+    pub fn place(&self, row: &[u32], slot: usize, slots: usize, to: &mut [u32]) {
+        assert!(slot < slots && to.len() >= slots * row.len().next_multiple_of(self.lanes));
+        // SAFETY: as in `attend`.
+        unsafe { (self.place)(row, slot, slots, to) }
     }
 
     /// Widens `to.len()` consecutive elements at `from`.

@@ -7,7 +7,7 @@ use super::vector::Vector;
 use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Neon(float32x4_t);
+pub(crate) struct Neon(pub(super) float32x4_t);
 
 // SAFETY (every block in this impl): this file is compiled only for targets that have NEON; loads and stores
 // repeat the trait's contract.
@@ -91,28 +91,17 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
-    fn reduce_add(self) -> f32 {
-        // SAFETY: see the impl.
-        unsafe { vaddvq_f32(self.0) }
-    }
-
-    #[inline(always)]
     fn reduce_max(self) -> f32 {
         // SAFETY: see the impl.
         unsafe { vmaxvq_f32(self.0) }
     }
 
     #[inline(always)]
-    unsafe fn transpose(
-        from: *const f32,
-        from_stride: usize,
-        to: *mut f32,
-        to_stride: usize,
-        columns: usize,
-    ) {
+    unsafe fn transpose(rows: &[&[u32]], column: usize, to: *mut u32, to_stride: usize, columns: usize) {
         // SAFETY: see the impl; rows and columns are those that the caller vouches for.
         unsafe {
-            let row: [float32x4_t; 4] = core::array::from_fn(|i| vld1q_f32(from.add(i * from_stride)));
+            let row: [float32x4_t; 4] =
+                core::array::from_fn(|i| vld1q_f32(rows[i].as_ptr().add(column).cast()));
             // Pairs of rows, interleaved: columns 0 and 2, columns 1 and 3.
             let (upper_even, upper_odd) = (vtrn1q_f32(row[0], row[1]), vtrn2q_f32(row[0], row[1]));
             let (lower_even, lower_odd) = (vtrn1q_f32(row[2], row[3]), vtrn2q_f32(row[2], row[3]));
@@ -122,8 +111,8 @@ impl Vector for Neon {
                 right_halves(upper_even, lower_even),
                 right_halves(upper_odd, lower_odd),
             ];
-            for (column, &whole) in whole.iter().enumerate().take(columns) {
-                vst1q_f32(to.add(column * to_stride), whole);
+            for (c, &whole) in whole.iter().enumerate().take(columns) {
+                vst1q_f32(to.add(c * to_stride).cast(), whole);
             }
         }
     }
@@ -149,7 +138,7 @@ fn right_halves(a: float32x4_t, b: float32x4_t) -> float32x4_t {
     unsafe { vcombine_f32(vget_high_f32(a), vget_high_f32(b)) }
 }
 
-kernel_entries!(Neon, 6, 4);
+kernel_entries!(Neon, 6, 4, 3);
 
 /// # Safety
 /// `2 * to.len()` bytes are readable at `from`.
@@ -166,5 +155,18 @@ unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
     unsafe { generic::widen_f16(from.add(8 * vectors), &mut to[4 * vectors..]) }
 }
 
-pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Neon, query_rows: 6, panel: 16, lanes: 4, attend, hash, transpose, widen_f16 };
+pub(super) const TABLE: Kernels = Kernels {
+    isa: Isa::Neon,
+    query_rows: 6,
+    row_multiple: 3,
+    panel: 16,
+    lanes: 4,
+    attend,
+    attend_bf16: None,
+    hash,
+    transpose,
+    place,
+    widen_f16,
+};
+
+pub(super) static KERNELS: Kernels = TABLE;

@@ -85,28 +85,16 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn reduce_add(self) -> f32 {
-        let [a, b, c, d, e, f, g, h] = self.0;
-        ((a + e) + (c + g)) + ((b + f) + (d + h))
-    }
-
-    #[inline(always)]
     fn reduce_max(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 
     #[inline(always)]
-    unsafe fn transpose(
-        from: *const f32,
-        from_stride: usize,
-        to: *mut f32,
-        to_stride: usize,
-        columns: usize,
-    ) {
-        for column in 0..columns {
-            for row in 0..Self::LANES {
-                // SAFETY: row and column are below LANES, within what the caller vouches for.
-                unsafe { *to.add(column * to_stride + row) = *from.add(row * from_stride + column) };
+    unsafe fn transpose(rows: &[&[u32]], column: usize, to: *mut u32, to_stride: usize, columns: usize) {
+        for (r, row) in rows.iter().enumerate() {
+            for c in 0..columns {
+                // SAFETY: c < columns and r < LANES, within what the caller vouches for.
+                unsafe { *to.add(c * to_stride + r) = row[column + c] };
             }
         }
     }
@@ -117,15 +105,18 @@ impl Vector for Portable {
     }
 }
 
-kernel_entries!(Portable, 4, 1);
+kernel_entries!(Portable, 4, 1, 4);
 
 pub(super) static KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,
     query_rows: 4,
+    row_multiple: 4,
     panel: 8,
     lanes: 8,
     attend,
+    attend_bf16: None,
     hash,
     transpose,
+    place,
     widen_f16: generic::widen_f16,
 };

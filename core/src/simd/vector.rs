@@ -49,22 +49,20 @@ pub(crate) trait Vector: Copy {
     /// Bit `i` is set when lane `i` is greater than 0.
     fn positive_bits(self) -> u32;
 
-    /// The sum of the lanes.
-    fn reduce_add(self) -> f32;
-
     /// The largest lane; unspecified when a lane is NaN.
     fn reduce_max(self) -> f32;
 
-    /// Transposes a square of `LANES` rows, of which the first `columns` columns are stored as rows.
+    /// Transposes the square of `LANES` columns from `column` on of `LANES` rows of words, of which the first
+    /// `columns` columns are stored as rows.
     ///
     /// # Safety
-    /// `LANES` numbers are readable at each of the `LANES` rows, which start `from_stride` apart at
-    /// `from`, and writable at each of `columns` (at most `LANES`) rows, `to_stride` apart at `to`.
-    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize, columns: usize);
+    /// There are `LANES` rows of at least `column + LANES` words, and `LANES` words are writable at each of
+    /// `columns` (at most `LANES`) rows, `to_stride` apart at `to`.
+    unsafe fn transpose(rows: &[&[u32]], column: usize, to: *mut u32, to_stride: usize, columns: usize);
 
-    /// 2 to the power of each lane, for lanes up to 0 (NaN stays NaN).
+    /// 2 to the power of each lane, for lanes up to 127 (NaN stays NaN).
     ///
-    /// At most 2 ulp off down to -126 and correct to 2^-126 below. The result is 0 from -127 on.
+    /// At most 2 ulp off from -126 on and correct to 2^-126 below. The result is 0 from -127 on.
     #[inline(always)]
     fn exp2(self) -> Self {
         let x = Self::splat(EXP2_LOWEST).max(self);

@@ -12,7 +12,8 @@ pub mod run;
 pub mod statistics;
 pub mod storage;
 
-use hyperattn_core::Kernels;
+use hyperattn_core::simd::Packing;
+use hyperattn_core::{DType, Kernels};
 
 /// Calls `check` with every table that this machine can run, and prints which.
 pub fn for_each_table(mut check: impl FnMut(&'static Kernels)) {
@@ -20,4 +21,16 @@ pub fn for_each_table(mut check: impl FnMut(&'static Kernels)) {
         println!("table {}", kernels.isa().name());
         check(kernels);
     }
+}
+
+/// Runs `check` for every table that this machine can run and every packing it has a kernel for.
+pub fn for_each_packing(mut check: impl FnMut(&'static Kernels, Packing)) {
+    for_each_table(|kernels| {
+        let mut packings = vec![Packing::F32, kernels.packing(DType::BF16)];
+        packings.dedup();
+        for packing in packings {
+            println!("{packing:?}");
+            check(kernels, packing);
+        }
+    });
 }

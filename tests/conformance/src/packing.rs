@@ -1,20 +1,21 @@
 //! One [`Step`] of a kernel from plain rows, packed as its documentation says.
 
 use hyperattn_core::Kernels;
-use hyperattn_core::simd::{KEY_TILE, Step};
+use hyperattn_core::bf16;
+use hyperattn_core::simd::{KEY_TILE, Packing, Step};
 
 /// The state of some query rows.
 #[derive(Clone, Debug)]
 pub struct State {
     kernels: &'static Kernels,
+    packing: Packing,
     rows: usize,
     head_dim: usize,
     value_dim: usize,
-    query: Vec<f32>,
-    /// Running maximum of each row's logits; rows beyond those given are padding.
+    query: Vec<u32>,
+    /// What each row's weights are relative to; rows beyond those given are padding.
     pub max: Vec<f32>,
-    /// Running sum of each row's weights.
-    pub sum: Vec<f32>,
+    sum: Vec<f32>,
     accumulated: Vec<f32>,
 }
 
@@ -42,28 +43,63 @@ fn extended<T: Copy>(values: &[T], len: usize, filler: T) -> Vec<T> {
     values.iter().copied().chain(std::iter::repeat(filler)).take(len).collect()
 }
 
+/// The words of a packed row; with pairs, its numbers must be bf16 already.
+fn words(packing: Packing, row: &[f32]) -> Vec<u32> {
+    let bits = |x: &f32| match packing {
+        Packing::F32 => x.to_bits(),
+        Packing::Bf16Pairs => {
+            assert!(x.is_nan() || bf16::from_f32(*x).to_f32() == *x);
+            bf16::from_f32(*x).to_bits().into()
+        }
+    };
+    let word = |elements: &[f32]| elements.iter().rev().fold(0u32, |word, x| word.wrapping_shl(16) | bits(x));
+    row.chunks(packing.depth()).map(word).collect()
+}
+
 impl State {
     /// Empty rows for `query` (`[rows][head_dim]`, in base-2 logits).
-    pub fn new(kernels: &'static Kernels, query: &[f32], head_dim: usize, value_dim: usize) -> Self {
+    pub fn new(
+        kernels: &'static Kernels,
+        packing: Packing,
+        query: &[f32],
+        head_dim: usize,
+        value_dim: usize,
+    ) -> Self {
         let rows = query.len() / head_dim;
         let group = kernels.query_rows();
-        let padded = rows.next_multiple_of(group);
-        let mut packed = vec![0.0; padded * head_dim];
-        for (index, &x) in query.iter().enumerate() {
-            let (row, i) = (index / head_dim, index % head_dim);
-            packed[row / group * group * head_dim + i * group + row % group] = x;
+        let padded = rows.next_multiple_of(kernels.row_multiple());
+        let width = head_dim.div_ceil(packing.depth());
+        let mut packed = vec![0; padded.next_multiple_of(group) * width];
+        for (row, query) in query.chunks(head_dim).enumerate() {
+            for (i, word) in words(packing, query).into_iter().enumerate() {
+                packed[row / group * group * width + i * group + row % group] = word;
+            }
         }
-        let value_dim = value_dim.next_multiple_of(kernels.panel());
+        let value_dim = value_dim.next_multiple_of(kernels.lanes());
         State {
             kernels,
+            packing,
             rows,
             head_dim,
             value_dim,
             query: packed,
             max: vec![f32::NEG_INFINITY; padded],
-            sum: vec![0.0; padded],
+            sum: vec![0.0; padded * kernels.lanes()],
             accumulated: vec![0.0; padded * value_dim],
         }
+    }
+
+    /// The running sum of a row's weights.
+    pub fn sum(&self, row: usize) -> f32 {
+        let lanes = self.kernels.lanes();
+        self.sum[row * lanes..][..lanes].iter().sum()
+    }
+
+    /// Makes the sum of `row` `sum`, relative to `max`.
+    pub fn set_sum(&mut self, row: usize, max: f32, sum: f32) {
+        let lanes = self.kernels.lanes();
+        self.sum[row * lanes..][..lanes].fill(sum / lanes as f32);
+        self.max[row] = max;
     }
 
     /// What row `row` has accumulated.
@@ -74,19 +110,28 @@ impl State {
     /// Attends to `keys`. Beyond the last key everything is NaN, as scratch memory may be: no kernel may
     /// let it through.
     pub fn attend(&mut self, keys: Keys<'_>) {
-        let (panel, d) = (self.kernels.panel(), self.head_dim);
+        const NAN: u32 = 0x7fff_7fff;
+        let (panel, lanes, d) = (self.kernels.panel(), self.kernels.lanes(), self.head_dim);
+        let depth = self.packing.depth();
+        let (width, slots) = (d.div_ceil(depth), KEY_TILE / depth);
         let count = keys.keys.len() / d;
         let value_width = keys.values.len() / count;
-        let mut packed_keys = vec![f32::NAN; KEY_TILE * d];
-        for (index, &x) in keys.keys.iter().enumerate() {
-            let (key, i) = (index / d, index % d);
-            packed_keys[key / panel * panel * d + i * panel + key % panel] = x;
+        let mut packed_keys = vec![NAN; KEY_TILE * width];
+        for (key, row) in keys.keys.chunks(d).enumerate() {
+            for (i, word) in words(self.packing, row).into_iter().enumerate() {
+                packed_keys[key / panel * panel * width + i * panel + key % panel] = word;
+            }
         }
-        let mut packed_values = vec![f32::NAN; KEY_TILE * self.value_dim];
-        for key in 0..count {
-            for column in 0..self.value_dim {
-                let x = if column < value_width { keys.values[key * value_width + column] } else { 0.0 };
-                packed_values[(column / panel * KEY_TILE + key) * panel + column % panel] = x;
+        let mut packed_values = vec![NAN; slots * self.value_dim];
+        // Columns in whole panels, the rest in panels of one vector.
+        let whole = self.value_dim / panel * panel;
+        for column in 0..self.value_dim {
+            let elements: Vec<f32> = (0..count)
+                .map(|key| if column < value_width { keys.values[key * value_width + column] } else { 0.0 })
+                .collect();
+            let width = if column < whole { panel } else { lanes };
+            for (slot, word) in words(self.packing, &elements).into_iter().enumerate() {
+                packed_values[column / width * width * slots + slot * width + column % width] = word;
             }
         }
         let padded = self.max.len();
@@ -94,8 +139,10 @@ impl State {
         let visible = keys.visible.map(|visible| extended(&visible[..self.rows], padded, 0));
         let cap = keys.cap.map(|cap| extended(&cap[..self.rows], padded, f32::NAN));
         self.kernels.attend(&mut Step {
+            packing: self.packing,
             head_dim: d,
             value_dim: self.value_dim,
+            scale: 1.0,
             query: &self.query,
             keys: &packed_keys,
             values: &packed_values,
@@ -108,7 +155,8 @@ impl State {
             max: &mut self.max,
             sum: &mut self.sum,
             accumulated: &mut self.accumulated,
-            scores: &mut vec![f32::NAN; self.kernels.query_rows() * KEY_TILE],
+            logits: &mut vec![f32::NAN; self.kernels.query_rows() * panel],
+            weights: &mut vec![NAN; self.kernels.query_rows() * slots],
         });
     }
 }

@@ -1,13 +1,18 @@
 //! Which table is chosen.
 
 use hyperattn_conformance::for_each_table;
-use hyperattn_core::{Isa, Kernels};
+use hyperattn_core::simd::Packing;
+use hyperattn_core::{DType, Isa, Kernels};
 
+/// Tables with bf16 products are left out: where those are slow, another is chosen.
 #[test]
 fn the_strongest_available_table_is_chosen() {
     let detected = Kernels::detect(None);
     println!("detected {}", detected.isa().name());
-    assert!(Kernels::available().all(|kernels| kernels.isa() <= detected.isa()));
+    for_each_table(|kernels| {
+        let is_candidate = kernels.packing(DType::BF16) == Packing::F32;
+        assert!(!is_candidate || kernels.isa() <= detected.isa(), "{kernels:?} is stronger");
+    });
     assert!(Kernels::available().any(|kernels| kernels.isa() == detected.isa()));
 }
 

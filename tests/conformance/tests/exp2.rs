@@ -3,15 +3,15 @@
 use hyperattn_conformance::for_each_table;
 use hyperattn_conformance::packing::{Keys, State};
 use hyperattn_core::Kernels;
-use hyperattn_core::simd::KEY_TILE;
+use hyperattn_core::simd::{KEY_TILE, Packing};
 
-/// The weights of `exponents`, all at most 0, relative to a maximum of 0.
+/// The weights of `exponents`, all at most 8, relative to a maximum of 0.
 fn weights(kernels: &'static Kernels, exponents: &[f32]) -> Vec<f32> {
     let identity = |index: usize| f32::from(index / KEY_TILE == index % KEY_TILE);
     let values: Vec<f32> = (0..KEY_TILE * KEY_TILE).map(identity).collect();
     let of_tile = |tile: &[f32]| {
-        let mut state = State::new(kernels, &[1.0], 1, KEY_TILE);
-        (state.max[0], state.sum[0]) = (0.0, 1.0);
+        let mut state = State::new(kernels, Packing::F32, &[1.0], 1, KEY_TILE);
+        state.set_sum(0, 0.0, 1.0);
         state.attend(Keys {
             keys: tile,
             values: &values[..tile.len() * KEY_TILE],
@@ -27,10 +27,10 @@ fn weights(kernels: &'static Kernels, exponents: &[f32]) -> Vec<f32> {
     exponents.chunks(KEY_TILE).flat_map(of_tile).collect()
 }
 
-/// Numbers in [-127.5, 0]: a fine grid, all neighbourhoods of integers and of halves, small magnitudes.
+/// Numbers in [-127.5, 8]: a fine grid, all neighbourhoods of integers and of halves, small magnitudes.
 fn exponents() -> Vec<f32> {
-    let mut exponents: Vec<f32> = (0..400_000).map(|i| -127.5 * (i as f32 / 400_000.0)).collect();
-    for half in 0..=254 {
+    let mut exponents: Vec<f32> = (0..400_000).map(|i| 8.0 - 135.5 * (i as f32 / 400_000.0)).collect();
+    for half in -16..=254 {
         let centre = -(half as f32) / 2.0;
         let (mut up, mut down) = (centre, centre);
         for _ in 0..40 {
@@ -38,8 +38,8 @@ fn exponents() -> Vec<f32> {
             (up, down) = (up.next_up(), down.next_down());
         }
     }
-    exponents.extend((0..140).map(|power| -(0.5f32.powi(power))));
-    exponents.retain(|&x| x <= 0.0);
+    exponents.extend((0..140).flat_map(|power| [0.5f32.powi(power), -(0.5f32.powi(power))]));
+    exponents.retain(|&x| x <= 8.0);
     exponents
 }
 
@@ -68,7 +68,7 @@ fn weights_are_within_2_ulp_down_to_the_smallest_normal_number() {
 
 #[test]
 fn integers_are_exact() {
-    let exponents: Vec<f32> = (0..=126).map(|n| -(n as f32)).collect();
+    let exponents: Vec<f32> = (-8..=126).map(|n| -(n as f32)).collect();
     for_each_table(|kernels| {
         for (&x, weight) in exponents.iter().zip(weights(kernels, &exponents)) {
             assert_eq!(f64::from(weight), f64::from(x).exp2(), "2^{x}");

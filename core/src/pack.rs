@@ -1,0 +1,178 @@
+//! Packing: rows of keys and values, wherever they lie in the tensors, into the tiles that kernels read.
+
+use crate::problem::Problem;
+use crate::scratch::Carver;
+use crate::simd::{KEY_TILE, Kernels, Packing};
+use crate::view::TensorRef;
+
+/// Sizes of packed queries, keys and values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PackedShape {
+    pub(crate) packing: Packing,
+    /// Words of a query or a key.
+    pub(crate) key_words: usize,
+    /// value_dim rounded up to whole vectors.
+    pub(crate) value_dim: usize,
+}
+
+impl PackedShape {
+    pub(crate) fn new(kernels: &Kernels, problem: &Problem) -> Self {
+        let packing = problem.shared_dtype.map_or(Packing::F32, |dtype| kernels.packing(dtype));
+        PackedShape {
+            packing,
+            key_words: problem.head_dim.div_ceil(packing.depth()),
+            value_dim: problem.value_dim.next_multiple_of(kernels.lanes()),
+        }
+    }
+
+    /// Words of the keys of a tile.
+    pub(crate) fn keys_len(&self) -> usize {
+        KEY_TILE * self.key_words
+    }
+
+    /// Words of the values of a tile.
+    pub(crate) fn values_len(&self) -> usize {
+        KEY_TILE / self.packing.depth() * self.value_dim
+    }
+
+    /// Words of a packed tile: keys, then values.
+    pub(crate) fn tile_len(&self) -> usize {
+        self.keys_len() + self.values_len()
+    }
+}
+
+/// Lanes of the widest table.
+const MOST_LANES: usize = 16;
+
+/// Scratch for rows that are not packed from where they are.
+pub(crate) struct PackScratch<'a> {
+    /// As many keys as are packed at once.
+    keys: &'a mut [u32],
+    key_stride: usize,
+    /// One row of values, as words.
+    value: &'a mut [u32],
+    /// Two widened rows.
+    pub(crate) wide: &'a mut [f32],
+}
+
+impl<'a> PackScratch<'a> {
+    pub(crate) fn carve(kernels: &Kernels, problem: &Problem, carver: &mut Carver<'a>) -> Self {
+        let key_stride = problem.head_dim.next_multiple_of(kernels.lanes());
+        PackScratch {
+            keys: carver.take(kernels.lanes() * key_stride),
+            key_stride,
+            value: carver.take(problem.value_dim),
+            wide: carver.take(2 * problem.head_dim.max(problem.value_dim)),
+        }
+    }
+}
+
+/// Packs rows of one batch item.
+pub(crate) struct Packer<'a> {
+    pub(crate) kernels: &'a Kernels,
+    pub(crate) packing: Packing,
+    pub(crate) batch: usize,
+}
+
+impl Packer<'_> {
+    /// One row of queries or keys as words; `to` has as many.
+    pub(crate) fn read_words(
+        &self,
+        view: &TensorRef<'_>,
+        (head, row): (usize, usize),
+        wide: &mut [f32],
+        to: &mut [u32],
+    ) {
+        let wide = &mut wide[..view.row_len()];
+        view.read_row(self.kernels, self.batch, head, row, wide);
+        match self.packing {
+            Packing::F32 => to.iter_mut().zip(wide).for_each(|(word, x)| *word = x.to_bits()),
+            Packing::Bf16Pairs => {
+                for (word, pair) in to.iter_mut().zip(wide.chunks(2)) {
+                    *word = bf16_pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
+                }
+            }
+        }
+    }
+
+    /// Packs the keys at `rows` (one to [`KEY_TILE`]) of `head` of `view`.
+    pub(crate) fn pack_keys(
+        &self,
+        view: &TensorRef<'_>,
+        head: usize,
+        rows: &[u32],
+        scratch: &mut PackScratch<'_>,
+        to: &mut [u32],
+    ) {
+        let words = view.row_len().div_ceil(self.packing.depth());
+        let (panel, lanes, stride) = (self.kernels.panel(), self.kernels.lanes(), scratch.key_stride);
+        let in_place = words.is_multiple_of(lanes);
+        for (vector, rows) in rows.chunks(lanes).enumerate() {
+            // Lanes beyond the last key repeat it: nobody looks at them.
+            let row = |lane: usize| rows[lane.min(rows.len() - 1)] as usize;
+            let mut sources: [&[u32]; MOST_LANES] = [&[]; MOST_LANES];
+            let mut found = in_place;
+            for (lane, source) in sources[..lanes].iter_mut().enumerate() {
+                match view.words(self.packing, self.batch, head, row(lane)) {
+                    Some(words) if found => *source = words,
+                    _ => found = false,
+                }
+            }
+            if !found {
+                for (lane, key) in scratch.keys.chunks_exact_mut(stride).enumerate() {
+                    self.read_words(view, (head, row(lane)), scratch.wide, &mut key[..words]);
+                }
+                for (source, key) in sources.iter_mut().zip(scratch.keys.chunks_exact(stride)) {
+                    *source = key;
+                }
+            }
+            let first = vector * lanes;
+            let at = first / panel * panel * words + first % panel;
+            self.kernels.transpose(&sources[..lanes], words, &mut to[at..]);
+        }
+    }
+
+    /// Packs the values at `rows` (at most [`KEY_TILE`]) of `head` of `view`.
+    pub(crate) fn pack_values(
+        &self,
+        view: &TensorRef<'_>,
+        head: usize,
+        rows: &[u32],
+        scratch: &mut PackScratch<'_>,
+        to: &mut [u32],
+    ) {
+        let (depth, width) = (self.packing.depth(), view.row_len());
+        let slots = KEY_TILE / depth;
+        let value = &mut scratch.value[..width];
+        for (slot, rows) in rows.chunks(depth).enumerate() {
+            let row = rows[0] as usize;
+            match self.packing {
+                Packing::F32 => match view.words(self.packing, self.batch, head, row) {
+                    Some(words) => {
+                        self.kernels.place(words, slot, slots, to);
+                        continue;
+                    }
+                    None => self.read_words(view, (head, row), scratch.wide, value),
+                },
+                Packing::Bf16Pairs => {
+                    let (first, second) = scratch.wide.split_at_mut(width);
+                    let second = &mut second[..width];
+                    view.read_row(self.kernels, self.batch, head, row, first);
+                    match rows.get(1) {
+                        Some(&row) => view.read_row(self.kernels, self.batch, head, row as usize, second),
+                        None => second.fill(0.0),
+                    }
+                    for (word, (a, b)) in value.iter_mut().zip(first.iter().zip(second)) {
+                        *word = bf16_pair(*a, *b);
+                    }
+                }
+            }
+            self.kernels.place(value, slot, slots, to);
+        }
+    }
+}
+
+/// Two numbers that are bf16 already.
+fn bf16_pair(first: f32, second: f32) -> u32 {
+    first.to_bits() >> 16 | (second.to_bits() & 0xffff_0000)
+}
