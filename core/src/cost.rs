@@ -1,10 +1,13 @@
-//! The cost model behind METHOD_AUTO: multiply-add pairs of exact attention against those of the
+//! How many keys a query meets, and the cost model behind METHOD_AUTO: multiply-add pairs of exact attention against those of the
 //! published estimator plus its selection.
 
 use crate::causal::Decomposition;
+use crate::error::Result;
 use crate::hyper;
 use crate::params::{BlockMask, Params, Residual};
-use crate::problem::Problem;
+use crate::plan::Plan;
+use crate::problem::{Layouts, Problem};
+use crate::simd::Kernels;
 
 /// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured on AVX2 at
 /// head_dim 64 and 128: between 20 and 60 pairs.
@@ -38,14 +41,29 @@ fn paper_pairs(
     problem: &Problem,
     parts: &Decomposition,
 ) -> f64 {
-    let sample_size = f64::from(params.sample_size);
-    let sampled = match hyper::effective_residual(params) {
-        Residual::None => 0.0,
-        Residual::Uniform => sample_size,
-        // Two samples, and the tau rows: about another m columns for as many queries as keys.
-        Residual::RowNorm => 3.0 * sample_size,
+    // The tau rows of Algorithm 2 meet all keys: about another m columns for as many queries as keys.
+    let tau = match hyper::effective_residual(params) {
+        Residual::RowNorm => f64::from(params.sample_size),
+        _ => 0.0,
     };
-    let budget = mask.map_or(f64::from(params.block_size), BlockMask::keys_per_query) + sampled;
+    let rows = problem.n_q as f64 + problem.n_k as f64 / problem.group as f64;
+    estimated_pairs(parts, budget(params, mask) + tau) + SELECTION_PAIRS * rows
+}
+
+/// Keys in the blocks of a query, and samples, one by one.
+fn budget(params: &Params, mask: Option<&BlockMask<'_>>) -> f64 {
+    let samples = match hyper::effective_residual(params) {
+        Residual::None => 0.0,
+        Residual::Uniform => 1.0,
+        // One sample for the row sums and one for the product with V.
+        Residual::RowNorm => 2.0,
+    };
+    mask.map_or(f64::from(params.block_size), BlockMask::keys_per_query)
+        + samples * f64::from(params.sample_size)
+}
+
+/// Pairs of one head when every sub-problem costs its queries at most `budget` keys.
+fn estimated_pairs(parts: &Decomposition, budget: f64) -> f64 {
     let dense = parts
         .dense
         .as_ref()
@@ -55,16 +73,36 @@ fn paper_pairs(
         // Level by level half of the queries meet a rectangle; what is left on the diagonal is exact.
         let interval = |level: u32| len / (1u64 << level) as f64;
         let levels = (1..=square.levels()).map(|level| len / 2.0 * budget.min(interval(level)));
-        levels.sum::<f64>() + len * interval(square.levels()) / 2.0
+        levels.sum::<f64>() + len * (interval(square.levels()) + 1.0) / 2.0
     });
-    dense + square + SELECTION_PAIRS * (problem.n_q as f64 + problem.n_k as f64 / problem.group as f64)
+    dense + square
+}
+
+/// Keys and samples that a query meets, on average over the queries, under the method that the call takes. A
+/// sample counts also where it lies in the query's own block; halves of odd lengths count as equal.
+pub fn keys_per_query(params: &Params, layouts: &Layouts<'_>) -> Result<f64> {
+    // Which keys are met does not depend on the kernels.
+    let Plan { problem, parts, exact, leaf, .. } = Plan::new(params, layouts, Kernels::scalar())?;
+    let dense_is_exact = parts.dense.as_ref().is_some_and(|dense| dense.keys.len() <= leaf);
+    let pairs = if exact {
+        exact_pairs(&parts)
+    } else if dense_is_exact {
+        let square = Decomposition { dense: None, ..parts.clone() };
+        exact_pairs(&Decomposition { square: None, ..parts })
+            + estimated_pairs(&square, budget(params, layouts.block_mask.as_ref()))
+    } else {
+        estimated_pairs(&parts, budget(params, layouts.block_mask.as_ref()))
+    };
+    Ok(if problem.n_q == 0 { 0.0 } else { pairs / problem.n_q as f64 })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::params::Mask;
+    use crate::element::DType;
+    use crate::params::{Mask, Method};
     use crate::problem::one_head;
+    use crate::view::TensorLayout;
 
     fn choose(mask: Mask, n_q: usize, n_k: usize) -> bool {
         let params = Params { mask, min_seq_len: 512, ..Params::default() };
@@ -118,5 +156,41 @@ mod tests {
             let visible: usize = (0..n_q).map(|i| problem.visible_keys(i)).sum();
             assert_eq!(exact_pairs(&Decomposition::new(&problem, 2)), visible as f64, "{mask:?}");
         }
+    }
+
+    fn count(method: Method, mask: Mask, [n_q, n_k]: [i64; 2], min_seq_len: usize) -> f64 {
+        let layout = |rows| TensorLayout::contiguous(DType::F32, [1, 1, rows, 64]);
+        let layouts = Layouts {
+            q: layout(n_q),
+            k: layout(n_k),
+            v: layout(n_k),
+            out: layout(n_q),
+            lse: None,
+            block_mask: None,
+        };
+        keys_per_query(&Params { method, mask, min_seq_len, ..Params::default() }, &layouts).unwrap()
+    }
+
+    #[test]
+    fn exact_attention_meets_what_is_visible() {
+        assert_eq!(count(Method::Exact, Mask::None, [10, 30], 1), 30.0);
+        assert_eq!(count(Method::Exact, Mask::CausalBottomRight, [10, 10], 1), 5.5);
+        assert_eq!(count(Method::Exact, Mask::CausalBottomRight, [10, 30], 1), 25.5);
+        // The first 20 queries see nothing.
+        assert_eq!(count(Method::Exact, Mask::CausalBottomRight, [30, 10], 1), 55.0 / 30.0);
+    }
+
+    #[test]
+    fn the_estimator_meets_a_block_and_a_sample() {
+        assert_eq!(count(Method::Paper, Mask::None, [8192, 8192], 4096), 512.0);
+        assert_eq!(count(Method::Paper, Mask::None, [4096, 4096], 4096), 4096.0);
+        // Both halves are exact, and the second meets 512 keys of the first.
+        assert_eq!(count(Method::Paper, Mask::CausalBottomRight, [8192, 8192], 4096), 2048.5 + 256.0);
+    }
+
+    #[test]
+    fn auto_counts_the_method_it_takes() {
+        assert_eq!(count(Method::Auto, Mask::None, [600, 600], 512), 600.0);
+        assert_eq!(count(Method::Auto, Mask::None, [65_536, 65_536], 512), 512.0);
     }
 }

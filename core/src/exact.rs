@@ -6,11 +6,10 @@ use crate::error::Result;
 use crate::exec::{Executor, for_each_chunk, for_each_item};
 use crate::pack::PackScratch;
 use crate::pass::Pass;
-use crate::problem::Problem;
 use crate::scratch::{Carver, Lanes};
 use crate::simd::KEY_TILE;
 use crate::tile::{Call, KeyOrder, Tile};
-use crate::tiling::HeadTiling;
+use crate::tiling::{HeadSet, HeadTiling};
 
 /// Keys from which on a rectangle's keys are packed before its queries are attended to. Shorter ones would
 /// leave much of the last tile empty.
@@ -18,33 +17,34 @@ const PACKED_KEYS: usize = 4 * KEY_TILE;
 
 /// Tiles in which the keys of one KV head are packed once for all tasks that read them: those of `count`
 /// rectangles of at most `queries` and `keys`. None when a single task reads them.
-pub(crate) fn packed_tiles(problem: &Problem, count: usize, queries: usize, keys: usize) -> usize {
-    let tiling = HeadTiling::new(problem, true);
+pub(crate) fn packed_tiles(heads: &HeadSet, count: usize, queries: usize, keys: usize) -> usize {
+    let tiling = HeadTiling::new(heads, true);
     let shared = tiling.chunks(queries) * tiling.parts > 1 && keys >= PACKED_KEYS;
     if shared { count.saturating_mul(keys.div_ceil(KEY_TILE)) } else { 0 }
 }
 
-/// Computes every rectangle of `pass` for the batch items `batches`.
+/// Computes every rectangle of `pass` for `heads` of the batch items `batches`.
 ///
-/// Where `packed` holds [`packed_tiles`] for every KV head, the keys and values of the (single) batch item are
+/// Where `packed` holds [`packed_tiles`] for every KV head of the (single) batch item, its keys and values are
 /// packed there first.
 pub(crate) fn run_pass(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     batches: Range<usize>,
+    heads: &HeadSet,
     pass: &Pass<'_>,
     packed: &mut [u32],
 ) -> Result<()> {
     let problem = &call.problem;
-    let tiling = HeadTiling::new(problem, true);
+    let tiling = HeadTiling::new(heads, true);
     let longest = |of: fn(crate::select::Rectangle) -> usize| pass.rectangles().map(of).max().unwrap_or(0);
     let (most_queries, most_keys) = (longest(|r| r.queries.len()), longest(|r| r.keys.len()));
-    let head_len = packed_tiles(problem, pass.count, most_queries, most_keys) * call.shape.tile_len();
+    let head_len = packed_tiles(heads, pass.count, most_queries, most_keys) * call.shape.tile_len();
     let rectangle_len = most_keys.div_ceil(KEY_TILE) * call.shape.tile_len();
-    let packed = if head_len > 0 && packed.len() >= head_len * problem.heads_kv && batches.len() == 1 {
-        let packed = &mut packed[..head_len * problem.heads_kv];
-        pack(call, executor, lanes, batches.start, pass, rectangle_len, packed)?;
+    let packed = if head_len > 0 && packed.len() >= head_len * heads.kv.len() && batches.len() == 1 {
+        let packed = &mut packed[..head_len * heads.kv.len()];
+        pack(call, executor, lanes, (batches.start, heads.kv.start), pass, rectangle_len, packed)?;
         Some(&*packed)
     } else {
         None
@@ -52,12 +52,12 @@ pub(crate) fn run_pass(
 
     let chunks = tiling.chunks(most_queries);
     let per_head = chunks * pass.count;
-    let per_batch = per_head * tiling.parts * problem.heads_kv;
+    let per_batch = per_head * tiling.parts * heads.kv.len();
     for_each_item(executor, lanes, per_batch * batches.len(), &|scratch, item| {
         let batch = batches.start + item / per_batch;
         let (kv_head, part) = {
             let group = item % per_batch / per_head;
-            (group / tiling.parts, group % tiling.parts)
+            (heads.kv.start + group / tiling.parts, group % tiling.parts)
         };
         // Later rows see more keys under a causal mask: start with the long tasks.
         let place = per_head - 1 - item % per_head;
@@ -68,24 +68,25 @@ pub(crate) fn run_pass(
             return;
         }
         let mut tile = Tile::carve(call, &mut Carver::new(scratch));
-        for head in tiling.heads_of(problem, kv_head, part) {
+        for head in tiling.heads_of(kv_head, part) {
             for row in queries.clone() {
                 tile.push(head, row, problem.visible_keys(row));
             }
         }
         tile.load_queries(batch);
-        let packed = packed.map(|packed| &packed[kv_head * head_len + index * rectangle_len..]);
+        let packed =
+            packed.map(|packed| &packed[(kv_head - heads.kv.start) * head_len + index * rectangle_len..]);
         tile.attend_visible(KeyOrder { batch, kv_head, order: None }, rectangle.keys, packed);
         pass.complete(&mut tile, batch);
     })
 }
 
-/// Packs the keys and values of every KV head: `[heads_kv][rectangles][tiles]`.
+/// Packs the keys and values of the KV heads from `first_kv_head` on: `[heads][rectangles][tiles]`.
 fn pack(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
-    batch: usize,
+    (batch, first_kv_head): (usize, usize),
     pass: &Pass<'_>,
     rectangle_len: usize,
     packed: &mut [u32],
@@ -93,7 +94,8 @@ fn pack(
     let (shape, problem, tensors) = (&call.shape, &call.problem, call.tensors);
     let tiles = rectangle_len / shape.tile_len();
     for_each_chunk(executor, lanes, packed, shape.tile_len(), &|scratch, index, tile| {
-        let (kv_head, index) = (index / (tiles * pass.count), index % (tiles * pass.count));
+        let kv_head = first_kv_head + index / (tiles * pass.count);
+        let index = index % (tiles * pass.count);
         let Some(rectangle) = (pass.rectangle)(index / tiles) else { return };
         let start = rectangle.keys.start + index % tiles * KEY_TILE;
         if start >= rectangle.keys.end {

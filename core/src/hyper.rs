@@ -11,28 +11,30 @@ use crate::residual::{Column, row_norm_columns, row_norm_stream, uniform_columns
 use crate::scratch::{Carver, Lanes};
 use crate::select::{Blocks, Rectangle, Selection};
 use crate::tile::{Call, KeyOrder, Part, Tile};
-use crate::tiling::{HeadTiling, TILE_ROWS};
+use crate::tiling::{HeadSet, HeadTiling, TILE_ROWS};
 use crate::view::Rows;
 
-/// What selection prepared for one batch item.
+/// What selection prepared for some heads of one batch item.
 pub(crate) struct Prepared<'a> {
     pub(crate) batch: usize,
-    /// Sorted rows `[heads_q][n_q]`; absent means the order in memory.
+    pub(crate) heads: &'a HeadSet,
+    /// Sorted rows `[query heads][n_q]`; absent means the order in memory.
     pub(crate) query_order: Option<&'a [u32]>,
-    /// Sorted rows `[heads_kv][n_k]`.
+    /// Sorted rows `[KV heads][n_k]`.
     pub(crate) key_order: Option<&'a [u32]>,
-    /// Running sums of |v|^2 over each sub-problem's keys, in key order `[heads_kv][n_k]`;
+    /// Running sums of |v|^2 over each sub-problem's keys, in key order `[KV heads][n_k]`;
     /// [`Residual::RowNorm`] only.
     pub(crate) norm_prefix: &'a [f64],
 }
 
 impl<'a> Prepared<'a> {
     fn query_row(&self, n_q: usize, head: usize, position: usize) -> usize {
-        self.query_order.map_or(position, |order| order[head * n_q + position] as usize)
+        self.query_order
+            .map_or(position, |order| order[(head - self.heads.query.start) * n_q + position] as usize)
     }
 
     pub(crate) fn keys(&self, n_k: usize, kv_head: usize) -> KeyOrder<'a> {
-        let order = self.key_order.map(|order| &order[kv_head * n_k..][..n_k]);
+        let order = self.key_order.map(|order| &order[(kv_head - self.heads.kv.start) * n_k..][..n_k]);
         KeyOrder { batch: self.batch, kv_head, order }
     }
 }
@@ -56,7 +58,7 @@ pub(crate) fn effective_residual(params: &Params) -> Residual {
     if params.sample_size == 0 { Residual::None } else { params.residual }
 }
 
-/// Estimates every rectangle of `pass` for one batch item.
+/// Estimates every rectangle of `pass` for the heads that were prepared.
 pub(crate) fn run_pass(
     call: &Call<'_>,
     executor: &dyn Executor,
@@ -68,7 +70,8 @@ pub(crate) fn run_pass(
     let Call { params, problem, tensors, .. } = call;
     let mask = tensors.block_mask;
     let shared = mask.is_none_or(|mask| mask.head_stride == 0);
-    let tiling = HeadTiling::new(problem, shared);
+    let heads = prepared.heads;
+    let tiling = HeadTiling::new(heads, shared);
     let select = |rectangle: Rectangle, head: usize| Selection {
         rectangle,
         blocks: blocks(params, mask, (prepared.batch, head), problem.heads_q),
@@ -84,12 +87,13 @@ pub(crate) fn run_pass(
     });
     let (most_blocks, chunks) = bounds.fold((0, 0), |most, next| (most.0.max(next.0), most.1.max(next.1)));
     let per_head = pass.count * most_blocks * chunks;
-    let items = per_head * tiling.parts * problem.heads_kv;
+    let items = per_head * tiling.parts * heads.kv.len();
     for_each_item(executor, lanes, items, &|scratch, item| {
-        let (kv_head, part) = (item / per_head / tiling.parts, item / per_head % tiling.parts);
+        let kv_head = heads.kv.start + item / per_head / tiling.parts;
+        let part = item / per_head % tiling.parts;
         let place = item % per_head;
         let Some(rectangle) = (pass.rectangle)(place / chunks / most_blocks) else { return };
-        let heads = tiling.heads_of(problem, kv_head, part);
+        let heads = tiling.heads_of(kv_head, part);
         let selection = select(rectangle, heads.start);
         let block = place / chunks % most_blocks;
         if block >= selection.block_count() {
@@ -108,7 +112,7 @@ pub(crate) fn run_pass(
         tile.load_queries(prepared.batch);
         let mut log2_taus = [f32::NEG_INFINITY; HeadTiling::MOST_HEADS];
         for (tau, head) in log2_taus.iter_mut().zip(heads) {
-            *tau = tau_of(call, &log2_row_sums, &selection, head);
+            *tau = tau_of(call, &log2_row_sums, &selection, head - prepared.heads.query.start);
         }
         let log2_tau_of = |row: usize| log2_taus[row / queries.len()];
         estimate(&mut tile, call, prepared, &selection, block, kv_head, log2_tau_of);
@@ -142,7 +146,8 @@ fn estimate(
             tile.attend_columns(keys, columns.filter(|column| !covered(column)), false, Part::Both);
         }
         Residual::RowNorm => {
-            let prefix = &prepared.norm_prefix[kv_head * problem.n_k..][positions.clone()];
+            let prefix = (kv_head - prepared.heads.kv.start) * problem.n_k;
+            let prefix = &prepared.norm_prefix[prefix..][positions.clone()];
             let stream = row_norm_stream(params.seed, params.offset, kv_head);
             approx_d::estimate_row_sums(tile, params, keys, positions.clone(), log2_tau_of, covered);
             let columns = row_norm_columns(stream, positions, sample_size, prefix);
@@ -168,15 +173,16 @@ fn run_tau<'s>(
     // Small tiles: there are few rows, and each meets every key.
     let rows_at_once = TILE_ROWS / 4;
     let chunks = most.div_ceil(rows_at_once);
-    let items = problem.heads_q * pass.count * chunks;
+    let items = prepared.heads.query.len() * pass.count * chunks;
     for_each_item(executor, lanes, items, &|scratch, item| {
-        let (head, chunk) = (item / chunks / pass.count, item % chunks);
+        let (index, chunk) = (item / chunks / pass.count, item % chunks);
+        let head = prepared.heads.query.start + index;
         let Some(rectangle) = (pass.rectangle)(item / chunks % pass.count) else { return };
         let rows = rectangle_rows(params, &rectangle, chunk, rows_at_once);
         if rows.is_empty() {
             return;
         }
-        let first = head * problem.n_q + rectangle.queries.start;
+        let first = index * problem.n_q + rectangle.queries.start;
         let selection = select(rectangle, head);
         let keys = prepared.keys(problem.n_k, head / problem.group);
         let mut tile = Tile::carve(call, &mut Carver::new(scratch));
@@ -193,14 +199,14 @@ fn rectangle_rows(params: &Params, rectangle: &Rectangle, chunk: usize, length: 
     (chunk * length).min(rows)..((chunk + 1) * length).min(rows)
 }
 
-/// log2 tau of one head's rectangle, -inf when the residual does not use it.
-fn tau_of(call: &Call<'_>, sums: &Rows<'_>, selection: &Selection<'_>, head: usize) -> f32 {
+/// log2 tau of a rectangle of the `index`-th head, -inf when the residual does not use it.
+fn tau_of(call: &Call<'_>, sums: &Rows<'_>, selection: &Selection<'_>, index: usize) -> f32 {
     let Call { params, problem, .. } = call;
     if effective_residual(params) != Residual::RowNorm {
         return f32::NEG_INFINITY;
     }
     let queries = &selection.rectangle.queries;
-    let first = head * problem.n_q + queries.start;
+    let first = index * problem.n_q + queries.start;
     // SAFETY: the pass that wrote the sums is over, and nothing writes them during this one.
     let sum = |i| unsafe { sums.row(first + i)[0] };
     approx_d::log2_tau((0..approx_d::tau_rows(params, queries.len())).map(sum))

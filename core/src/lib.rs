@@ -19,6 +19,7 @@ mod math;
 mod merge;
 mod overlap;
 mod pack;
+mod paper;
 mod params;
 mod pass;
 mod plan;
@@ -38,6 +39,7 @@ mod workspace;
 /// and samples are the same bits everywhere.
 pub mod stages {
     pub use crate::approx_d::{tau_position, tau_rows};
+    pub use crate::cost::keys_per_query;
     pub use crate::lsh::{fill_projections, gray_rank, projection_width};
     pub use crate::residual::{
         Column, accumulate_norms, row_norm_columns, row_norm_stream, uniform_columns, uniform_stream,

@@ -5,10 +5,13 @@ use crate::cost;
 use crate::error::Result;
 use crate::exact;
 use crate::hyper;
+use crate::pack::PackedShape;
 use crate::params::{Method, Params, Residual};
 use crate::problem::{Layouts, Problem};
+use crate::simd::Kernels;
+use crate::tiling::HeadSet;
 
-/// What one call will do: everything that follows from the options and shapes alone.
+/// What one call will do: everything that follows from the options, shapes and kernels alone.
 pub(crate) struct Plan {
     pub(crate) problem: Problem,
     pub(crate) parts: Decomposition,
@@ -22,10 +25,14 @@ pub(crate) struct Plan {
     pub(crate) stateful: bool,
     /// Whether the residual is Algorithms 2 and 3.
     pub(crate) row_norm: bool,
+    /// Query heads whose state and packed keys are in the workspace together.
+    pub(crate) heads_at_once: usize,
+    /// Tiles of packed keys that the exact passes of one KV head read more than once.
+    pub(crate) packed_tiles: usize,
 }
 
 impl Plan {
-    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>) -> Result<Self> {
+    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Result<Self> {
         let problem = Problem::new(params, layouts)?;
         let blocks_are_sorted = layouts.block_mask.is_none() && params.block_size > 0;
         // One block holds all keys of such a sub-problem, so dividing it would change nothing.
@@ -45,29 +52,67 @@ impl Plan {
             _ => nothing_to_estimate,
         };
         let divided = parts.square.is_some_and(|square| square.levels() > 0);
-        Ok(Plan {
+        let mut plan = Plan {
             sorted: blocks_are_sorted && params.lsh_num_projs > 0,
-            stateful: divided || parts.dense_precedes_square(),
+            stateful: !exact && (divided || parts.dense_precedes_square()),
             row_norm: hyper::effective_residual(params) == Residual::RowNorm,
+            heads_at_once: problem.heads_q,
+            packed_tiles: 0,
             problem,
             parts,
             exact,
             leaf,
+        };
+        let bytes = layouts.k.dtype.size() * (problem.head_dim + problem.value_dim);
+        plan.fit_into(2 * problem.heads_kv as u128 * problem.n_k as u128 * bytes as u128, kernels);
+        Ok(plan)
+    }
+
+    /// Chooses how many heads are worked on together, and whether keys are packed once for all tasks, so that
+    /// state and packed keys take at most `budget` bytes if they can.
+    fn fit_into(&mut self, budget: u128, kernels: &Kernels) {
+        let problem = &self.problem;
+        let packed_tiles = self.shared_tiles();
+        if self.exact {
+            self.packed_tiles = packed_tiles;
+            return;
+        }
+        let packed = packed_tiles as u128
+            * PackedShape::new(kernels, problem).tile_len() as u128
+            * size_of::<u32>() as u128;
+        let state = if self.stateful {
+            problem.n_q as u128 * problem.value_dim as u128 * size_of::<f32>() as u128
+        } else {
+            0
+        };
+        let group = problem.group as u128;
+        let of_a_group = group * state + packed;
+        let (heads, packed_tiles) = if of_a_group <= budget {
+            (budget.checked_div(of_a_group).unwrap_or(u128::MAX).saturating_mul(group), packed_tiles)
+        } else {
+            (budget.checked_div(state).unwrap_or(u128::MAX), 0)
+        };
+        self.heads_at_once = heads.clamp(1, problem.heads_q as u128) as usize;
+        self.packed_tiles = packed_tiles;
+    }
+
+    /// Tiles of keys of one KV head that several tasks of an exact pass read.
+    fn shared_tiles(&self) -> usize {
+        let heads = HeadSet::all(&self.problem);
+        if self.exact {
+            return exact::packed_tiles(&heads, 1, self.problem.n_q, self.problem.n_k);
+        }
+        // The first leaf is the longest.
+        let Some(square) = self.parts.square else { return 0 };
+        square.leaf_rectangle(0).map_or(0, |leaf| {
+            exact::packed_tiles(&heads, 1 << square.levels(), leaf.queries.len(), leaf.keys.len())
         })
     }
 
-    /// Tiles of packed keys that the exact passes of one KV head read more than once.
-    pub(crate) fn packed_tiles(&self) -> usize {
-        let problem = &self.problem;
-        if self.exact {
-            return exact::packed_tiles(problem, 1, problem.n_q, problem.n_k);
-        }
-        // The first leaf is the longest.
-        self.parts.square.and_then(|square| Some((square, square.leaf_rectangle(0)?))).map_or(
-            0,
-            |(square, leaf)| {
-                exact::packed_tiles(problem, 1 << square.levels(), leaf.queries.len(), leaf.keys.len())
-            },
-        )
+    /// The largest number of query heads and of KV heads that are worked on together.
+    pub(crate) fn most_heads(&self) -> [usize; 2] {
+        let sets = HeadSet::divide(&self.problem, self.heads_at_once);
+        // The first set is the largest.
+        sets.map(|set| [set.query.len(), set.kv.len()]).next().unwrap_or([0; 2])
     }
 }

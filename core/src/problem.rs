@@ -11,6 +11,9 @@ use crate::view::{TensorLayout, TensorMut, TensorRef};
 pub const MAX_HEAD_DIM: i64 = 256;
 
 /// The tensors of one forward call.
+///
+/// k and v share one element type. q has that type or f32: f32 queries may meet f16 or bf16 keys and values. out
+/// has q's type or f32.
 #[derive(Debug)]
 pub struct Tensors<'a> {
     /// Queries `[batch, heads_q, n_q, head_dim]`.
@@ -19,7 +22,7 @@ pub struct Tensors<'a> {
     pub k: TensorRef<'a>,
     /// Values `[batch, heads_kv, n_k, value_dim]`.
     pub v: TensorRef<'a>,
-    /// Output `[batch, heads_q, n_q, value_dim]`, of the inputs' type or f32.
+    /// Output `[batch, heads_q, n_q, value_dim]`.
     pub out: TensorMut<'a>,
     /// Natural log-sum-exp of the scaled logits, f32 `[batch, heads_q, n_q, 1]`, when wanted.
     pub lse: Option<TensorMut<'a>>,
@@ -206,24 +209,28 @@ fn check_layouts(layouts: &Layouts<'_>) -> Result<()> {
     if q.shape[1] % k.shape[1] != 0 {
         invalid!("q.shape[1] = {} is not a multiple of k.shape[1] = {}", q.shape[1], k.shape[1]);
     }
-    for (name, layout) in [("k", k), ("v", v)] {
-        if layout.dtype != q.dtype {
-            invalid!(
-                "{name}.dtype = {:?} but q.dtype = {:?}; q, k and v share one dtype",
-                layout.dtype,
-                q.dtype
-            );
-        }
-    }
-    if out.dtype != q.dtype && out.dtype != crate::DType::F32 {
-        invalid!("out.dtype = {:?} must be q.dtype = {:?} or F32", out.dtype, q.dtype);
-    }
+    check_dtypes(layouts)?;
     check_output("out", out)?;
     if let Some(lse) = lse {
         check_lse("lse", lse)?;
         same(("lse", lse, 0), ("q", q, 0))?;
         same(("lse", lse, 1), ("q", q, 1))?;
         same(("lse", lse, 2), ("q", q, 2))?;
+    }
+    Ok(())
+}
+
+/// Which element types meet in one call: see [`Tensors`].
+fn check_dtypes(layouts: &Layouts<'_>) -> Result<()> {
+    let [q, k, v, out] = [&layouts.q, &layouts.k, &layouts.v, &layouts.out].map(|layout| layout.dtype);
+    if v != k {
+        invalid!("v.dtype = {v:?} but k.dtype = {k:?}; k and v share one dtype");
+    }
+    if q != k && q != DType::F32 {
+        invalid!("q.dtype = {q:?} but k.dtype = {k:?}; q has the dtype of k and v, or F32");
+    }
+    if out != q && out != DType::F32 {
+        invalid!("out.dtype = {out:?} but q.dtype = {q:?}; out has the dtype of q, or F32");
     }
     Ok(())
 }
@@ -243,7 +250,7 @@ pub(crate) fn check_output(name: &str, layout: &TensorLayout) -> Result<()> {
 /// A log-sum-exp tensor by itself.
 pub(crate) fn check_lse(name: &str, lse: &TensorLayout) -> Result<()> {
     lse.check(name)?;
-    if lse.dtype != crate::DType::F32 {
+    if lse.dtype != DType::F32 {
         invalid!("{name}.dtype = {:?} must be F32", lse.dtype);
     }
     if lse.shape[3] != 1 {

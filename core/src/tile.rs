@@ -54,11 +54,20 @@ pub(crate) enum Part {
     Values,
 }
 
-/// Unnormalised partial results of all query rows of one batch item, kept between passes.
+/// Unnormalised partial results of all query rows of some heads of one batch item, kept between passes.
 pub(crate) struct States<'a> {
+    pub(crate) first_head: usize,
     pub(crate) max: Rows<'a>,
     pub(crate) sum: Rows<'a>,
     pub(crate) accumulated: Rows<'a>,
+}
+
+impl States<'_> {
+    /// Number of the state of row `row` of the tile.
+    fn index(&self, tile: &Tile<'_>, row: usize) -> usize {
+        let (head, query) = (tile.memory.head_of[row] as usize, tile.memory.row_of[row] as usize);
+        (head - self.first_head) * tile.call.problem.n_q + query
+    }
 }
 
 /// The scratch memory of a tile.
@@ -120,6 +129,9 @@ impl<'a> TileMemory<'a> {
     }
 }
 
+/// Queries are asked for this many rows before they are read: sorted rows lie far apart.
+const QUERIES_AHEAD: usize = 12;
+
 /// What one step does besides attending to its keys.
 #[derive(Clone, Copy)]
 struct StepOptions {
@@ -168,15 +180,22 @@ impl<'a> Tile<'a> {
         let (group, words) = (kernels.query_rows(), shape.key_words);
         let (rows, memory) = (self.padded_rows(), &mut self.memory);
         let packer = self.call.packer(batch);
+        let place_of = |r: usize| (memory.head_of[r] as usize, memory.row_of[r] as usize);
+        let scaled = |word: u32| match shape.packing {
+            Packing::F32 => (f32::from_bits(word) * problem.scale_log2).to_bits(),
+            Packing::Bf16Pairs => word,
+        };
         for r in 0..self.rows {
-            let place = (memory.head_of[r] as usize, memory.row_of[r] as usize);
-            packer.read_words(&tensors.q, place, memory.pack.wide, memory.query_words);
-            let panel = memory.query[r / group * group * words..].iter_mut();
-            for (to, &word) in panel.skip(r % group).step_by(group).zip(memory.query_words.iter()) {
-                *to = match shape.packing {
-                    Packing::F32 => (f32::from_bits(word) * problem.scale_log2).to_bits(),
-                    Packing::Bf16Pairs => word,
-                };
+            let (head, row) = place_of((r + QUERIES_AHEAD).min(self.rows - 1));
+            tensors.q.prefetch_row(batch, head, row);
+            let (head, row) = place_of(r);
+            let query = tensors.q.words(shape.packing, batch, head, row).unwrap_or_else(|| {
+                packer.read_words(&tensors.q, (head, row), memory.pack.wide, memory.query_words);
+                memory.query_words
+            });
+            let panel = memory.query[r / group * group * words..].chunks_exact_mut(group);
+            for (to, &word) in panel.zip(query) {
+                to[r % group] = scaled(word);
             }
         }
         for r in self.rows..rows {
@@ -254,7 +273,20 @@ impl<'a> Tile<'a> {
                 *row = keys.row(first + slot) as u32;
             }
             self.pack(keys, &rows[..count], part);
+            let next = first + count..positions.end.min(first + count + KEY_TILE);
+            self.prefetch(keys, next.map(|position| keys.row(position)), part);
             self.step(None, count, options);
+        }
+    }
+
+    /// Asks for the keys and values at `rows` while others are attended to.
+    fn prefetch(&self, keys: KeyOrder<'_>, rows: impl Iterator<Item = usize>, part: Part) {
+        let tensors = self.call.tensors;
+        for row in rows {
+            tensors.k.prefetch_row(keys.batch, keys.kv_head, row);
+            if part != Part::Sum {
+                tensors.v.prefetch_row(keys.batch, keys.kv_head, row);
+            }
         }
     }
 
@@ -297,21 +329,28 @@ impl<'a> Tile<'a> {
         part: Part,
     ) {
         let options = StepOptions { limited_from: None, weighted: true, capped, part };
-        let mut rows = [0; KEY_TILE];
-        let mut count = 0;
-        for column in columns {
-            rows[count] = keys.row(column.position) as u32;
-            self.memory.log_weight[count] = column.log_weight;
-            count += 1;
-            if count == KEY_TILE {
-                self.pack(keys, &rows, part);
-                self.step(None, count, options);
-                count = 0;
+        let mut columns = columns.map(|column| (keys.row(column.position) as u32, column.log_weight));
+        let mut take = |tile: &mut [(u32, f32); KEY_TILE]| {
+            let mut count = 0;
+            for (slot, column) in tile.iter_mut().zip(&mut columns) {
+                *slot = column;
+                count += 1;
             }
-        }
-        if count > 0 {
+            count
+        };
+        let mut tile = [(0, 0.0); KEY_TILE];
+        let mut next = tile;
+        let mut count = take(&mut tile);
+        while count > 0 {
+            let rows = tile.map(|(row, _)| row);
             self.pack(keys, &rows[..count], part);
+            for (to, (_, log_weight)) in self.memory.log_weight.iter_mut().zip(tile) {
+                *to = log_weight;
+            }
+            let next_count = take(&mut next);
+            self.prefetch(keys, next[..next_count].iter().map(|&(row, _)| row as usize), part);
             self.step(None, count, options);
+            (tile, count) = (next, next_count);
         }
     }
 
@@ -372,8 +411,7 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn absorb(&mut self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
-            let index =
-                self.memory.head_of[r] as usize * self.call.problem.n_q + self.memory.row_of[r] as usize;
+            let index = states.index(self, r);
             // SAFETY: the rows are this tile's own (contract).
             let (max, sum, accumulated) = unsafe {
                 (states.max.row(index)[0], states.sum.row(index)[0], &*states.accumulated.row(index))
@@ -398,8 +436,7 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn store(&self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
-            let index =
-                self.memory.head_of[r] as usize * self.call.problem.n_q + self.memory.row_of[r] as usize;
+            let index = states.index(self, r);
             // SAFETY: the rows are this tile's own (contract).
             unsafe {
                 states.max.row(index)[0] = self.memory.max[r];

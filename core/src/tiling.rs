@@ -8,15 +8,49 @@ use crate::problem::Problem;
 /// keys, few enough for their state to stay in the second-level cache.
 pub(crate) const TILE_ROWS: usize = 256;
 
-/// How the query heads that share a KV head are spread over tiles.
-#[derive(Debug, Clone, Copy)]
+/// Query heads of one batch item that are worked on together, and the KV heads that they read: whole groups, or
+/// part of one group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HeadSet {
+    pub(crate) query: Range<usize>,
+    pub(crate) kv: Range<usize>,
+}
+
+impl HeadSet {
+    pub(crate) fn all(problem: &Problem) -> Self {
+        HeadSet { query: 0..problem.heads_q, kv: 0..problem.heads_kv }
+    }
+
+    /// The heads in sets of at most `at_once` (at least 1) query heads, in order.
+    pub(crate) fn divide(problem: &Problem, at_once: usize) -> impl Iterator<Item = HeadSet> {
+        let group = problem.group;
+        let (groups, heads) = if at_once >= group { (at_once / group, group) } else { (1, at_once) };
+        (0..problem.heads_kv).step_by(groups).flat_map(move |kv| {
+            let kv = kv..(kv + groups).min(problem.heads_kv);
+            let end = kv.end * group;
+            (kv.start * group..end).step_by(groups * heads).map(move |first| HeadSet {
+                query: first..(first + groups * heads).min((first / group + kv.len()) * group),
+                kv: kv.clone(),
+            })
+        })
+    }
+
+    /// Query heads per KV head.
+    fn group(&self) -> usize {
+        self.query.len() / self.kv.len()
+    }
+}
+
+/// How query heads that share a KV head are spread over tiles.
+#[derive(Debug, Clone)]
 pub(crate) struct HeadTiling {
+    set: HeadSet,
     /// Query heads in one tile.
-    pub(crate) heads: usize,
-    /// Tiles needed for one group.
+    heads: usize,
+    /// Tiles needed for the query heads of one KV head.
     pub(crate) parts: usize,
     /// Rows of each head in one tile, at most.
-    pub(crate) rows: usize,
+    rows: usize,
 }
 
 impl HeadTiling {
@@ -24,15 +58,16 @@ impl HeadTiling {
     pub(crate) const MOST_HEADS: usize = TILE_ROWS / 8;
 
     /// `shared`: all query heads of a group meet the same keys, so they can share a packed tile.
-    pub(crate) fn new(problem: &Problem, shared: bool) -> Self {
-        let heads = if shared { problem.group.min(Self::MOST_HEADS) } else { 1 };
-        HeadTiling { heads, parts: problem.group.div_ceil(heads), rows: TILE_ROWS / heads }
+    pub(crate) fn new(set: &HeadSet, shared: bool) -> Self {
+        let heads = if shared { set.group().min(Self::MOST_HEADS) } else { 1 };
+        HeadTiling { set: set.clone(), heads, parts: set.group().div_ceil(heads), rows: TILE_ROWS / heads }
     }
 
-    /// Query heads of one part of one group.
-    pub(crate) fn heads_of(&self, problem: &Problem, kv_head: usize, part: usize) -> Range<usize> {
-        let start = kv_head * problem.group + part * self.heads;
-        start..(start + self.heads).min((kv_head + 1) * problem.group)
+    /// Query heads of one part of the group of KV head `kv_head`.
+    pub(crate) fn heads_of(&self, kv_head: usize, part: usize) -> Range<usize> {
+        let first = self.set.query.start + (kv_head - self.set.kv.start) * self.set.group();
+        let start = first + part * self.heads;
+        start..(start + self.heads).min(first + self.set.group())
     }
 
     /// Chunks that `rows` rows of each head are cut into.
@@ -45,5 +80,39 @@ impl HeadTiling {
         let length = range.len().div_ceil(chunks.max(1));
         let start = (range.start + chunk * length).min(range.end);
         start..(start + length).min(range.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::params::Mask;
+    use crate::problem::one_head;
+    use std::vec::Vec;
+
+    #[test]
+    fn sets_cover_every_head_once_and_read_the_right_keys() {
+        for (heads_kv, group) in [(1, 1), (1, 7), (3, 4), (5, 1), (2, 8)] {
+            let heads_q = heads_kv * group;
+            let problem = Problem { heads_q, heads_kv, group, ..one_head(Mask::None, 1, 1) };
+            for at_once in 1..=heads_q {
+                let sets: Vec<HeadSet> = HeadSet::divide(&problem, at_once).collect();
+                let heads: Vec<usize> = sets.iter().flat_map(|set| set.query.clone()).collect();
+                assert!(heads.iter().copied().eq(0..heads_q), "{heads_kv} {group} {at_once}: {sets:?}");
+                for set in &sets {
+                    assert!(set.query.len() <= at_once && set.query.len().is_multiple_of(set.kv.len()));
+                    assert_eq!(set.kv, set.query.start / group..(set.query.end - 1) / group + 1);
+                    for shared in [true, false] {
+                        let tiling = HeadTiling::new(set, shared);
+                        let parts =
+                            set.kv.clone().flat_map(|kv| (0..tiling.parts).map(move |part| (kv, part)));
+                        let heads: Vec<usize> =
+                            parts.flat_map(|(kv, part)| tiling.heads_of(kv, part)).collect();
+                        assert!(heads.iter().copied().eq(set.query.clone()), "{set:?}");
+                    }
+                }
+            }
+        }
     }
 }

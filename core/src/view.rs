@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::element::{DType, Element};
 use crate::error::{Result, invalid};
-use crate::simd::{Kernels, Packing};
+use crate::simd::{Kernels, Packing, prefetch};
 
 /// Longest sequence supported: positions are kept in 32 bits.
 pub const MAX_SEQUENCE: i64 = i32::MAX as i64;
@@ -176,6 +176,12 @@ impl<'a> TensorRef<'a> {
             let from = self.data.offset(self.layout.offset(batch, head, row)).cast::<u32>();
             from.is_aligned().then(|| core::slice::from_raw_parts(from, head_dim / packing.depth()))
         }
+    }
+
+    /// Asks for one row to be brought into the cache.
+    pub(crate) fn prefetch_row(&self, batch: usize, head: usize, row: usize) {
+        let from = self.data.wrapping_offset(self.layout.offset(batch, head, row));
+        prefetch(from, self.row_len() * self.layout.dtype.size());
     }
 
     /// Widens one row into `to`, which has head_dim elements.

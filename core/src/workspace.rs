@@ -33,13 +33,14 @@ impl<'a> Shared<'a> {
         let problem = &plan.problem;
         let when = |wanted: bool, len: Option<usize>| if wanted { len.unwrap_or(usize::MAX) } else { 0 };
         let (estimated, sorted) = (!plan.exact, !plan.exact && plan.sorted);
-        let query_rows = problem.heads_q.checked_mul(problem.n_q);
-        let key_rows = problem.heads_kv.checked_mul(problem.n_k);
+        let [query_heads, kv_heads] = plan.most_heads();
+        let query_rows = query_heads.checked_mul(problem.n_q);
+        let key_rows = kv_heads.checked_mul(problem.n_k);
         let width = lsh::projection_width(kernels, params.lsh_num_projs as usize);
-        let states = when(estimated && plan.stateful, query_rows);
+        let states = when(plan.stateful, query_rows);
         let row_norm = estimated && plan.row_norm;
         let tile_len = PackedShape::new(kernels, problem).tile_len();
-        let packed = plan.packed_tiles().saturating_mul(tile_len).saturating_mul(problem.heads_kv);
+        let packed = plan.packed_tiles.saturating_mul(tile_len).saturating_mul(kv_heads);
         Shared {
             projections: carver.take(when(sorted, problem.heads_kv.checked_mul(problem.head_dim * width))),
             query_spare: carver.take(when(sorted, query_rows)),

@@ -214,7 +214,10 @@ typedef struct hyperattn_block_mask {
     int64_t row_offsets_head_stride;
 } hyperattn_block_mask;
 
-/// The tensors of a forward call. q, k and v share one dtype; out has that dtype or f32.
+/// The tensors of a forward call.
+///
+/// k and v share one dtype. q has that dtype or f32: f32 queries may meet f16 or bf16 keys and values. out
+/// has q's dtype or f32.
 ///
 /// heads_q must be a multiple of heads_kv: query head h uses KV head h / (heads_q / heads_kv). head_dim
 /// and value_dim are 1..256 and need not be equal. n_q = 0 and n_k = 0 are legal; a query that sees no

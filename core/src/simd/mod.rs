@@ -16,6 +16,7 @@ mod generic;
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon_bf16;
+mod prefetch;
 mod product;
 mod scalar;
 mod vector;
@@ -23,6 +24,7 @@ mod vector;
 mod x86;
 
 use crate::element::DType;
+pub(crate) use prefetch::prefetch;
 
 /// Keys in one packed tile.
 pub const KEY_TILE: usize = 64;

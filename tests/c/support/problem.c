@@ -2,16 +2,26 @@
 
 #include <string.h>
 
-problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hyperattn_dtype out_dtype,
-                       array_layout layout, random_source *source)
+const problem_dtypes legal_dtypes[LEGAL_DTYPES] = {
+    {HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32},
+    {HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F16},
+    {HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16},
+    {HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F32},
+    {HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_F32},
+    {HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F16, HYPERATTN_DTYPE_F32},
+    {HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_F32},
+};
+
+problem problem_create_mixed(const problem_shape *shape, problem_dtypes dtypes, array_layout layout,
+                             random_source *source)
 {
     const problem_shape s = *shape;
     array_layout own = layout == ARRAY_BROADCAST_BATCH ? ARRAY_BHSD : layout;
     problem p;
-    p.q = array_create(dtype, own, s.batch, s.heads_q, s.n_q, s.d);
-    p.k = array_create(dtype, layout, s.batch, s.heads_kv, s.n_k, s.d);
-    p.v = array_create(dtype, layout, s.batch, s.heads_kv, s.n_k, s.d_v);
-    p.out = array_create(out_dtype, own, s.batch, s.heads_q, s.n_q, s.d_v);
+    p.q = array_create(dtypes.q, own, s.batch, s.heads_q, s.n_q, s.d);
+    p.k = array_create(dtypes.kv, layout, s.batch, s.heads_kv, s.n_k, s.d);
+    p.v = array_create(dtypes.kv, layout, s.batch, s.heads_kv, s.n_k, s.d_v);
+    p.out = array_create(dtypes.out, own, s.batch, s.heads_q, s.n_q, s.d_v);
     p.lse = array_create(HYPERATTN_DTYPE_F32, own, s.batch, s.heads_q, s.n_q, 1);
     tensor_fill_gaussian(&p.q.view, source, 1.0, 0.0);
     tensor_fill_gaussian(&p.k.view, source, 1.0, 0.0);
@@ -24,6 +34,13 @@ problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hypera
     p.tensors.out = p.out.view;
     p.tensors.lse = p.lse.view;
     return p;
+}
+
+problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hyperattn_dtype out_dtype,
+                       array_layout layout, random_source *source)
+{
+    const problem_dtypes dtypes = {dtype, dtype, out_dtype};
+    return problem_create_mixed(shape, dtypes, layout, source);
 }
 
 void problem_destroy(problem *p)

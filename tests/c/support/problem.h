@@ -8,12 +8,24 @@ typedef struct problem_shape {
     int64_t batch, heads_q, heads_kv, n_q, n_k, d, d_v;
 } problem_shape;
 
+/* Element types of q, of k and v, and of out. */
+typedef struct problem_dtypes {
+    hyperattn_dtype q, kv, out;
+} problem_dtypes;
+
+/* Every combination that is legal. */
+enum { LEGAL_DTYPES = 7 };
+extern const problem_dtypes legal_dtypes[LEGAL_DTYPES];
+
 typedef struct problem {
     array q, k, v, out, lse;
     hyperattn_tensors tensors; /* views of the five */
 } problem;
 
 /* Q, K and V are standard normal, out and lse poisoned. ARRAY_BROADCAST_BATCH applies to K and V only. */
+problem problem_create_mixed(const problem_shape *shape, problem_dtypes dtypes, array_layout layout,
+                             random_source *source);
+/* The same with one dtype for q, k and v. */
 problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hyperattn_dtype out_dtype,
                        array_layout layout, random_source *source);
 void problem_destroy(problem *p);

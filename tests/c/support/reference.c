@@ -223,7 +223,7 @@ void reference_check(const reference *r, const hyperattn_tensors *tensors)
         int64_t b = row / (heads * n_q), h = row / n_q % heads, i = row % n_q;
         bool empty = r->lse[row] == -INFINITY;
         /* An error e in every logit moves the weights by at most e^(2e) - 1 in all; rounding of the output, and of the
-         * weights where a kernel keeps them in the inputs' 16-bit type, adds a unit each. */
+         * weights where a kernel keeps them in the queries' 16-bit type, adds a unit each. */
         double units = unit_roundoff(out->dtype) + unit_roundoff(tensors->q.dtype);
         double bound = r->value_limit[row] * (expm1(4.0 * r->lse_bound[row]) + 2.0 * units);
         for (int64_t c = 0; c < d_v; c += 1) {
@@ -246,4 +246,15 @@ void reference_check(const reference *r, const hyperattn_tensors *tensors)
     CHECK(empty_rows_exact);
     CHECK_BELOW(worst_element, 1.0);
     CHECK_BELOW(worst_lse, 1.0);
+}
+
+void reference_expect_exact(problem *p, const hyperattn_params *params)
+{
+    problem_poison_outputs(p);
+    CHECK_OK(hyperattn_forward(params, &p->tensors, NULL));
+    CHECK_INT(array_changed_outside(&p->out), 0);
+    CHECK_INT(array_changed_outside(&p->lse), 0);
+    reference r = reference_compute(&p->tensors, params->mask, (double)params->scale, NULL, NULL);
+    reference_check(&r, &p->tensors);
+    reference_destroy(&r);
 }

@@ -5,6 +5,8 @@
 #include <hyperattn/hyperattn.h>
 #include <stdbool.h>
 
+#include "problem.h"
+
 typedef struct reference {
     hyperattn_tensor shape; /* of out; data is not used */
     double *out;            /* [batch, heads_q, n_q, d_v], contiguous */
@@ -28,11 +30,14 @@ double reference_error(const reference *r, const hyperattn_tensor *out);
 /* The same over one batch item and head. */
 double reference_head_error(const reference *r, const hyperattn_tensor *out, int64_t batch, int64_t head);
 
-/* The limit on the relative Frobenius error of exact attention for inputs of this dtype. */
+/* The limit on the relative Frobenius error of exact attention for queries of this dtype. */
 double reference_tolerance(hyperattn_dtype dtype);
 
 /* Checks (check.h) out and lse of `tensors` as exact attention: the Frobenius limit over all, an element-wise limit that
  * no single wrong row can hide behind, lse within its bound, and empty rows exactly (0, -inf). */
 void reference_check(const reference *r, const hyperattn_tensors *tensors);
+
+/* Runs `params` on freshly poisoned outputs and checks the result as exact attention, with nothing written around it. */
+void reference_expect_exact(problem *p, const hyperattn_params *params);
 
 #endif

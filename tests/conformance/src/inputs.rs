@@ -61,13 +61,39 @@ impl Shape {
     }
 }
 
-/// Q, K and V in packed order, as f32 numbers that are exact in `dtype`.
+/// Element types of one call's inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DTypes {
+    /// Of the queries.
+    pub q: DType,
+    /// Of the keys and values.
+    pub kv: DType,
+}
+
+impl DTypes {
+    /// Every legal combination.
+    pub const ALL: [DTypes; 5] = [
+        DTypes { q: DType::F32, kv: DType::F32 },
+        DTypes { q: DType::F16, kv: DType::F16 },
+        DTypes { q: DType::BF16, kv: DType::BF16 },
+        DTypes { q: DType::F32, kv: DType::F16 },
+        DTypes { q: DType::F32, kv: DType::BF16 },
+    ];
+}
+
+impl From<DType> for DTypes {
+    fn from(dtype: DType) -> Self {
+        DTypes { q: dtype, kv: dtype }
+    }
+}
+
+/// Q, K and V in packed order, as f32 numbers that are exact in their element types.
 #[derive(Clone, Debug)]
 pub struct Inputs {
     /// Extents.
     pub shape: Shape,
-    /// The element type in which the call receives them.
-    pub dtype: DType,
+    /// The element types in which the call receives them.
+    pub dtypes: DTypes,
     /// `[batch, heads_q, n_q, head_dim]`
     pub q: Vec<f32>,
     /// `[batch, heads_kv, n_k, head_dim]`
@@ -88,7 +114,7 @@ impl Inputs {
         let Shape { batch, heads_q, heads_kv, n_q, n_k, head_dim, value_dim } = shape;
         Inputs {
             shape,
-            dtype: DType::F32,
+            dtypes: DType::F32.into(),
             q: narrow(generator.normal_matrix(batch * heads_q * n_q, head_dim)),
             k: narrow(generator.normal_matrix(batch * heads_kv * n_k, head_dim)),
             v: narrow(generator.normal_matrix(batch * heads_kv * n_k, value_dim)),
@@ -113,13 +139,20 @@ impl Inputs {
                 v.extend((0..value_dim).map(|_| norm * generator.normal()));
             }
         }
-        Inputs { shape, dtype: DType::F32, q: narrow(q), k: narrow(k), v: narrow(v) }
+        Inputs { shape, dtypes: DType::F32.into(), q: narrow(q), k: narrow(k), v: narrow(v) }
     }
 
-    /// The same inputs rounded to `dtype`.
-    pub fn rounded(self, dtype: DType) -> Self {
-        let round = |values: &[f32]| Storage::new(values, dtype).widened();
-        Inputs { dtype, q: round(&self.q), k: round(&self.k), v: round(&self.v), shape: self.shape }
+    /// The same inputs rounded to one element type or two.
+    pub fn rounded(self, dtypes: impl Into<DTypes>) -> Self {
+        let dtypes = dtypes.into();
+        let round = |values: &[f32], dtype| Storage::new(values, dtype).widened();
+        Inputs {
+            dtypes,
+            q: round(&self.q, dtypes.q),
+            k: round(&self.k, dtypes.kv),
+            v: round(&self.v, dtypes.kv),
+            shape: self.shape,
+        }
     }
 
     /// Batch item `batch` alone.
@@ -130,7 +163,7 @@ impl Inputs {
         };
         Inputs {
             shape: Shape { batch: 1, ..self.shape },
-            dtype: self.dtype,
+            dtypes: self.dtypes,
             q: part(&self.q),
             k: part(&self.k),
             v: part(&self.v),

@@ -26,7 +26,7 @@ fn inputs(q: Vec<f32>, k: Vec<f32>, v: Vec<f32>, [heads_q, heads_kv, n, d]: [usi
         return Err(Error::other(format!("not {heads_q} and {heads_kv} heads of {n} tokens of {d}")));
     }
     let shape = Shape { batch: 1, heads_q, heads_kv, n_q: n, n_k: n, head_dim: d, value_dim: d };
-    Ok(Inputs { shape, dtype: DType::F16, q, k, v })
+    Ok(Inputs { shape, dtypes: DType::F16.into(), q, k, v })
 }
 
 /// `q.f16`, `k.f16` and `v.f16` of a folder like the one in the repository: 8,192 tokens, head_dim 64.
@@ -75,7 +75,7 @@ pub fn prefix(inputs: &Inputs, n: usize) -> Inputs {
     };
     Inputs {
         shape: Shape { n_q: n, n_k: n, ..shape },
-        dtype: inputs.dtype,
+        dtypes: inputs.dtypes,
         q: cut(&inputs.q, shape.head_dim),
         k: cut(&inputs.k, shape.head_dim),
         v: cut(&inputs.v, shape.value_dim),

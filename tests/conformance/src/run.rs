@@ -108,9 +108,9 @@ impl<'a> Setup<'a> {
         let tensor = |values: &[f32], shape, dtype, place: usize| {
             Tensor::new(values, shape, dtype, self.arrangements[place], f32::NAN)
         };
-        let mut q = tensor(&inputs.q, shape.q(), inputs.dtype, 0);
-        let mut k = tensor(&inputs.k, shape.k(), inputs.dtype, 1);
-        let mut v = tensor(&inputs.v, shape.v(), inputs.dtype, 2);
+        let mut q = tensor(&inputs.q, shape.q(), inputs.dtypes.q, 0);
+        let mut k = tensor(&inputs.k, shape.k(), inputs.dtypes.kv, 1);
+        let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
         let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], -77.0);
         let mut lse = Tensor::new(&[], shape.lse(), DType::F32, Arrangement::Padded, -77.0);
         let (out_before, lse_before) = (out.gaps(), lse.gaps());

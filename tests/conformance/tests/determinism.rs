@@ -2,7 +2,7 @@
 
 use hyperattn_conformance::executors::{Order, Threads};
 use hyperattn_conformance::for_each_table;
-use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
 use hyperattn_conformance::random_mask::OwnedMask;
 use hyperattn_conformance::run::Setup;
 use hyperattn_core::{DType, Mask, Method, Params, Residual};
@@ -45,6 +45,8 @@ fn cases() -> Vec<Case> {
             let long_codes = Params { lsh_num_projs: 20, ..paper };
             let halves = clustered.clone().rounded(DType::F16);
             cases.push((format!("f16, 20 hyperplanes {residual:?} {mask:?}"), long_codes, halves, None));
+            let mixed = clustered.clone().rounded(DTypes { q: DType::F32, kv: DType::BF16 });
+            cases.push((format!("f32 and bf16 {residual:?} {mask:?}"), paper, mixed, None));
         }
     }
     cases

@@ -1,8 +1,8 @@
 //! The published estimator under causal masks (Algorithm 4) against the oracle's recursion.
 
 use hyperattn_conformance::compare::{F32_TOLERANCE, check};
-use hyperattn_conformance::inputs::{Inputs, Shape};
-use hyperattn_core::{DType, Mask, Method, Params, Residual};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
+use hyperattn_core::{Mask, Method, Params, Residual};
 
 const RESIDUALS: [Residual; 3] = [Residual::Uniform, Residual::RowNorm, Residual::None];
 const MASKS: [Mask; 2] = [Mask::CausalBottomRight, Mask::CausalTopLeft];
@@ -112,12 +112,13 @@ fn heads_batch_and_dimensions() {
 
 #[test]
 fn element_types() {
-    for dtype in [DType::F16, DType::BF16] {
-        for residual in RESIDUALS {
+    for dtypes in DTypes::ALL {
+        for (mask, residual) in MASKS.into_iter().flat_map(|mask| RESIDUALS.map(|residual| (mask, residual)))
+        {
             let shape =
                 Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(257, 263) };
-            let inputs = Inputs::clustered(shape, 360).rounded(dtype);
-            check(&paper(Mask::CausalBottomRight, residual, 50), &inputs, F32_TOLERANCE);
+            let inputs = Inputs::clustered(shape, 360).rounded(dtypes);
+            check(&paper(mask, residual, 50), &inputs, F32_TOLERANCE);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The published estimator without a mask against the oracle's, on the same permutation and samples.
 
 use hyperattn_conformance::compare::{F32_TOLERANCE, check};
-use hyperattn_conformance::inputs::{Inputs, Shape};
-use hyperattn_core::{DType, Method, Params, Residual};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
+use hyperattn_core::{Method, Params, Residual};
 
 const RESIDUALS: [Residual; 3] = [Residual::Uniform, Residual::RowNorm, Residual::None];
 
@@ -93,11 +93,11 @@ fn heads_and_batch() {
 
 #[test]
 fn element_types() {
-    for dtype in [DType::F16, DType::BF16] {
+    for dtypes in DTypes::ALL {
         for residual in RESIDUALS {
             let shape =
                 Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(257, 263) };
-            let inputs = Inputs::clustered(shape, 260).rounded(dtype);
+            let inputs = Inputs::clustered(shape, 260).rounded(dtypes);
             check(&paper(residual, 32, 16), &inputs, F32_TOLERANCE);
         }
     }

@@ -3,7 +3,7 @@
 use hyperattn_conformance::compare::{F32_TOLERANCE, check};
 use hyperattn_conformance::expected::scale;
 use hyperattn_conformance::for_each_table;
-use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
 use hyperattn_conformance::run::Setup;
 use hyperattn_core::{DType, Mask, Method, Params};
 
@@ -72,7 +72,7 @@ fn groups() {
 
 #[test]
 fn element_types() {
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
+    for dtypes in DTypes::ALL {
         for mask in MASKS {
             for (head_dim, value_dim) in [(64, 64), (5, 35), (80, 7)] {
                 let shape = Shape {
@@ -83,7 +83,7 @@ fn element_types() {
                     value_dim,
                     ..Shape::single(113, 131)
                 };
-                check(&exact(mask), &Inputs::normal(shape, 580).rounded(dtype), F32_TOLERANCE);
+                check(&exact(mask), &Inputs::normal(shape, 580).rounded(dtypes), F32_TOLERANCE);
             }
         }
     }
@@ -131,10 +131,8 @@ fn large_logits() {
 /// logits of -inf, down to rows that see nothing else.
 #[test]
 fn logits_of_minus_infinity() {
-    for (mask, dtype) in
-        MASKS.into_iter().flat_map(|mask| [DType::F32, DType::F16].map(|dtype| (mask, dtype)))
-    {
-        let mut inputs = Inputs::normal(Shape::single(101, 97), 610).rounded(dtype);
+    for (mask, dtypes) in MASKS.into_iter().flat_map(|mask| DTypes::ALL.map(|dtypes| (mask, dtypes))) {
+        let mut inputs = Inputs::normal(Shape::single(101, 97), 610).rounded(dtypes);
         inputs.q.chunks_mut(16).for_each(|row| row[3] = 1.5);
         let hidden = |key: usize| key < 5 || key.is_multiple_of(7) || (64..96).contains(&key);
         for (key, row) in inputs.k.chunks_mut(16).enumerate().filter(|(key, _)| hidden(*key)) {

@@ -26,7 +26,7 @@ fn merged(kernels: &Kernels, mut into: Outcome, from: &Outcome, shape: &Shape) -
 fn keys(inputs: &Inputs, from: usize, to: usize) -> Inputs {
     let part = |values: &[f32]| values[from * 16..to * 16].to_vec();
     let shape = Shape { n_k: to - from, ..inputs.shape };
-    Inputs { shape, dtype: inputs.dtype, q: inputs.q.clone(), k: part(&inputs.k), v: part(&inputs.v) }
+    Inputs { shape, dtypes: inputs.dtypes, q: inputs.q.clone(), k: part(&inputs.k), v: part(&inputs.v) }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Calls with everything drawn at random, against the oracle.
 
 use hyperattn_conformance::compare::{F32_TOLERANCE, check_setup};
-use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
 use hyperattn_conformance::random_mask::OwnedMask;
 use hyperattn_conformance::run::Setup;
 use hyperattn_conformance::storage::Arrangement;
@@ -34,12 +34,13 @@ fn run(seed: u64) {
         head_dim: length(g, 64.0),
         value_dim: length(g, 64.0),
     };
-    let dtype = pick(g, &[DType::F32, DType::F32, DType::F16, DType::BF16]);
+    let mixed = DTypes { q: DType::F32, kv: if seed.is_multiple_of(2) { DType::F16 } else { DType::BF16 } };
+    let dtypes = pick(g, &[DType::F32.into(), mixed, DType::F16.into(), DType::BF16.into()]);
     let mut inputs = match g.below(2) {
         0 => Inputs::normal(shape, seed),
         _ => Inputs::clustered(shape, seed),
     }
-    .rounded(dtype);
+    .rounded(dtypes);
     if shape.n_q * shape.value_dim < 64 {
         // So few numbers may all happen to be near 0, sums of larger ones whose rounding errors they keep.
         inputs.v.iter_mut().for_each(|x| *x = x.abs());

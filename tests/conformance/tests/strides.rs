@@ -1,7 +1,7 @@
 //! Tensors that are not packed: same bits as packed ones, and nothing read or written between their elements.
 
 use hyperattn_conformance::for_each_table;
-use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
 use hyperattn_conformance::run::Setup;
 use hyperattn_conformance::storage::{Arrangement, Tensor};
 use hyperattn_core::{DType, Mask, Method, Params, Residual};
@@ -23,8 +23,8 @@ fn all_params() -> impl Iterator<Item = Params> {
 /// Gaps of the inputs are NaN and gaps of the outputs are checked by [`Setup::run`].
 #[test]
 fn arrangements_do_not_change_a_bit() {
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        let inputs = Inputs::normal(shape(), 700).rounded(dtype);
+    for dtypes in DTypes::ALL {
+        let inputs = Inputs::normal(shape(), 700).rounded(dtypes);
         for params in all_params() {
             for_each_table(|kernels| {
                 let packed = Setup::new(kernels, &params, &inputs).run().bits();
@@ -32,7 +32,7 @@ fn arrangements_do_not_change_a_bit() {
                     for out in OUTPUTS {
                         let arrangements = [arrangement, arrangement, arrangement, out];
                         let strided = Setup { arrangements, ..Setup::new(kernels, &params, &inputs) };
-                        assert_eq!(strided.run().bits(), packed, "{arrangements:?} {dtype:?} {params:?}");
+                        assert_eq!(strided.run().bits(), packed, "{arrangements:?} {dtypes:?} {params:?}");
                     }
                 }
             });
@@ -42,16 +42,18 @@ fn arrangements_do_not_change_a_bit() {
 
 #[test]
 fn arrangements_may_differ_between_tensors() {
-    let inputs = Inputs::normal(shape(), 710);
-    for params in all_params() {
-        for_each_table(|kernels| {
-            let packed = Setup::new(kernels, &params, &inputs).run().bits();
-            for first in 0..OUTPUTS.len() {
-                let arrangements = [0, 1, 2, 3].map(|i| OUTPUTS[(first + i) % OUTPUTS.len()]);
-                let strided = Setup { arrangements, ..Setup::new(kernels, &params, &inputs) };
-                assert_eq!(strided.run().bits(), packed, "{arrangements:?}");
-            }
-        });
+    for dtypes in DTypes::ALL {
+        let inputs = Inputs::normal(shape(), 710).rounded(dtypes);
+        for params in all_params() {
+            for_each_table(|kernels| {
+                let packed = Setup::new(kernels, &params, &inputs).run().bits();
+                for first in 0..OUTPUTS.len() {
+                    let arrangements = [0, 1, 2, 3].map(|i| OUTPUTS[(first + i) % OUTPUTS.len()]);
+                    let strided = Setup { arrangements, ..Setup::new(kernels, &params, &inputs) };
+                    assert_eq!(strided.run().bits(), packed, "{arrangements:?} {dtypes:?}");
+                }
+            });
+        }
     }
 }
 

@@ -3,12 +3,12 @@
 
 use hyperattn_conformance::executors::{Order, Threads};
 use hyperattn_conformance::for_each_table;
-use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
 use hyperattn_conformance::random_mask::OwnedMask;
 use hyperattn_conformance::run::{Setup, Workspace};
 use hyperattn_core::{
-    DType, ErrorKind, Layout, Mask, Method, Params, Residual, Serial, TensorMut, TensorRef, Tensors, forward,
-    forward_workspace,
+    DType, ErrorKind, Layout, Layouts, Mask, Method, Params, Residual, Serial, TensorLayout, TensorMut,
+    TensorRef, Tensors, forward, forward_workspace,
 };
 
 fn all_params() -> Vec<Params> {
@@ -39,6 +39,7 @@ fn all_inputs() -> Vec<Inputs> {
         Inputs::normal(shape, 1100),
         Inputs::normal(wide, 1101).rounded(DType::BF16),
         Inputs::normal(single, 1102),
+        Inputs::normal(shape, 1105).rounded(DTypes { q: DType::F32, kv: DType::F16 }),
     ]
 }
 
@@ -129,5 +130,50 @@ fn the_size_grows_linearly() {
                 assert!(size(2 * n) <= 2 * size(n), "{} {}", size(2 * n), size(n));
             }
         });
+    }
+}
+
+/// Twice the bytes of k and v, some bytes per row, and what the tiles take, whatever the lengths.
+#[test]
+fn the_workspace_is_bounded_by_keys_values_and_rows() {
+    let shapes = [
+        Shape { heads_q: 8, heads_kv: 8, head_dim: 64, value_dim: 64, ..Shape::single(1, 1) },
+        Shape { heads_q: 14, heads_kv: 2, head_dim: 64, value_dim: 64, ..Shape::single(1, 1) },
+        Shape { heads_q: 8, heads_kv: 1, head_dim: 128, value_dim: 128, ..Shape::single(1, 1) },
+    ];
+    let most_per_row = 24;
+    let tiles_of_a_lane = 2 << 20;
+    for shape in shapes {
+        for (n_q, n_k) in [(5000, 5000), (40_000, 40_000), (1000, 300_000)] {
+            let Shape { heads_q, heads_kv, head_dim, value_dim, .. } = shape;
+            for (dtype, bytes) in [(DType::F32, 4), (DType::F16, 2), (DType::BF16, 2)] {
+                let layout = |heads: usize, n: usize, width: usize| {
+                    TensorLayout::contiguous(dtype, [1, heads as i64, n as i64, width as i64])
+                };
+                let layouts = Layouts {
+                    q: layout(heads_q, n_q, head_dim),
+                    k: layout(heads_kv, n_k, head_dim),
+                    v: layout(heads_kv, n_k, value_dim),
+                    out: layout(heads_q, n_q, value_dim),
+                    lse: None,
+                    block_mask: None,
+                };
+                let keys_and_values = bytes * heads_kv * n_k * (head_dim + value_dim);
+                let rows = heads_q * n_q + heads_kv * n_k;
+                let bound = 2 * keys_and_values + most_per_row * rows + tiles_of_a_lane;
+                for params in all_params()
+                    .into_iter()
+                    .flat_map(|params| [30, 1024, 4096].map(|min_seq_len| Params { min_seq_len, ..params }))
+                {
+                    for_each_table(|kernels| {
+                        let need = forward_workspace(&params, &layouts, kernels, &Serial).unwrap().size;
+                        assert!(
+                            need <= bound,
+                            "{need} > {bound} for {shape:?} {n_q} {n_k} {dtype:?} {params:?}"
+                        );
+                    });
+                }
+            }
+        }
     }
 }

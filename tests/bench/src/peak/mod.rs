@@ -1,0 +1,149 @@
+//! The machine's own peak: the rate of multiply-add instructions on registers, which no attention kernel
+//! that is made of them exceeds.
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::time::{Duration, Instant};
+
+use hyperattn_core::{DType, Isa};
+
+use crate::executor::Threads;
+
+/// One loop over independent chains of multiply-adds.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    name: &'static str,
+    flops_per_iteration: f64,
+    /// Whether it is of use to bf16 inputs only.
+    only_bf16: bool,
+    /// Runs a number of iterations.
+    run: fn(u64),
+}
+
+/// A round is at least this long, so that reading the clock costs nothing.
+const ROUND: Duration = Duration::from_micros(300);
+
+/// Rounds of one measurement on each thread; the fastest counts.
+const ROUNDS: usize = 5;
+
+/// A measurement is out of date after this long.
+const LIFETIME: Duration = Duration::from_millis(50);
+
+/// The peak beside a problem: measured again and again while the problem is, so that a change of
+/// the clock rate changes both.
+pub struct Peak {
+    kernel: Kernel,
+    iterations: u64,
+    gflops: Vec<f64>,
+    latest: Option<Instant>,
+}
+
+impl Peak {
+    /// The peak that a table's kernels are held against: f32 multiply-add; when all inputs are bf16 and
+    /// the processor has a dot product of bf16 pairs, the faster of the two (on some it is the slower).
+    pub fn new(isa: Isa, inputs: [DType; 3]) -> Self {
+        let mut fastest: Option<Peak> = None;
+        for kernel in kernels(isa) {
+            if kernel.only_bf16 && inputs != [DType::BF16; 3] {
+                continue;
+            }
+            let mut iterations = 1 << 10;
+            while seconds(&kernel, iterations) < ROUND.as_secs_f64() {
+                iterations *= 2;
+            }
+            let peak = Peak { kernel, iterations, gflops: Vec::new(), latest: None };
+            if fastest.as_ref().is_none_or(|other| peak.rate() > other.rate()) {
+                fastest = Some(peak);
+            }
+        }
+        fastest.expect("every machine multiplies and adds")
+    }
+
+    /// GFLOP/s of the calling thread.
+    fn rate(&self) -> f64 {
+        let seconds = (0..ROUNDS).map(|_| seconds(&self.kernel, self.iterations));
+        self.kernel.flops_per_iteration * self.iterations as f64 / seconds.fold(f64::INFINITY, f64::min)
+            * 1e-9
+    }
+
+    /// Instruction and vector width.
+    pub fn name(&self) -> &'static str {
+        self.kernel.name
+    }
+
+    /// Measures on all threads at once, unless the latest measurement is still good.
+    pub fn measure_if_due(&mut self, threads: &Threads) {
+        if self.latest.is_some_and(|latest| latest.elapsed() < LIFETIME) {
+            return;
+        }
+        let total = threads.on_each(|| self.rate()).iter().sum();
+        self.gflops.push(total);
+        self.latest = Some(Instant::now());
+    }
+
+    /// All measurements, in GFLOP/s.
+    pub fn gflops(&self) -> &[f64] {
+        &self.gflops
+    }
+}
+
+fn seconds(kernel: &Kernel, iterations: u64) -> f64 {
+    let clock = Instant::now();
+    (kernel.run)(iterations);
+    clock.elapsed().as_secs_f64()
+}
+
+/// The loops of an instruction set that this machine has; at least one.
+fn kernels(isa: Isa) -> Vec<Kernel> {
+    // Names, because a table of a later version belongs to the family that its name begins with.
+    let name = isa.name();
+    #[cfg(target_arch = "x86_64")]
+    let found = x86::kernels(name);
+    #[cfg(target_arch = "aarch64")]
+    let found = aarch64::kernels(name);
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let found = Vec::new();
+    if found.is_empty() { vec![portable::KERNEL] } else { found }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyperattn_core::Kernels;
+
+    #[test]
+    fn every_table_has_a_peak_and_more_threads_are_not_slower() {
+        for kernels in Kernels::available() {
+            let mut of_dtypes = Vec::new();
+            for dtype in [DType::F32, DType::BF16] {
+                let mut rates = Vec::new();
+                for count in [1, 2] {
+                    let threads = Threads::new(count).expect("threads start");
+                    let mut peak = Peak::new(kernels.isa(), [dtype; 3]);
+                    peak.measure_if_due(&threads);
+                    peak.measure_if_due(&threads);
+                    assert_eq!(peak.gflops().len(), 1, "the second measurement was not due");
+                    println!("{} {dtype:?} {count} threads: {:.1}", peak.name(), peak.gflops()[0]);
+                    rates.push(peak.gflops()[0]);
+                }
+                // A machine with one core, or a busy one, gives each thread a part.
+                assert!(rates[0] > 0.0 && rates[1] > 0.5 * rates[0], "{kernels:?} {dtype:?}: {rates:?}");
+                of_dtypes.push(rates[0]);
+            }
+            // The faster of two loops; another program may take the core meanwhile.
+            assert!(of_dtypes[1] > 0.5 * of_dtypes[0], "{kernels:?}: {of_dtypes:?}");
+        }
+    }
+
+    #[test]
+    fn mixed_inputs_are_held_against_f32() {
+        let f32 = Peak::new(Kernels::detect(None).isa(), [DType::F32; 3]);
+        let mixed = Peak::new(Kernels::detect(None).isa(), [DType::F32, DType::BF16, DType::BF16]);
+        assert_eq!(f32.name(), mixed.name());
+        assert!(f32.name().starts_with("f32"), "{}", f32.name());
+    }
+}

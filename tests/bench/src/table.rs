@@ -1,0 +1,115 @@
+//! Records as a table for reading.
+
+use crate::csv::Record;
+use crate::problem::Problem;
+use crate::series::{Family, Series};
+
+/// A width of the first column in which every problem has room.
+pub fn width<'p>(problems: impl Iterator<Item = &'p Problem>) -> usize {
+    problems.map(|problem| problem.label().len()).max().unwrap_or(0)
+}
+
+/// The names of the columns.
+pub fn header(width: usize) -> String {
+    format!(
+        "{:<width$} {:<18} {:>4} {:>10} {:>6} {:>8} {:>5} {:>7} {:>8} {:>8} {:>8} {:>8} {:>7}",
+        "problem",
+        "by",
+        "runs",
+        "time ms",
+        "spread",
+        "GFLOP/s",
+        "peak",
+        "ratio",
+        "keys/q",
+        "error",
+        "work MB",
+        "added MB",
+        "waiting"
+    )
+}
+
+/// One record.
+pub fn row(record: &Record, width: usize) -> String {
+    let by = if record.isa.is_empty() { &record.library } else { &record.isa };
+    let megabytes =
+        |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 * 1e-6));
+    let percent = |fraction: f64| format!("{:.0}%", 100.0 * fraction);
+    format!(
+        "{:<width$} {by:<18} {:>4} {:>10} {:>6} {:>8.1} {:>5} {:>7} {:>8.1} {:>8} {:>8} {:>8} {:>7}",
+        record.problem.label(),
+        record.runs,
+        three_digits(record.time_ms.median),
+        percent(record.time_ms.spread()),
+        record.gflops,
+        percent(record.fraction_of_peak),
+        three_digits(record.ratio.median),
+        record.keys_per_query,
+        record.accuracy.map_or("-".into(), |accuracy| format!("{:.1e}", accuracy.error)),
+        megabytes(record.memory.workspace_bytes),
+        megabytes(record.memory.added_bytes),
+        record.waiting.map_or("-".into(), percent)
+    )
+}
+
+/// The slope of every curve of time over n.
+pub fn slopes(family: &Family) -> Vec<String> {
+    let line = |series: &Series| {
+        let [Some(first), Some(last)] = [series.points.first(), series.points.last()] else {
+            return String::new();
+        };
+        let (label, slope) = (&series.label, series.slope());
+        format!("time grows as n^{slope:.3} from n = {} to {}: {} {label}", first.0, last.0, family.common)
+    };
+    family.series.iter().map(line).collect()
+}
+
+/// At least three digits, without an exponent.
+fn three_digits(x: f64) -> String {
+    let decimals = (2.0 - x.abs().max(1e-9).log10().floor()).clamp(0.0, 9.0) as usize;
+    format!("{x:.decimals$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::csv::tests::record;
+    use crate::series::time_over_length;
+
+    #[test]
+    fn rows_fit_below_the_header() {
+        let settings = [("method", "paper"), ("n", "128k"), ("min_seq_len", "1k"), ("heads", "8")];
+        let record = record(&settings, 905.3);
+        let width = width([&record.problem, &Problem::default()].into_iter());
+        let row = row(&record, width);
+        assert_eq!(row.len(), header(width).len());
+        for text in [
+            "paper none f32 n131072 d64 h8 t1 min_seq_len=1024",
+            "avx2",
+            "905",
+            "82%",
+            "1.00",
+            "3.2e-7",
+            "512.0",
+        ] {
+            assert!(row.contains(text), "{text} is not in {row}");
+        }
+    }
+
+    #[test]
+    fn slopes_name_their_range() {
+        let records = [record(&[("n", "1k")], 1.0), record(&[("n", "4k")], 16.0)];
+        let lines = slopes(&time_over_length(&records));
+        assert_eq!(lines.len(), 1);
+        assert!(lines[0].starts_with("time grows as n^2.000 from n = 1024 to 4096: hyperattn avx2 exact"));
+    }
+
+    #[test]
+    fn numbers_have_three_digits() {
+        let cases =
+            [(0.012_345, "0.0123"), (1.0, "1.00"), (12.345, "12.3"), (987.6, "988"), (123_456.7, "123457")];
+        for (x, text) in cases {
+            assert_eq!(three_digits(x), text);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! A small list from its text to the record and the pictures.
+
+use std::time::Duration;
+
+use hyperattn_bench::csv::{self, Record};
+use hyperattn_bench::group::{Place, measure};
+use hyperattn_bench::plot::{self, Kind};
+use hyperattn_bench::{problem_list, series};
+use hyperattn_core::Kernels;
+
+const LIST: &str = "
+method=exact n=256,512 heads=2
+method=exact mask=causal n=256 heads_q=4 heads_kv=2 head_dim=80 layout=bshd batch=2
+method=exact dtype=bf16 n=256
+method=exact dtype=f16 n=256 threads=2
+versus threads=1
+method=paper n=1k min_seq_len=256 block_size=64 sample_size=64
+versus method=exact
+method=paper mask=causal n=1k min_seq_len=256 block_size=128 sample_size=64
+method=auto n=128
+";
+
+/// Exact attention in f32 stays within 5e-6 of f64 (hyperattn-conformance derives it); an output of
+/// 16 bits is off by its own rounding, at most half an ulp: 2^-9 for bf16 and 2^-12 for f16. Kernels that
+/// round the weights to bf16 as well are allowed as much again.
+fn tolerance(dtype: &str) -> f64 {
+    match dtype {
+        "f32" => 5e-6,
+        "f16" => 2f64.powi(-11),
+        _ => 2f64.powi(-8),
+    }
+}
+
+fn run(kernels: &'static Kernels) -> Vec<Record> {
+    let groups = problem_list::parse("list", LIST).expect("the list is legal");
+    let mut records = Vec::new();
+    for (index, group) in groups.iter().enumerate() {
+        let place = Place { list: "list", group: index + 1 };
+        let measured =
+            measure(place, group, kernels, Duration::from_millis(50), None).expect("the problems are legal");
+        assert!(measured.without_peer.is_none());
+        records.extend(measured.records);
+    }
+    records
+}
+
+fn check(record: &Record) {
+    let what = record.problem.label();
+    let isa = &record.isa;
+    let accuracy = record.accuracy.expect("every problem is compared");
+    println!("{isa} {what}: {:.2} of the peak, error {:.1e}", record.fraction_of_peak, accuracy.error);
+    let rows = record.problem.shape.batch * record.problem.shape.heads_q * record.problem.shape.n_q;
+    assert_eq!(accuracy.rows, rows, "{what}: small problems are compared on all rows");
+    if record.problem.get("method") != "paper" {
+        let most = tolerance(&record.problem.dtypes());
+        assert!(accuracy.error < most, "{isa} {what}: error {:e}", accuracy.error);
+    } else {
+        // About n / 128 standard normal values that the estimator weighs wrongly: no better than this.
+        assert!(accuracy.error > 1e-3 && accuracy.error.is_finite(), "{isa} {what}: {:e}", accuracy.error);
+        assert!(record.keys_per_query < 400.0, "{what}: {}", record.keys_per_query);
+    }
+    assert!(record.fraction_of_peak > 0.0, "{isa} {what}");
+    assert!(record.fraction_of_peak <= 1.05, "{isa} {what}: {}", record.fraction_of_peak);
+    assert!(record.runs >= 3 && record.time_ms.low <= record.time_ms.median, "{what}");
+    assert!(record.memory.workspace_bytes.is_some_and(|bytes| bytes > 0), "{what}");
+}
+
+#[test]
+fn a_list_becomes_a_record_and_pictures() {
+    let mut all = Vec::new();
+    for kernels in Kernels::available() {
+        let records = run(kernels);
+        assert_eq!(records.len(), 10);
+        records.iter().for_each(check);
+        let [paper, exact] = &records[6..8] else { panic!("ten records") };
+        assert_eq!(paper.ratio.median, 1.0, "the first of a group is the base");
+        assert_eq!((paper.group, exact.group), (6, 6));
+        // 1,024 keys a query against 128.
+        assert!(exact.ratio.median > 1.0, "{}: exact took {} of paper", paper.isa, exact.ratio.median);
+        all.extend(records);
+    }
+
+    let lines: Vec<String> = all.iter().map(Record::to_line).collect();
+    let read =
+        csv::parse(&format!("{}\n{}\n", csv::header(), lines.join("\n"))).expect("it was just written");
+    assert_eq!(read.iter().map(Record::to_line).collect::<Vec<_>>(), lines);
+
+    let family = series::time_over_length(&read);
+    assert!(!family.series.is_empty(), "256 and 512 are a curve");
+    let path = std::env::temp_dir().join(format!("hyperattn-bench-{}-whole.svg", std::process::id()));
+    plot::draw(Kind::Time, "list: time", &family, &path).expect("the picture is drawn");
+    assert!(std::fs::read_to_string(&path).expect("it was written").contains("slope"));
+    std::fs::remove_file(&path).expect("it can be removed");
+}
+
+#[test]
+fn what_the_library_refuses_is_an_error_with_its_sentence() {
+    let groups = problem_list::parse("list", "head_dim=512 n=8").expect("the list is legal");
+    let place = Place { list: "list", group: 1 };
+    let result = measure(place, &groups[0], Kernels::scalar(), Duration::from_millis(1), None);
+    let error = result.err().expect("no kernel takes so long a head").to_string();
+    assert!(error.contains("head_dim"), "{error}");
+}
