@@ -1,7 +1,8 @@
 //! Algorithm 1, first half: angular hashing by hyperplanes and the Gray order of the buckets.
 
+use crate::pack::{PackScratch, Packer};
 use crate::rng::{Purpose, Stream};
-use crate::simd::Kernels;
+use crate::simd::{HASH_ROWS, Kernels};
 use crate::view::TensorRef;
 
 /// Number of columns of a stored projection matrix: `num_projs` rounded up to the table's vectors.
@@ -36,33 +37,18 @@ pub fn gray_rank(code: u32) -> u32 {
     rank
 }
 
-/// Rows widened at once; one pass over them per call of the kernel.
-const ROWS_AT_ONCE: usize = 16;
-
-/// Numbers of scratch that [`rank_rows`] needs.
-pub(crate) fn rank_scratch_len(head_dim: usize) -> usize {
-    ROWS_AT_ONCE * head_dim
-}
-
-/// Gray ranks of the buckets of rows `first..first + ranks.len()` of one head.
-#[expect(clippy::too_many_arguments, reason = "a view, a place in it, and the projections")]
+/// Gray ranks of the buckets of rows `first..first + ranks.len()` of one head. `packer` makes words of f32.
 pub(crate) fn rank_rows(
-    kernels: &Kernels,
-    rows: &TensorRef<'_>,
-    (batch, head): (usize, usize),
-    first: usize,
-    projections: &[f32],
-    width: usize,
-    scratch: &mut [f32],
+    packer: &Packer<'_>,
+    view: &TensorRef<'_>,
+    (head, first): (usize, usize),
+    (projections, width): (&[f32], usize),
+    scratch: &mut PackScratch<'_>,
     ranks: &mut [u32],
 ) {
-    let head_dim = rows.layout().extents()[3];
-    for (group, ranks) in ranks.chunks_mut(ROWS_AT_ONCE).enumerate() {
-        let wide = &mut scratch[..ranks.len() * head_dim];
-        for (r, row) in wide.chunks_exact_mut(head_dim).enumerate() {
-            rows.read_row(kernels, batch, head, first + group * ROWS_AT_ONCE + r, row);
-        }
-        kernels.hash(wide, head_dim, projections, width, ranks);
+    for (group, ranks) in ranks.chunks_mut(HASH_ROWS).enumerate() {
+        let rows = packer.rows(view, ranks.len(), |r| (head, first + group * HASH_ROWS + r), scratch);
+        packer.kernels.hash(&rows[..ranks.len()], projections, width, ranks);
         ranks.iter_mut().for_each(|code| *code = gray_rank(*code));
     }
 }

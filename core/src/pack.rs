@@ -2,7 +2,7 @@
 
 use crate::problem::Problem;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, Kernels, Packing};
+use crate::simd::{HASH_ROWS, KEY_TILE, Kernels, Packing};
 use crate::view::TensorRef;
 
 /// Sizes of packed queries, keys and values.
@@ -41,26 +41,26 @@ impl PackedShape {
     }
 }
 
-/// Lanes of the widest table.
-const MOST_LANES: usize = 16;
+/// Rows that any table packs at once, at most.
+const MOST_ROWS: usize = 16;
 
 /// Scratch for rows that are not packed from where they are.
 pub(crate) struct PackScratch<'a> {
-    /// As many keys as are packed at once.
-    keys: &'a mut [u32],
-    key_stride: usize,
+    /// As many queries or keys as are packed at once.
+    rows: &'a mut [u32],
+    stride: usize,
     /// One row of values, as words.
     value: &'a mut [u32],
     /// Two widened rows.
-    pub(crate) wide: &'a mut [f32],
+    wide: &'a mut [f32],
 }
 
 impl<'a> PackScratch<'a> {
     pub(crate) fn carve(kernels: &Kernels, problem: &Problem, carver: &mut Carver<'a>) -> Self {
-        let key_stride = problem.head_dim.next_multiple_of(kernels.lanes());
+        let stride = problem.head_dim.next_multiple_of(kernels.lanes());
         PackScratch {
-            keys: carver.take(kernels.lanes() * key_stride),
-            key_stride,
+            rows: carver.take(kernels.lanes().max(kernels.query_rows()).max(HASH_ROWS) * stride),
+            stride,
             value: carver.take(problem.value_dim),
             wide: carver.take(2 * problem.head_dim.max(problem.value_dim)),
         }
@@ -75,8 +75,8 @@ pub(crate) struct Packer<'a> {
 }
 
 impl Packer<'_> {
-    /// One row of queries or keys as words; `to` has as many.
-    pub(crate) fn read_words(
+    /// Widens one row, and narrows it to words of the packing; `to` has as many.
+    fn read_words(
         &self,
         view: &TensorRef<'_>,
         (head, row): (usize, usize),
@@ -95,6 +95,51 @@ impl Packer<'_> {
         }
     }
 
+    /// `count` rows of `view` as words, in place where they are words already, else in `scratch`. `place` gives
+    /// the head and the row of each.
+    pub(crate) fn rows<'r>(
+        &self,
+        view: &'r TensorRef<'_>,
+        count: usize,
+        place: impl Fn(usize) -> (usize, usize),
+        scratch: &'r mut PackScratch<'_>,
+    ) -> [&'r [u32]; MOST_ROWS] {
+        let words = view.row_len().div_ceil(self.packing.depth());
+        let mut rows: [&[u32]; MOST_ROWS] = [&[]; MOST_ROWS];
+        let mut in_place = words.is_multiple_of(self.kernels.lanes());
+        for (i, to) in rows[..count].iter_mut().enumerate() {
+            let (head, row) = place(i);
+            match view.words(self.packing, self.batch, head, row) {
+                Some(words) if in_place => *to = words,
+                _ => in_place = false,
+            }
+        }
+        if !in_place {
+            for (i, to) in scratch.rows.chunks_exact_mut(scratch.stride).take(count).enumerate() {
+                self.read_words(view, place(i), scratch.wide, &mut to[..words]);
+            }
+            for (to, row) in rows.iter_mut().zip(scratch.rows.chunks_exact(scratch.stride)).take(count) {
+                *to = row;
+            }
+        }
+        rows
+    }
+
+    /// Packs a group of queries, given by head and row; `scale` is applied where queries carry it.
+    pub(crate) fn pack_queries(
+        &self,
+        view: &TensorRef<'_>,
+        place: impl Fn(usize) -> (usize, usize),
+        scale: f32,
+        scratch: &mut PackScratch<'_>,
+        to: &mut [u32],
+    ) {
+        let (count, words) = (self.kernels.query_rows(), view.row_len().div_ceil(self.packing.depth()));
+        let scale = (self.packing == Packing::F32).then_some(scale);
+        let rows = self.rows(view, count, place, scratch);
+        self.kernels.pack_queries(&rows[..count], words, scale, to);
+    }
+
     /// Packs the keys at `rows` (one to [`KEY_TILE`]) of `head` of `view`.
     pub(crate) fn pack_keys(
         &self,
@@ -105,27 +150,11 @@ impl Packer<'_> {
         to: &mut [u32],
     ) {
         let words = view.row_len().div_ceil(self.packing.depth());
-        let (panel, lanes, stride) = (self.kernels.panel(), self.kernels.lanes(), scratch.key_stride);
-        let in_place = words.is_multiple_of(lanes);
+        let (panel, lanes) = (self.kernels.panel(), self.kernels.lanes());
         for (vector, rows) in rows.chunks(lanes).enumerate() {
             // Lanes beyond the last key repeat it: nobody looks at them.
-            let row = |lane: usize| rows[lane.min(rows.len() - 1)] as usize;
-            let mut sources: [&[u32]; MOST_LANES] = [&[]; MOST_LANES];
-            let mut found = in_place;
-            for (lane, source) in sources[..lanes].iter_mut().enumerate() {
-                match view.words(self.packing, self.batch, head, row(lane)) {
-                    Some(words) if found => *source = words,
-                    _ => found = false,
-                }
-            }
-            if !found {
-                for (lane, key) in scratch.keys.chunks_exact_mut(stride).enumerate() {
-                    self.read_words(view, (head, row(lane)), scratch.wide, &mut key[..words]);
-                }
-                for (source, key) in sources.iter_mut().zip(scratch.keys.chunks_exact(stride)) {
-                    *source = key;
-                }
-            }
+            let place = |lane: usize| (head, rows[lane.min(rows.len() - 1)] as usize);
+            let sources = self.rows(view, lanes, place, scratch);
             let first = vector * lanes;
             let at = first / panel * panel * words + first % panel;
             self.kernels.transpose(&sources[..lanes], words, &mut to[at..]);

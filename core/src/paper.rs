@@ -5,11 +5,13 @@ use crate::exact;
 use crate::exec::{Executor, for_each_chunk};
 use crate::hyper::{self, Prepared};
 use crate::lsh;
+use crate::pack::{PackScratch, Packer};
 use crate::pass::Pass;
 use crate::plan::Plan;
 use crate::residual;
 use crate::scratch::{Carver, Lanes};
 use crate::select::Rectangle;
+use crate::simd::Packing;
 use crate::sort;
 use crate::tile::{Call, KeyOrder, States};
 use crate::tiling::HeadSet;
@@ -114,7 +116,8 @@ impl Paper<'_, '_> {
         };
         let (ranks, order) = (&mut ranks[..heads.len() * rows], &mut order[..heads.len() * rows]);
         for_each_chunk(self.executor, self.lanes, ranks, HASH_CHUNK, &|scratch, chunk, ranks| {
-            let wide = Carver::new(scratch).take::<f32>(lsh::rank_scratch_len(problem.head_dim));
+            let mut scratch = PackScratch::carve(kernels, problem, &mut Carver::new(scratch));
+            let packer = Packer { kernels, packing: Packing::F32, batch };
             // A chunk of the flat array may end one head and begin the next.
             let mut done = 0;
             while done < ranks.len() {
@@ -124,7 +127,7 @@ impl Paper<'_, '_> {
                 let kv_head = head / heads_per_projection;
                 let normals = &projections[kv_head * problem.head_dim * width..][..problem.head_dim * width];
                 let ranks = &mut ranks[done..done + count];
-                lsh::rank_rows(kernels, view, (batch, head), first, normals, width, wide, ranks);
+                lsh::rank_rows(&packer, view, (head, first), (normals, width), &mut scratch, ranks);
                 done += count;
             }
         })?;

@@ -9,7 +9,7 @@ use crate::params::Params;
 use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, Kernels, Packing, Step};
+use crate::simd::{KEY_TILE, Kernels, Step};
 use crate::tiling::{HeadTiling, TILE_ROWS};
 use crate::view::Rows;
 
@@ -92,7 +92,6 @@ pub(crate) struct TileMemory<'a> {
     log_weight: &'a mut [f32],
     logits: &'a mut [f32],
     weights: &'a mut [u32],
-    query_words: &'a mut [u32],
     pack: PackScratch<'a>,
 }
 
@@ -105,13 +104,14 @@ impl<'a> TileMemory<'a> {
         carver: &mut Carver<'a>,
     ) -> Self {
         let most = problem.n_q.saturating_mul(problem.group.min(HeadTiling::MOST_HEADS));
-        let rows = TILE_ROWS.min(most).next_multiple_of(kernels.query_rows());
+        let rows = TILE_ROWS.min(most).next_multiple_of(kernels.row_multiple());
         TileMemory {
             head_of: carver.take(rows),
             row_of: carver.take(rows),
             visible: carver.take(rows),
             visible_in_tile: carver.take(rows),
-            query: carver.take(rows * shape.key_words),
+            query: carver
+                .take(rows.next_multiple_of(kernels.query_rows()) * shape.key_words + kernels.lanes()),
             max: carver.take(rows),
             sum: carver.take(rows * kernels.lanes()),
             accumulated: carver.take(rows * shape.value_dim),
@@ -123,14 +123,13 @@ impl<'a> TileMemory<'a> {
             log_weight: carver.take(KEY_TILE),
             logits: carver.take(kernels.query_rows() * kernels.panel()),
             weights: carver.take(kernels.query_rows() * KEY_TILE / shape.packing.depth()),
-            query_words: carver.take(shape.key_words),
             pack: PackScratch::carve(kernels, problem, carver),
         }
     }
 }
 
-/// Queries are asked for this many rows before they are read: sorted rows lie far apart.
-const QUERIES_AHEAD: usize = 12;
+/// Outputs are asked for this many rows before they are written: sorted rows lie far apart.
+const ROWS_AHEAD: usize = 16;
 
 /// What one step does besides attending to its keys.
 #[derive(Clone, Copy)]
@@ -180,27 +179,16 @@ impl<'a> Tile<'a> {
         let (group, words) = (kernels.query_rows(), shape.key_words);
         let (rows, memory) = (self.padded_rows(), &mut self.memory);
         let packer = self.call.packer(batch);
-        let place_of = |r: usize| (memory.head_of[r] as usize, memory.row_of[r] as usize);
-        let scaled = |word: u32| match shape.packing {
-            Packing::F32 => (f32::from_bits(word) * problem.scale_log2).to_bits(),
-            Packing::Bf16Pairs => word,
-        };
-        for r in 0..self.rows {
-            let (head, row) = place_of((r + QUERIES_AHEAD).min(self.rows - 1));
-            tensors.q.prefetch_row(batch, head, row);
-            let (head, row) = place_of(r);
-            let query = tensors.q.words(shape.packing, batch, head, row).unwrap_or_else(|| {
-                packer.read_words(&tensors.q, (head, row), memory.pack.wide, memory.query_words);
-                memory.query_words
-            });
-            let panel = memory.query[r / group * group * words..].chunks_exact_mut(group);
-            for (to, &word) in panel.zip(query) {
-                to[r % group] = scaled(word);
+        let last = self.rows - 1;
+        // Rows beyond the last repeat it: their results are not looked at.
+        let place = |r: usize| (memory.head_of[r.min(last)] as usize, memory.row_of[r.min(last)] as usize);
+        for first in (0..rows).step_by(group) {
+            for ahead in first + group..first + 2 * group {
+                let (head, row) = place(ahead);
+                tensors.q.prefetch_row(batch, head, row);
             }
-        }
-        for r in self.rows..rows {
-            let panel = memory.query[r / group * group * words..].iter_mut();
-            panel.skip(r % group).step_by(group).take(words).for_each(|word| *word = 0);
+            let to = &mut memory.query[first * words..];
+            packer.pack_queries(&tensors.q, |r| place(first + r), problem.scale_log2, &mut memory.pack, to);
         }
         memory.visible[self.rows..rows].fill(0);
         memory.cap[..rows].fill(f32::INFINITY);
@@ -357,7 +345,10 @@ impl<'a> Tile<'a> {
     /// The sum of `row`'s weights, relative to its maximum.
     fn sum_of(&self, row: usize) -> f32 {
         let lanes = self.call.kernels.lanes();
-        self.memory.sum[row * lanes..][..lanes].iter().sum()
+        let sums = &self.memory.sum[row * lanes..][..lanes];
+        // In halves: as a chain the additions would wait for one another.
+        let (low, high) = sums.split_at(lanes / 2);
+        low.iter().zip(high).map(|(a, b)| a + b).sum()
     }
 
     /// Makes `sum`, relative to `max`, the sum of `row`.
@@ -371,8 +362,7 @@ impl<'a> Tile<'a> {
 
     /// Base-2 log of each row's sum, -inf for an empty row.
     pub(crate) fn log2_sum(&self, row: usize) -> f32 {
-        let sum = self.sum_of(row);
-        if sum == 0.0 { f32::NEG_INFINITY } else { self.memory.max[row] + math::log2(sum) }
+        log2_of(self.memory.max[row], self.sum_of(row))
     }
 
     /// Writes the base-2 logs of the rows' sums to consecutive rows of `to`.
@@ -456,9 +446,15 @@ impl<'a> Tile<'a> {
     pub(crate) unsafe fn finish(&mut self, batch: usize) {
         let Call { problem, tensors, .. } = self.call;
         for r in 0..self.rows {
+            let ahead = (r + ROWS_AHEAD).min(self.rows - 1);
+            tensors.out.prefetch_row(
+                batch,
+                self.memory.head_of[ahead] as usize,
+                self.memory.row_of[ahead] as usize,
+            );
             let (head, row) = (self.memory.head_of[r] as usize, self.memory.row_of[r] as usize);
-            let lse = self.log2_sum(r) * core::f32::consts::LN_2;
             let sum = self.sum_of(r);
+            let lse = log2_of(self.memory.max[r], sum) * core::f32::consts::LN_2;
             let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
             self.scale_accumulated(r, factor);
             let from = &self.memory.accumulated[r * self.call.shape.value_dim..][..problem.value_dim];
@@ -471,4 +467,9 @@ impl<'a> Tile<'a> {
             }
         }
     }
+}
+
+/// Base-2 log of a sum relative to `max`.
+fn log2_of(max: f32, sum: f32) -> f32 {
+    if sum == 0.0 { f32::NEG_INFINITY } else { max + math::log2(sum) }
 }

@@ -243,6 +243,11 @@ impl<'a> TensorMut<'a> {
         TensorRef { data: self.data, layout: self.layout, owner: PhantomData }
     }
 
+    /// Asks for one row to be brought into the cache.
+    pub(crate) fn prefetch_row(&self, batch: usize, head: usize, row: usize) {
+        self.reborrow().prefetch_row(batch, head, row);
+    }
+
     /// Narrows `from` (head_dim elements) into one row.
     ///
     /// # Safety

@@ -67,9 +67,9 @@ fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
     if !plan.exact && plan.sorted {
         SortScratch::carve(params, problem.n_q.max(problem.n_k), &mut sort);
     }
-    let mut hash = Carver::measuring();
-    hash.take::<f32>(lsh::rank_scratch_len(problem.head_dim.max(problem.value_dim)));
-    Some(tile.used()?.max(sort.used()?).max(hash.used()?))
+    let mut norms = Carver::measuring();
+    norms.take::<f32>(problem.value_dim);
+    Some(tile.used()?.max(sort.used()?).max(norms.used()?))
 }
 
 /// What one task needs to sort the rows of one head.

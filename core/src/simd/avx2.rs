@@ -127,6 +127,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     attend_bf16: None,
     hash,
     transpose,
+    pack_queries,
     place,
     widen_f16,
 };

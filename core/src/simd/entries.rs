@@ -1,6 +1,6 @@
 //! The entry points of a table: the generic kernels, compiled for one vector type and its instructions.
 
-/// Defines `attend`, `hash`, `transpose` and `place` for a vector, with ROWS, VECTORS and TAIL of a register tile, under
+/// Defines `attend`, `hash`, `transpose`, `pack_queries` and `place` for a vector, with ROWS, VECTORS and TAIL of a register tile, under
 /// the target features that it needs.
 macro_rules! kernel_entries {
     ($vector:ty, $rows:literal, $vectors:literal, $tail:literal $(, $features:literal)?) => {
@@ -11,15 +11,21 @@ macro_rules! kernel_entries {
         }
 
         $(#[target_feature(enable = $features)])?
-        unsafe fn hash(rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+        unsafe fn hash(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::hash::<$vector>(rows, head_dim, projections, width, codes) }
+            unsafe { crate::simd::generic::hash::<$vector>(rows, projections, width, codes) }
         }
 
         $(#[target_feature(enable = $features)])?
         unsafe fn transpose(rows: &[&[u32]], words: usize, to: &mut [u32], panel: usize) {
             // SAFETY: as above.
             unsafe { crate::simd::generic::transpose::<$vector>(rows, words, to, panel) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn pack_queries(rows: &[&[u32]], words: usize, scale: Option<f32>, to: &mut [u32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::generic::pack_queries::<$vector, $rows>(rows, words, scale, to) }
         }
 
         $(#[target_feature(enable = $features)])?

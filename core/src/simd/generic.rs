@@ -4,7 +4,7 @@ use half::f16;
 
 use super::product::Product;
 use super::vector::Vector;
-use super::{KEY_TILE, Step};
+use super::{HASH_ROWS, KEY_TILE, Step};
 
 /// A logit may exceed the number that its row's weights are relative to by this much (base 2) before the
 /// row is rescaled: weights stay below 256, far from overflow, and rescaling becomes rare.
@@ -269,6 +269,7 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
     let panel = VECTORS * lanes;
     let lowest = P::Vector::splat(f32::NEG_INFINITY);
     let mut largest = lowest;
+    let limited = limits.least < (p + 1) * panel;
     for (r, (&origin, &limit)) in origin.iter().zip(&limits.each).enumerate() {
         let end = P::Vector::splat(limit as f32);
         for v in 0..VECTORS {
@@ -283,7 +284,9 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
                 if let Some(weights) = step.log_weight {
                     x = x.add(P::Vector::load(weights.as_ptr().add(key)));
                 }
-                x = x.select_less(lowest, P::Vector::iota().add(P::Vector::splat(key as f32)), end);
+                if limited {
+                    x = x.select_less(lowest, P::Vector::iota().add(P::Vector::splat(key as f32)), end);
+                }
                 largest = x.max(largest);
                 x.store(at);
             }
@@ -371,11 +374,11 @@ unsafe fn add_values<P: Product, const ROWS: usize, const VECTORS: usize>(
     // Rows of a causal tile that see more keys than the others: a key beyond a row's limit must not
     // touch it, not even with weight 0, or its NaN would.
     for (r, &limit) in limits.each.iter().enumerate() {
-        for key in least..limit {
+        if least < limit {
             for vector in 0..vectors {
                 let width = if vector < vectors / VECTORS * VECTORS { VECTORS } else { 1 };
                 // SAFETY: as above.
-                unsafe { add_value::<P>(step, (r, first + r), key, vector, width) };
+                unsafe { add_to_row::<P>(step, (r, first + r), least..limit, vector, width) };
             }
         }
     }
@@ -410,32 +413,34 @@ unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
     }
 }
 
-/// Adds one weighted value's vector of columns to one row, given as its number in the group and in the
-/// step; the vector belongs to a panel of `width` vectors.
+/// Adds the weighted values of `keys`, one vector of columns of them, to one row, given as its number in the
+/// group and in the step; the vector belongs to a panel of `width` vectors.
 #[inline(always)]
-unsafe fn add_value<P: Product>(
+unsafe fn add_to_row<P: Product>(
     step: &mut Step<'_>,
     (row_in_group, row): (usize, usize),
-    key: usize,
+    keys: core::ops::Range<usize>,
     vector: usize,
     width: usize,
 ) {
     let lanes = P::Vector::LANES;
     let row_words = KEY_TILE / P::DEPTH;
-    let (word, element) = (key / P::DEPTH, key % P::DEPTH);
     let (panel, within) = (vector / width * width, vector % width);
-    // SAFETY: as in `add_panel`, for one row and one word.
+    // SAFETY: as in `add_panel`, for one row and the words of the keys.
     unsafe {
-        let weight = P::element_of(*step.weights.as_ptr().add(row_in_group * row_words + word), element);
-        let from = (panel * row_words + word * width + within) * lanes;
-        let value = P::element(P::load(step.values.as_ptr().add(from)), element);
-        let sum = step.accumulated.as_mut_ptr().add(row * step.value_dim + vector * lanes);
-        P::Vector::splat(weight).mul_add(value, P::Vector::load(sum)).store(sum);
+        let weights = step.weights.as_ptr().add(row_in_group * row_words);
+        let values = step.values.as_ptr().add((panel * row_words + within) * lanes);
+        let at = step.accumulated.as_mut_ptr().add(row * step.value_dim + vector * lanes);
+        let mut sum = P::Vector::load(at);
+        for key in keys {
+            let (word, element) = (key / P::DEPTH, key % P::DEPTH);
+            let weight = P::Vector::splat(P::element_of(*weights.add(word), element));
+            let value = P::element(P::load(values.add(word * width * lanes)), element);
+            sum = weight.mul_add(value, sum);
+        }
+        sum.store(at);
     }
 }
-
-/// Rows hashed at once: enough independent chains to hide the latency of a fused multiply-add.
-const HASH_ROWS: usize = 8;
 
 /// Sign codes of rows: bit j is set when the projection on hyperplane j is positive.
 ///
@@ -443,28 +448,25 @@ const HASH_ROWS: usize = 8;
 /// starting from 0, so that codes are the same on every instruction set.
 ///
 /// # Safety
-/// The instructions of `V` are available; `width` is a multiple of `V::LANES`,
-/// `rows.len() == codes.len() * head_dim` and `projections.len() == head_dim * width`.
+/// The instructions of `V` are available; `width` is a multiple of `V::LANES`, there are as many `rows` as `codes`,
+/// and `projections` has `width` numbers for every word of a row.
 #[inline(always)]
-pub(super) unsafe fn hash<V: Vector>(
-    rows: &[f32],
-    head_dim: usize,
-    projections: &[f32],
-    width: usize,
-    codes: &mut [u32],
-) {
+pub(super) unsafe fn hash<V: Vector>(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
+    let head_dim = projections.len() / width;
     codes.fill(0);
     for vector in 0..width / V::LANES {
-        for (group, codes) in codes.chunks_mut(HASH_ROWS).enumerate() {
-            let row = |r: usize| (group * HASH_ROWS + r.min(codes.len() - 1)) * head_dim;
-            let starts: [usize; HASH_ROWS] = core::array::from_fn(row);
+        for (rows, codes) in rows.chunks(HASH_ROWS).zip(codes.chunks_mut(HASH_ROWS)) {
+            let mut starts = [rows[0].as_ptr(); HASH_ROWS];
+            for (start, row) in starts.iter_mut().zip(rows) {
+                *start = row.as_ptr();
+            }
             let mut sums = [V::splat(0.0); HASH_ROWS];
             for i in 0..head_dim {
-                // SAFETY: i < head_dim, so the indices lie within `projections` and `rows` (contract).
+                // SAFETY: i < head_dim, so the indices lie within `projections` and the rows (contract).
                 unsafe {
                     let normal = V::load(projections.as_ptr().add(i * width + vector * V::LANES));
                     for (sum, start) in sums.iter_mut().zip(starts) {
-                        *sum = V::splat(*rows.as_ptr().add(start + i)).fused_mul_add(normal, *sum);
+                        *sum = V::splat(*start.add(i).cast::<f32>()).fused_mul_add(normal, *sum);
                     }
                 }
             }
@@ -486,6 +488,56 @@ pub(super) unsafe fn transpose<V: Vector>(rows: &[&[u32]], words: usize, to: &mu
         let columns = V::LANES.min(words - first);
         // SAFETY: first + LANES is within every row, and column first + columns - 1 < words (contract).
         unsafe { V::transpose(rows, first, to.as_mut_ptr().add(first * panel), panel, columns) };
+    }
+}
+
+/// Words of the squares of lanes that hold a group of rows, at most.
+const MOST_TRANSPOSED: usize = 2 * 16 * 16;
+
+/// Packs `ROWS` rows of queries as a group: word i of row r becomes `to[i * ROWS + r]`, times `scale` as an f32 if
+/// there is one.
+///
+/// # Safety
+/// The instructions of `V` are available; there are `ROWS` rows, each of at least `words` rounded up to
+/// `V::LANES`, and `to` has `words * ROWS + V::LANES` words.
+#[inline(always)]
+pub(super) unsafe fn pack_queries<V: Vector, const ROWS: usize>(
+    rows: &[&[u32]],
+    words: usize,
+    scale: Option<f32>,
+    to: &mut [u32],
+) {
+    let chunks = ROWS.div_ceil(V::LANES);
+    let square = V::LANES * V::LANES;
+    const { assert!(ROWS.div_ceil(V::LANES) * V::LANES * V::LANES <= MOST_TRANSPOSED) };
+    let mut transposed = [0u32; MOST_TRANSPOSED];
+    for first in (0..words).step_by(V::LANES) {
+        let columns = V::LANES.min(words - first);
+        for chunk in 0..chunks {
+            // Lanes beyond the last row repeat it; the next column's first rows overwrite them.
+            let mut lanes: [&[u32]; 16] = [&[]; 16];
+            for (lane, row) in lanes[..V::LANES].iter_mut().enumerate() {
+                *row = rows[(chunk * V::LANES + lane).min(ROWS - 1)];
+            }
+            // SAFETY: the rows hold the columns (contract), and there is room for every chunk's square.
+            unsafe {
+                let to = transposed.as_mut_ptr().add(chunk * square);
+                V::transpose(&lanes[..V::LANES], first, to, V::LANES, columns);
+            }
+        }
+        for column in 0..columns {
+            for chunk in 0..chunks {
+                // SAFETY: at most LANES - 1 words beyond column `words - 1` (contract).
+                unsafe {
+                    let from = transposed.as_ptr().add(chunk * square + column * V::LANES);
+                    let mut x = V::load(from.cast());
+                    if let Some(scale) = scale {
+                        x = x.mul(V::splat(scale));
+                    }
+                    x.store(to.as_mut_ptr().add((first + column) * ROWS + chunk * V::LANES).cast());
+                }
+            }
+        }
     }
 }
 

@@ -29,6 +29,9 @@ pub(crate) use prefetch::prefetch;
 /// Keys in one packed tile.
 pub const KEY_TILE: usize = 64;
 
+/// Rows hashed at once: enough independent chains to hide the latency of a fused multiply-add.
+pub const HASH_ROWS: usize = 8;
+
 /// Instruction sets with a table, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -133,6 +136,12 @@ pub struct Step<'a> {
     pub weights: &'a mut [u32],
 }
 
+/// (rows, projections, width, codes), see [`Kernels::hash`].
+type Hash = unsafe fn(&[&[u32]], &[f32], usize, &mut [u32]);
+
+/// (rows, words, scale, to), see [`Kernels::pack_queries`].
+type PackQueries = unsafe fn(&[&[u32]], usize, Option<f32>, &mut [u32]);
+
 /// The kernels of one instruction set.
 pub struct Kernels {
     isa: Isa,
@@ -142,8 +151,9 @@ pub struct Kernels {
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
     attend_bf16: Option<unsafe fn(&mut Step<'_>)>,
-    hash: unsafe fn(&[f32], usize, &[f32], usize, &mut [u32]),
+    hash: Hash,
     transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
+    pack_queries: PackQueries,
     place: unsafe fn(&[u32], usize, usize, &mut [u32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
 }
@@ -270,19 +280,20 @@ impl Kernels {
         unsafe { attend(step) }
     }
 
-    /// Sign codes of `rows` (`[codes.len()][head_dim]`) under `projections` (`[head_dim][width]`,
-    /// `width` a multiple of [`Self::lanes`], at most 32): bit j of a code is set when the
-    /// projection on column j, summed by fused multiply-adds in ascending order of the head
-    /// dimension, is greater than 0 (Definition 1 of the paper).
-    pub fn hash(&self, rows: &[f32], head_dim: usize, projections: &[f32], width: usize, codes: &mut [u32]) {
+    /// Sign codes of `rows` of f32 words under `projections` (`[head_dim][width]`, `width` a multiple of
+    /// [`Self::lanes`], at most 32): bit j of a code is set when the projection on column j, summed by fused
+    /// multiply-adds in ascending order of the head dimension, is greater than 0 (Definition 1 of the paper).
+    /// Fastest in multiples of [`HASH_ROWS`].
+    pub fn hash(&self, rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
+        assert!(width > 0 && width.is_multiple_of(self.lanes) && width <= 32);
+        let head_dim = projections.len() / width;
         assert!(
-            width.is_multiple_of(self.lanes)
-                && width <= 32
-                && rows.len() == codes.len() * head_dim
-                && projections.len() == head_dim * width
+            projections.len() == head_dim * width
+                && rows.len() == codes.len()
+                && rows.iter().all(|row| row.len() >= head_dim)
         );
         // SAFETY: as in `attend`.
-        unsafe { (self.hash)(rows, head_dim, projections, width, codes) }
+        unsafe { (self.hash)(rows, projections, width, codes) }
     }
 
     /// Packs [`Self::lanes`] rows as columns of a panel: word i of row j becomes `to[i * panel + j]` for
@@ -296,6 +307,19 @@ impl Kernels {
         );
         // SAFETY: as in `attend`.
         unsafe { (self.transpose)(rows, words, to, self.panel) }
+    }
+
+    /// Packs R = [`Self::query_rows`] rows as a group of queries: word i of row r becomes `to[i * R + r]`,
+    /// multiplied by `scale` as an f32 if there is one. The rows hold `words` rounded up to the lanes; up to L
+    /// words beyond the group are overwritten.
+    pub fn pack_queries(&self, rows: &[&[u32]], words: usize, scale: Option<f32>, to: &mut [u32]) {
+        assert!(
+            rows.len() == self.query_rows
+                && rows.iter().all(|row| row.len() >= words.next_multiple_of(self.lanes))
+                && to.len() >= words * self.query_rows + self.lanes
+        );
+        // SAFETY: as in `attend`.
+        unsafe { (self.pack_queries)(rows, words, scale, to) }
     }
 
     /// Packs one row of words of the values as number `slot` of the `slots` of a tile (see [`Step::values`]);

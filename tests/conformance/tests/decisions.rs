@@ -321,7 +321,8 @@ fn codes_are_equal_on_every_instruction_set() {
         let mut projections = vec![0.0; 64 * width];
         stages::fill_projections((params.seed, params.offset, 0), 64, 24, width, &mut projections);
         let mut codes = vec![0; 2003];
-        kernels.hash(&inputs.k, 64, &projections, width, &mut codes);
+        let words: Vec<u32> = inputs.k.iter().map(|x| x.to_bits()).collect();
+        kernels.hash(&words.chunks(64).collect::<Vec<_>>(), &projections, width, &mut codes);
         all.push(codes.into_iter().map(stages::gray_rank).collect());
     });
     all.push(expected::ranks(&params, &inputs.k, 64, 0));

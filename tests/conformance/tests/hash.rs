@@ -44,7 +44,8 @@ fn codes(kernels: &Kernels, params: &Params, rows: &[f32], head_dim: usize) -> V
     let stream_of = (params.seed, params.offset, 0);
     stages::fill_projections(stream_of, head_dim, num_projs, width, &mut projections);
     let mut codes = vec![u32::MAX; rows.len() / head_dim];
-    kernels.hash(rows, head_dim, &projections, width, &mut codes);
+    let words: Vec<u32> = rows.iter().map(|x| x.to_bits()).collect();
+    kernels.hash(&words.chunks(head_dim).collect::<Vec<_>>(), &projections, width, &mut codes);
     codes
 }
 
