@@ -165,6 +165,7 @@ pub(super) const TABLE: Kernels = Kernels {
     attend_bf16: None,
     hash,
     transpose,
+    pack_queries,
     place,
     widen_f16,
 };
