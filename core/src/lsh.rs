@@ -37,6 +37,10 @@ pub fn gray_rank(code: u32) -> u32 {
     rank
 }
 
+/// Rows are asked for this many groups before they are hashed: several rows at once are not the one stream that
+/// processors foresee.
+const GROUPS_AHEAD: usize = 4;
+
 /// Gray ranks of the buckets of rows `first..first + ranks.len()` of one head. `packer` makes words of f32.
 pub(crate) fn rank_rows(
     packer: &Packer<'_>,
@@ -46,7 +50,10 @@ pub(crate) fn rank_rows(
     scratch: &mut PackScratch<'_>,
     ranks: &mut [u32],
 ) {
+    let end = first + ranks.len();
     for (group, ranks) in ranks.chunks_mut(HASH_ROWS).enumerate() {
+        let ahead = first + (group + GROUPS_AHEAD) * HASH_ROWS;
+        (ahead..end.min(ahead + HASH_ROWS)).for_each(|row| view.prefetch_row(packer.batch, head, row));
         let rows = packer.rows(view, ranks.len(), |r| (head, first + group * HASH_ROWS + r), scratch);
         packer.kernels.hash(&rows[..ranks.len()], projections, width, ranks);
         ranks.iter_mut().for_each(|code| *code = gray_rank(*code));

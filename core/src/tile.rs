@@ -136,6 +136,9 @@ const ROWS_AHEAD: usize = 16;
 struct StepOptions {
     /// Position of the first key, when each row sees only as many leading positions as it was pushed with.
     limited_from: Option<usize>,
+    /// Added to all logits.
+    shift: f32,
+    /// Whether each key has a weight of its own besides.
     weighted: bool,
     capped: bool,
     part: Part,
@@ -231,6 +234,7 @@ impl<'a> Tile<'a> {
             keys,
             values,
             key_count,
+            shift: options.shift,
             log_weight: options.weighted.then_some(&*memory.log_weight),
             visible: options.limited_from.is_some().then_some(&*memory.visible_in_tile),
             cap: options.capped.then_some(&*memory.cap),
@@ -253,7 +257,7 @@ impl<'a> Tile<'a> {
         capped: bool,
         part: Part,
     ) {
-        let options = StepOptions { limited_from: None, weighted: false, capped, part };
+        let options = StepOptions { limited_from: None, shift: 0.0, weighted: false, capped, part };
         let mut rows = [0; KEY_TILE];
         for first in positions.clone().step_by(KEY_TILE) {
             let count = KEY_TILE.min(positions.end - first);
@@ -303,7 +307,8 @@ impl<'a> Tile<'a> {
             }
             // A tile that every row sees needs no limits.
             let limited_from = (least < first + count).then_some(first);
-            let options = StepOptions { limited_from, weighted: false, capped: false, part: Part::Both };
+            let options =
+                StepOptions { limited_from, shift: 0.0, weighted: false, capped: false, part: Part::Both };
             self.step(tile, count, options);
         }
     }
@@ -316,7 +321,6 @@ impl<'a> Tile<'a> {
         capped: bool,
         part: Part,
     ) {
-        let options = StepOptions { limited_from: None, weighted: true, capped, part };
         let mut columns = columns.map(|column| (keys.row(column.position) as u32, column.log_weight));
         let mut take = |tile: &mut [(u32, f32); KEY_TILE]| {
             let mut count = 0;
@@ -332,12 +336,16 @@ impl<'a> Tile<'a> {
         while count > 0 {
             let rows = tile.map(|(row, _)| row);
             self.pack(keys, &rows[..count], part);
+            // One weight for all is cheaper than one for each.
+            let first = tile[0].1;
+            let weighted = tile[..count].iter().any(|&(_, log_weight)| log_weight != first);
+            let shift = if weighted { 0.0 } else { first };
             for (to, (_, log_weight)) in self.memory.log_weight.iter_mut().zip(tile) {
                 *to = log_weight;
             }
             let next_count = take(&mut next);
             self.prefetch(keys, next[..next_count].iter().map(|&(row, _)| row as usize), part);
-            self.step(None, count, options);
+            self.step(None, count, StepOptions { limited_from: None, shift, weighted, capped, part });
             (tile, count) = (next, next_count);
         }
     }
@@ -454,7 +462,6 @@ impl<'a> Tile<'a> {
             );
             let (head, row) = (self.memory.head_of[r] as usize, self.memory.row_of[r] as usize);
             let sum = self.sum_of(r);
-            let lse = log2_of(self.memory.max[r], sum) * core::f32::consts::LN_2;
             let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
             self.scale_accumulated(r, factor);
             let from = &self.memory.accumulated[r * self.call.shape.value_dim..][..problem.value_dim];
@@ -462,6 +469,7 @@ impl<'a> Tile<'a> {
             unsafe {
                 tensors.out.write_row(batch, head, row, from);
                 if let Some(to) = &tensors.lse {
+                    let lse = log2_of(self.memory.max[r], sum) * core::f32::consts::LN_2;
                     to.write_row(batch, head, row, &[lse]);
                 }
             }

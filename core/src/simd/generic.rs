@@ -134,12 +134,13 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
         some_are_empty |= empty;
         *origin = if empty { 0.0 } else { max };
     }
+    let start = origin.map(|origin| origin - step.shift);
     // SAFETY: panel p holds words * panel words, the query group words * ROWS, and there is room for ROWS
     // rows of a panel of logits (contract).
-    let mut largest = unsafe { score::<P, ROWS, VECTORS>(step, query, p, &origin) };
+    let mut largest = unsafe { score::<P, ROWS, VECTORS>(step, query, p, &start) };
     if !PLAIN {
         // SAFETY: as above.
-        largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, limits, &origin) };
+        largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, limits, &start) };
     }
     if some_are_empty || largest.sub(P::Vector::splat(HEADROOM)).positive_bits() != 0 {
         core::hint::cold_path();
@@ -166,21 +167,21 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
     }
 }
 
-/// Logits of `ROWS` queries against panel `p` of the keys, relative to `origin`, into `step.logits`. Returns
+/// Logits of `ROWS` queries against panel `p` of the keys, relative to `start`, into `step.logits`. Returns
 /// the largest of every lane; a NaN is passed over.
 #[inline(always)]
 unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
     step: &mut Step<'_>,
     (query, next): (*const u32, usize),
     p: usize,
-    origin: &[f32; ROWS],
+    start: &[f32; ROWS],
 ) -> P::Vector {
     let lanes = P::Vector::LANES;
     let words = step.head_dim.div_ceil(P::DEPTH);
     let mut tile = [[P::Vector::splat(0.0); VECTORS]; ROWS];
     if P::QUERIES_ARE_SCALED {
-        for (row, origin) in tile.iter_mut().zip(origin) {
-            row.fill(P::Vector::splat(-origin));
+        for (row, start) in tile.iter_mut().zip(start) {
+            row.fill(P::Vector::splat(-start));
         }
     }
     // SAFETY: as the caller says.
@@ -194,7 +195,7 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
     for (r, row) in tile.iter().enumerate() {
         for (v, &cell) in row.iter().enumerate() {
             let logit =
-                if P::QUERIES_ARE_SCALED { cell } else { cell.mul_add(scale, P::Vector::splat(-origin[r])) };
+                if P::QUERIES_ARE_SCALED { cell } else { cell.mul_add(scale, P::Vector::splat(-start[r])) };
             largest[v] = logit.max(largest[v]);
             // SAFETY: as the caller says.
             unsafe { logit.store(logits.add((r * VECTORS + v) * lanes)) };
@@ -263,14 +264,14 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
     first: usize,
     p: usize,
     limits: &Limits<ROWS>,
-    origin: &[f32; ROWS],
+    start: &[f32; ROWS],
 ) -> P::Vector {
     let lanes = P::Vector::LANES;
     let panel = VECTORS * lanes;
     let lowest = P::Vector::splat(f32::NEG_INFINITY);
     let mut largest = lowest;
     let limited = limits.least < (p + 1) * panel;
-    for (r, (&origin, &limit)) in origin.iter().zip(&limits.each).enumerate() {
+    for (r, (&start, &limit)) in start.iter().zip(&limits.each).enumerate() {
         let end = P::Vector::splat(limit as f32);
         for v in 0..VECTORS {
             let key = p * panel + v * lanes;
@@ -279,7 +280,7 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
                 let at = step.logits.as_mut_ptr().add(r * panel + v * lanes);
                 let mut x = P::Vector::load(at);
                 if let Some(cap) = step.cap {
-                    x = P::Vector::splat(*cap.get_unchecked(first + r) - origin).min(x);
+                    x = P::Vector::splat(*cap.get_unchecked(first + r) - start).min(x);
                 }
                 if let Some(weights) = step.log_weight {
                     x = x.add(P::Vector::load(weights.as_ptr().add(key)));

@@ -113,11 +113,13 @@ pub struct Step<'a> {
     pub values: &'a [u32],
     /// Keys in this tile, at most [`KEY_TILE`].
     pub key_count: usize,
+    /// Added to all logits (base 2).
+    pub shift: f32,
     /// Added to the logits of each key (base 2, `[KEY_TILE]`).
     pub log_weight: Option<&'a [f32]>,
     /// Number of leading keys each row sees (`[rows]`); all when absent.
     pub visible: Option<&'a [u32]>,
-    /// Upper bound on each row's logits before the weight is added (`[rows]`).
+    /// Upper bound on each row's logits before weight and shift are added (`[rows]`).
     pub cap: Option<&'a [f32]>,
     /// Whether these keys enter the sum.
     pub use_sum: bool,

@@ -26,6 +26,8 @@ pub struct Keys<'a> {
     pub keys: &'a [f32],
     /// `[count][value_dim]`
     pub values: &'a [f32],
+    /// Added to all logits.
+    pub shift: f32,
     /// Added to the logits of each key.
     pub log_weight: Option<&'a [f32]>,
     /// How many leading keys each row sees.
@@ -147,6 +149,7 @@ impl State {
             keys: &packed_keys,
             values: &packed_values,
             key_count: count,
+            shift: keys.shift,
             log_weight: log_weight.as_deref(),
             visible: visible.as_deref(),
             cap: cap.as_deref(),

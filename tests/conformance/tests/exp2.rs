@@ -15,6 +15,7 @@ fn weights(kernels: &'static Kernels, exponents: &[f32]) -> Vec<f32> {
         state.attend(Keys {
             keys: tile,
             values: &values[..tile.len() * KEY_TILE],
+            shift: 0.0,
             log_weight: None,
             visible: None,
             cap: None,

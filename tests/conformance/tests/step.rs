@@ -9,6 +9,9 @@ use hyperattn_reference::Generator;
 /// What entered one row: (base-2 logit with weight, value, whether summed, whether multiplied).
 type Entries = Vec<(f64, Vec<f64>, bool, bool)>;
 
+/// See [`Chain::check`].
+const LOGIT_TOLERANCE: f64 = 3e-5;
+
 /// One chain of steps of random shape.
 struct Chain {
     kernels: &'static Kernels,
@@ -64,6 +67,7 @@ impl Chain {
         });
         let visible: Option<Vec<u32>> = (generator.below(2) == 0)
             .then(|| (0..rows).map(|_| generator.below(count + 2).min(KEY_TILE) as u32).collect());
+        let shift = if generator.below(3) == 0 { 4.0 * generator.normal() as f32 } else { 0.0 };
         let cap: Option<Vec<f32>> = (generator.below(3) == 0).then(|| {
             let caps = [empty, f32::INFINITY, -1.5, 0.25];
             (0..rows).map(|_| caps[generator.below(4)]).collect()
@@ -76,7 +80,8 @@ impl Chain {
                 let pairs = self.query[r * d..][..d].iter().zip(&keys[j * d..][..d]);
                 let logit: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                 let capped = cap.as_ref().map_or(logit, |cap| logit.min(cap[r].into()));
-                let weighted = capped + log_weight.as_ref().map_or(0.0, |weights| weights[j].into());
+                let weighted =
+                    capped + f64::from(shift) + log_weight.as_ref().map_or(0.0, |weights| weights[j].into());
                 let value = &values[j * self.value_dim..][..self.value_dim];
                 let value = value.iter().map(|&x| x.into()).collect();
                 self.entries[r].push((weighted, value, use_sum, use_values));
@@ -85,6 +90,7 @@ impl Chain {
         self.state.attend(Keys {
             keys: &keys,
             values: &values,
+            shift,
             log_weight: log_weight.as_deref(),
             visible: visible.as_deref(),
             cap: cap.as_deref(),
@@ -93,20 +99,21 @@ impl Chain {
         });
     }
 
-    /// Sums and numerators against f64, relative to the sum of the absolute terms. A logit of up to 50 in
-    /// magnitude is off by some 2^-24 * 50 * ln 2 = 2e-6, the rest is smaller. Weights that are multiplied as
+    /// Sums and numerators against f64, relative to the sum of the absolute terms. A logit is a chain of up to 80
+    /// sums from the row's largest, which is up to 64 in magnitude: with independent roundings it is off by some
+    /// 2^-24 * 64 * sqrt(80) / sqrt(3) = 2e-5, and the rest is smaller. Weights that are multiplied as
     /// bf16 are rounded to 8 bits, an error of at most 2^-8, when their panel of the tile is done and again
     /// wherever a later panel rescales them.
     fn check(&self) {
         let multiplied_tolerance = match self.packing {
-            Packing::F32 => 1e-5,
+            Packing::F32 => LOGIT_TOLERANCE,
             Packing::Bf16Pairs => (KEY_TILE / self.kernels.panel()) as f64 / 256.0,
         };
         for (r, entries) in self.entries.iter().enumerate() {
             let largest = entries.iter().map(|entry| entry.0).fold(f64::NEG_INFINITY, f64::max);
             let max = f64::from(self.state.max[r]);
             assert!(
-                max == largest || (max - 1e-5..=max + 8.0).contains(&largest),
+                max == largest || (max - LOGIT_TOLERANCE..=max + 8.0 + LOGIT_TOLERANCE).contains(&largest),
                 "row {r}: the weights are relative to {max}, the largest logit is {largest}"
             );
             let weight = |logit: f64| if max == f64::NEG_INFINITY { 0.0 } else { (logit - max).exp2() };
@@ -116,7 +123,7 @@ impl Chain {
                 assert!(error <= tolerance * scale, "row {r}: {actual} should be {sum}, terms of {scale}");
             };
             let summed = entries.iter().filter(|entry| entry.2).map(|entry| weight(entry.0));
-            near(self.state.sum(r), &summed.collect::<Vec<f64>>(), 1e-5);
+            near(self.state.sum(r), &summed.collect::<Vec<f64>>(), LOGIT_TOLERANCE);
             for column in 0..self.value_dim {
                 let multiplied = entries.iter().filter(|entry| entry.3);
                 let terms: Vec<f64> = multiplied.map(|entry| weight(entry.0) * entry.1[column]).collect();
@@ -149,8 +156,16 @@ fn steps_agree_with_f64() {
 
 /// One query (1) against keys that are their own logits.
 fn attend(state: &mut State, logits: &[f32], values: &[f32], visible: Option<&[u32]>) {
-    let keys =
-        Keys { keys: logits, values, log_weight: None, visible, cap: None, use_sum: true, use_values: true };
+    let keys = Keys {
+        keys: logits,
+        values,
+        shift: 0.0,
+        log_weight: None,
+        visible,
+        cap: None,
+        use_sum: true,
+        use_values: true,
+    };
     state.attend(keys);
 }
 
