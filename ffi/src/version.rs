@@ -35,7 +35,8 @@ pub extern "C" fn hyperattn_version_string() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// The instruction set of the kernels that this process uses: "avx512", "avx2" or "scalar". Static.
+/// The instruction set of the kernels that this process uses: "avx512_bf16", "avx512", "avx2", "neon_bf16",
+/// "neon" or "scalar". Static.
 ///
 /// The environment variable HYPERATTN_MAX_ISA, read once, holds it down to one of these names; other
 /// values of it are ignored.
@@ -43,8 +44,11 @@ pub extern "C" fn hyperattn_version_string() -> *const c_char {
 pub extern "C" fn hyperattn_cpu_isa() -> *const c_char {
     let name = match kernels().isa() {
         hyperattn_core::Isa::Scalar => c"scalar",
+        hyperattn_core::Isa::Neon => c"neon",
+        hyperattn_core::Isa::NeonBf16 => c"neon_bf16",
         hyperattn_core::Isa::Avx2 => c"avx2",
         hyperattn_core::Isa::Avx512 => c"avx512",
+        hyperattn_core::Isa::Avx512Bf16 => c"avx512_bf16",
         _ => c"unknown",
     };
     name.as_ptr()

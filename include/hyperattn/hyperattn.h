@@ -335,7 +335,8 @@ uint32_t hyperattn_abi_version(void);
 /// The library's version as text, "major.minor.patch". Static.
 const char *hyperattn_version_string(void);
 
-/// The instruction set of the kernels that this process uses: "avx512", "avx2" or "scalar". Static.
+/// The instruction set of the kernels that this process uses: "avx512_bf16", "avx512", "avx2", "neon_bf16",
+/// "neon" or "scalar". Static.
 ///
 /// The environment variable HYPERATTN_MAX_ISA, read once, holds it down to one of these names; other
 /// values of it are ignored.

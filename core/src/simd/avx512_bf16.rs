@@ -4,7 +4,7 @@
 use core::arch::x86_64::*;
 
 use super::avx512::{self, Avx512};
-use super::product::Product;
+use super::product::{Product, bf16_of, scale_bf16};
 use super::{Isa, Kernels, Step, generic};
 
 /// Pairs of bf16. A product is exact; the two products and the sum are rounded one after the other, and
@@ -68,13 +68,12 @@ impl Product for Bf16Pairs {
 
     #[inline(always)]
     fn scale_word(word: u32, factor: f32) -> u32 {
-        let scale = |element| half::bf16::from_f32(Self::element_of(word, element) * factor).to_bits();
-        u32::from(scale(0)) | u32::from(scale(1)) << 16
+        scale_bf16(word, factor)
     }
 
     #[inline(always)]
     fn element_of(word: u32, index: usize) -> f32 {
-        f32::from_bits(if index == 0 { word << 16 } else { word & 0xffff_0000 })
+        bf16_of(word, index)
     }
 }
 

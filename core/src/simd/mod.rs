@@ -6,9 +6,16 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
-mod detect;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod detect_aarch64;
+#[cfg(target_arch = "x86_64")]
+mod detect_x86;
 mod entries;
 mod generic;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod neon;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod neon_bf16;
 mod prefetch;
 mod product;
 mod scalar;
@@ -31,6 +38,10 @@ pub const HASH_ROWS: usize = 8;
 pub enum Isa {
     /// No special instructions.
     Scalar,
+    /// aarch64 NEON.
+    Neon,
+    /// aarch64 BF16 (FEAT_BF16), with what [`Isa::Neon`] has.
+    NeonBf16,
     /// x86-64 AVX2, FMA and F16C.
     Avx2,
     /// x86-64 AVX-512 F, with what [`Isa::Avx2`] has.
@@ -40,12 +51,14 @@ pub enum Isa {
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 6] = [Isa::Scalar, Isa::Neon, Isa::NeonBf16, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
-    /// "scalar", "avx2", "avx512", "avx512_bf16".
+    /// "scalar", "neon", "neon_bf16", "avx2", "avx512", "avx512_bf16".
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
+            Isa::NeonBf16 => "neon_bf16",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512_bf16",
@@ -167,7 +180,7 @@ impl Kernels {
         for kernels in Self::available() {
             let allowed = match limit {
                 Some(limit) => kernels.isa <= limit,
-                None => kernels.attend_bf16.is_none() || detect::bf16_products_are_fast(),
+                None => kernels.is_worth_choosing(),
             };
             if allowed && kernels.isa > best.isa {
                 best = kernels;
@@ -176,17 +189,32 @@ impl Kernels {
         best
     }
 
+    /// Whether bf16 products, where the table has them, cost no more than f32 ones on this processor.
+    fn is_worth_choosing(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let fast = detect_x86::bf16_products_are_fast();
+        #[cfg(not(target_arch = "x86_64"))]
+        let fast = true;
+        self.attend_bf16.is_none() || fast
+    }
+
     /// Every table that this machine can run.
     pub fn available() -> impl Iterator<Item = &'static Kernels> {
         #[cfg(target_arch = "x86_64")]
         let tables = [
             Some(Self::scalar()),
-            detect::has_avx2().then_some(&avx2::KERNELS),
-            detect::has_avx512().then_some(&avx512::KERNELS),
-            detect::has_avx512_bf16().then_some(&avx512_bf16::KERNELS),
+            detect_x86::has_avx2().then_some(&avx2::KERNELS),
+            detect_x86::has_avx512().then_some(&avx512::KERNELS),
+            detect_x86::has_avx512_bf16().then_some(&avx512_bf16::KERNELS),
         ];
         #[cfg(not(target_arch = "x86_64"))]
-        let tables = [Some(Self::scalar())];
+        let tables = [
+            Some(Self::scalar()),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+            Some(&neon::KERNELS),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+            detect_aarch64::has_bf16().then_some(&neon_bf16::KERNELS),
+        ];
         tables.into_iter().flatten()
     }
 

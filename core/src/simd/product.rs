@@ -91,3 +91,16 @@ impl<V: Vector> Product for F32<V> {
         f32::from_bits(word)
     }
 }
+
+/// Element `index` of a word of bf16.
+#[inline(always)]
+pub(super) fn bf16_of(word: u32, index: usize) -> f32 {
+    f32::from_bits(if index == 0 { word << 16 } else { word & 0xffff_0000 })
+}
+
+/// A word of bf16, each multiplied by `factor`.
+#[inline(always)]
+pub(super) fn scale_bf16(word: u32, factor: f32) -> u32 {
+    let scale = |index| half::bf16::from_f32(bf16_of(word, index) * factor).to_bits();
+    u32::from(scale(0)) | u32::from(scale(1)) << 16
+}

@@ -21,8 +21,9 @@ pub const F32_TOLERANCE: f64 = 5e-6;
 /// Largest error of one head's output where the weights are multiplied as bf16, relative to the output that the
 /// absolute values would have (Frobenius norms), on top of [`F32_TOLERANCE`].
 ///
-/// A weight is rounded to 8 bits, which moves it by at most 2^-9 of itself; twice where it is rescaled before it
-/// is multiplied. So no element moves by more than 2^-8 sum w |v| / sum w.
+/// A weight is rounded to 8 bits, which moves it by at most 2^-8 of itself and mostly by less than half of that;
+/// the few that are rescaled before they are multiplied are rounded again. The errors are independent, so that
+/// over a head the norm stays below 2^-8 of that of sum w |v| / sum w.
 pub const BF16_PAIRS_TOLERANCE: f64 = 1.0 / 256.0;
 
 /// Asserts that every head is within `tolerance` of the oracle (see [`F32_TOLERANCE`]).

@@ -102,11 +102,12 @@ impl Chain {
     /// Sums and numerators against f64, relative to the sum of the absolute terms. A logit is a chain of up to 80
     /// sums from the row's largest, which is up to 64 in magnitude: with independent roundings it is off by some
     /// 2^-24 * 64 * sqrt(80) / sqrt(3) = 2e-5, and the rest is smaller. Weights that are multiplied as
-    /// bf16 are off by 2^-9 each, twice where one is rescaled in between.
+    /// bf16 are rounded to 8 bits, an error of at most 2^-8, when their panel of the tile is done and again
+    /// wherever a later panel rescales them.
     fn check(&self) {
         let multiplied_tolerance = match self.packing {
             Packing::F32 => LOGIT_TOLERANCE,
-            Packing::Bf16Pairs => 2.0 / 512.0,
+            Packing::Bf16Pairs => (KEY_TILE / self.kernels.panel()) as f64 / 256.0,
         };
         for (r, entries) in self.entries.iter().enumerate() {
             let largest = entries.iter().map(|entry| entry.0).fold(f64::NEG_INFINITY, f64::max);

@@ -1,5 +1,4 @@
-//! What this processor can do, asked without std.
-#![cfg(target_arch = "x86_64")]
+//! What this x86-64 processor can do, asked without std.
 
 use core::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
