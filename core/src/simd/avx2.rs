@@ -2,10 +2,9 @@
 
 use core::arch::x86_64::*;
 
-use super::entries::kernel_entries;
+use super::entries::kernel_table;
 use super::vector::Vector;
 use super::x86::x86_operations;
-use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(__m256);
@@ -32,6 +31,12 @@ impl Vector for Avx2 {
     fn iota() -> Self {
         // SAFETY: see the impl.
         Avx2(unsafe { _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        Avx2(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) })
     }
 
     #[inline(always)]
@@ -101,33 +106,4 @@ fn fours(row: &[__m256]) -> [__m256; 4] {
     }
 }
 
-kernel_entries!(Avx2, 6, 2, 6, "avx2,fma,f16c");
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
-    let vectors = to.len() / 8;
-    for i in 0..vectors {
-        // SAFETY: 8 (i + 1) <= to.len() elements are readable at `from` and writable at `to`.
-        unsafe {
-            let half = _mm_loadu_si128(from.cast::<__m128i>().add(i));
-            _mm256_storeu_ps(to.as_mut_ptr().add(8 * i), _mm256_cvtph_ps(half));
-        }
-    }
-    // SAFETY: the elements from 8 * vectors on, within the same bounds.
-    unsafe { generic::widen_f16(from.add(16 * vectors), &mut to[8 * vectors..]) }
-}
-
-pub(super) static KERNELS: Kernels = Kernels {
-    isa: Isa::Avx2,
-    query_rows: 6,
-    row_multiple: 6,
-    panel: 16,
-    lanes: 8,
-    attend,
-    attend_bf16: None,
-    hash,
-    transpose,
-    pack_queries,
-    place,
-    widen_f16,
-};
+kernel_table!(Avx2, Avx2, 6, 2, 6, "avx2,fma,f16c");

@@ -2,10 +2,9 @@
 
 use core::arch::x86_64::*;
 
-use super::entries::kernel_entries;
+use super::entries::kernel_table;
 use super::vector::Vector;
 use super::x86::x86_operations;
-use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(pub(super) __m512);
@@ -36,6 +35,12 @@ impl Vector for Avx512 {
                 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
             )
         })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
     }
 
     #[inline(always)]
@@ -110,35 +115,4 @@ fn fours(row: &[__m512]) -> [__m512; 4] {
     }
 }
 
-kernel_entries!(Avx512, 12, 2, 4, "avx512f");
-
-#[target_feature(enable = "avx512f")]
-unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
-    let vectors = to.len() / 16;
-    for i in 0..vectors {
-        // SAFETY: 16 (i + 1) <= to.len() elements are readable at `from` and writable at `to`.
-        unsafe {
-            let half = _mm256_loadu_si256(from.cast::<__m256i>().add(i));
-            _mm512_storeu_ps(to.as_mut_ptr().add(16 * i), _mm512_cvtph_ps(half));
-        }
-    }
-    // SAFETY: the elements from 16 * vectors on, within the same bounds.
-    unsafe { generic::widen_f16(from.add(32 * vectors), &mut to[16 * vectors..]) }
-}
-
-pub(super) const TABLE: Kernels = Kernels {
-    isa: Isa::Avx512,
-    query_rows: 12,
-    row_multiple: 4,
-    panel: 32,
-    lanes: 16,
-    attend,
-    attend_bf16: None,
-    hash,
-    transpose,
-    pack_queries,
-    place,
-    widen_f16,
-};
-
-pub(super) static KERNELS: Kernels = TABLE;
+kernel_table!(Avx512, Avx512, 12, 2, 4, "avx512f");

@@ -4,7 +4,7 @@
 use core::arch::x86_64::*;
 
 use super::avx512::{self, Avx512};
-use super::product::{Product, bf16_of, scale_bf16};
+use super::product::Product;
 use super::{Isa, Kernels, Step, generic};
 
 /// Pairs of bf16. A product is exact; the two products and the sum are rounded one after the other, and
@@ -64,16 +64,6 @@ impl Product for Bf16Pairs {
                 _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32 as i32))
             })
         })
-    }
-
-    #[inline(always)]
-    fn scale_word(word: u32, factor: f32) -> u32 {
-        scale_bf16(word, factor)
-    }
-
-    #[inline(always)]
-    fn element_of(word: u32, index: usize) -> f32 {
-        bf16_of(word, index)
     }
 }
 

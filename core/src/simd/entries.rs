@@ -1,9 +1,9 @@
-//! The entry points of a table: the generic kernels, compiled for one vector type and its instructions.
+//! A table: the generic kernels, compiled for one vector type and its instructions.
 
-/// Defines `attend`, `hash`, `transpose`, `pack_queries` and `place` for a vector, with ROWS, VECTORS and TAIL of a register tile, under
-/// the target features that it needs.
-macro_rules! kernel_entries {
-    ($vector:ty, $rows:literal, $vectors:literal, $tail:literal $(, $features:literal)?) => {
+/// Defines the entry points for a vector, with ROWS, VECTORS and TAIL of a register tile, under the target features
+/// that it needs, and the table of them.
+macro_rules! kernel_table {
+    ($isa:ident, $vector:ty, $rows:literal, $vectors:literal, $tail:literal $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         unsafe fn attend(step: &mut crate::simd::Step<'_>) {
             // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
@@ -33,6 +33,29 @@ macro_rules! kernel_entries {
             // SAFETY: as above.
             unsafe { crate::simd::generic::place::<$vector, $vectors>(row, slot, slots, to) }
         }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::generic::widen_f16::<$vector>(from, to) }
+        }
+
+        pub(super) const TABLE: crate::simd::Kernels = crate::simd::Kernels {
+            isa: crate::simd::Isa::$isa,
+            query_rows: $rows,
+            row_multiple: $tail,
+            panel: $vectors * <$vector as crate::simd::vector::Vector>::LANES,
+            lanes: <$vector as crate::simd::vector::Vector>::LANES,
+            attend,
+            attend_bf16: None,
+            hash,
+            transpose,
+            pack_queries,
+            place,
+            widen_f16,
+        };
+
+        pub(super) static KERNELS: crate::simd::Kernels = TABLE;
     };
 }
-pub(super) use kernel_entries;
+pub(super) use kernel_table;

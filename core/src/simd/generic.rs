@@ -578,9 +578,15 @@ pub(super) unsafe fn place<V: Vector, const VECTORS: usize>(
 /// Widens binary16 numbers.
 ///
 /// # Safety
-/// `2 * to.len()` bytes are readable at `from`.
-pub(super) unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
-    for (i, x) in to.iter_mut().enumerate() {
+/// The instructions of `V` are available; `2 * to.len()` bytes are readable at `from`.
+#[inline(always)]
+pub(super) unsafe fn widen_f16<V: Vector>(from: *const u8, to: &mut [f32]) {
+    let whole = to.len() / V::LANES * V::LANES;
+    for first in (0..whole).step_by(V::LANES) {
+        // SAFETY: first + LANES <= to.len() elements are readable at `from` and writable at `to`.
+        unsafe { V::load_f16(from.add(2 * first)).store(to.as_mut_ptr().add(first)) };
+    }
+    for (i, x) in to.iter_mut().enumerate().skip(whole) {
         // SAFETY: i < to.len().
         *x = f16::from_bits(unsafe { from.cast::<u16>().add(i).read_unaligned() }).to_f32();
     }

@@ -2,9 +2,8 @@
 
 use core::arch::aarch64::*;
 
-use super::entries::kernel_entries;
+use super::entries::kernel_table;
 use super::vector::Vector;
-use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Neon(pub(super) float32x4_t);
@@ -79,6 +78,12 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        Neon(unsafe { vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from.cast()))) })
+    }
+
+    #[inline(always)]
     fn select_less(self, other: Self, a: Self, b: Self) -> Self {
         // SAFETY: see the impl.
         Neon(unsafe { vbslq_f32(vcltq_f32(a.0, b.0), self.0, other.0) })
@@ -138,36 +143,4 @@ fn right_halves(a: float32x4_t, b: float32x4_t) -> float32x4_t {
     unsafe { vcombine_f32(vget_high_f32(a), vget_high_f32(b)) }
 }
 
-kernel_entries!(Neon, 6, 4, 3);
-
-/// # Safety
-/// `2 * to.len()` bytes are readable at `from`.
-unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
-    let vectors = to.len() / 4;
-    for i in 0..vectors {
-        // SAFETY: 4 (i + 1) <= to.len() elements are readable at `from` and writable at `to`.
-        unsafe {
-            let half = vreinterpret_f16_u16(vld1_u16(from.cast::<u16>().add(4 * i)));
-            vst1q_f32(to.as_mut_ptr().add(4 * i), vcvt_f32_f16(half));
-        }
-    }
-    // SAFETY: the elements from 4 * vectors on, within the same bounds.
-    unsafe { generic::widen_f16(from.add(8 * vectors), &mut to[4 * vectors..]) }
-}
-
-pub(super) const TABLE: Kernels = Kernels {
-    isa: Isa::Neon,
-    query_rows: 6,
-    row_multiple: 3,
-    panel: 16,
-    lanes: 4,
-    attend,
-    attend_bf16: None,
-    hash,
-    transpose,
-    pack_queries,
-    place,
-    widen_f16,
-};
-
-pub(super) static KERNELS: Kernels = TABLE;
+kernel_table!(Neon, Neon, 6, 4, 3);

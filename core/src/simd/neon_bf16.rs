@@ -5,7 +5,7 @@ use core::arch::aarch64::*;
 use core::arch::asm;
 
 use super::neon::{self, Neon};
-use super::product::{Product, bf16_of, scale_bf16};
+use super::product::Product;
 use super::{Isa, Kernels, Step, generic};
 
 /// Pairs of bf16. The products and the sums are rounded to odd, and subnormal numbers count as 0.
@@ -71,16 +71,6 @@ impl Product for Bf16Pairs {
                 vandq_u32(words, vdupq_n_u32(0xffff_0000))
             })
         })
-    }
-
-    #[inline(always)]
-    fn scale_word(word: u32, factor: f32) -> u32 {
-        scale_bf16(word, factor)
-    }
-
-    #[inline(always)]
-    fn element_of(word: u32, index: usize) -> f32 {
-        bf16_of(word, index)
     }
 }
 

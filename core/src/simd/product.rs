@@ -37,10 +37,25 @@ pub(crate) trait Product {
     fn element(words: Self::Operand, index: usize) -> Self::Vector;
 
     /// A word whose elements are those of `word`, each multiplied by `factor`.
-    fn scale_word(word: u32, factor: f32) -> u32;
+    #[inline(always)]
+    fn scale_word(word: u32, factor: f32) -> u32 {
+        let scaled = |index| Self::element_of(word, index) * factor;
+        if Self::DEPTH == 1 {
+            return scaled(0).to_bits();
+        }
+        let rounded = |index| u32::from(half::bf16::from_f32(scaled(index)).to_bits());
+        rounded(0) | rounded(1) << 16
+    }
 
     /// Element `index` of a word.
-    fn element_of(word: u32, index: usize) -> f32;
+    #[inline(always)]
+    fn element_of(word: u32, index: usize) -> f32 {
+        f32::from_bits(match (Self::DEPTH, index) {
+            (1, _) => word,
+            (_, 0) => word << 16,
+            _ => word & 0xffff_0000,
+        })
+    }
 }
 
 /// f32 words.
@@ -80,27 +95,4 @@ impl<V: Vector> Product for F32<V> {
     fn element(words: V, _index: usize) -> V {
         words
     }
-
-    #[inline(always)]
-    fn scale_word(word: u32, factor: f32) -> u32 {
-        (f32::from_bits(word) * factor).to_bits()
-    }
-
-    #[inline(always)]
-    fn element_of(word: u32, _index: usize) -> f32 {
-        f32::from_bits(word)
-    }
-}
-
-/// Element `index` of a word of bf16.
-#[inline(always)]
-pub(super) fn bf16_of(word: u32, index: usize) -> f32 {
-    f32::from_bits(if index == 0 { word << 16 } else { word & 0xffff_0000 })
-}
-
-/// A word of bf16, each multiplied by `factor`.
-#[inline(always)]
-pub(super) fn scale_bf16(word: u32, factor: f32) -> u32 {
-    let scale = |index| half::bf16::from_f32(bf16_of(word, index) * factor).to_bits();
-    u32::from(scale(0)) | u32::from(scale(1)) << 16
 }

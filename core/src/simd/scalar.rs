@@ -1,8 +1,9 @@
 //! The portable table: plain Rust over eight lanes, which any compiler turns into its baseline vectors.
 
-use super::entries::kernel_entries;
+use half::f16;
+
+use super::entries::kernel_table;
 use super::vector::Vector;
-use super::{Isa, Kernels, generic};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; 8]);
@@ -75,6 +76,13 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: the caller has eight readable numbers there.
+        let bits = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
+        Portable(bits.map(|bits| f16::from_bits(bits).to_f32()))
+    }
+
+    #[inline(always)]
     fn select_less(self, other: Self, a: Self, b: Self) -> Self {
         Portable(core::array::from_fn(|i| if a.0[i] < b.0[i] { self.0[i] } else { other.0[i] }))
     }
@@ -105,19 +113,4 @@ impl Vector for Portable {
     }
 }
 
-kernel_entries!(Portable, 4, 1, 4);
-
-pub(super) static KERNELS: Kernels = Kernels {
-    isa: Isa::Scalar,
-    query_rows: 4,
-    row_multiple: 4,
-    panel: 8,
-    lanes: 8,
-    attend,
-    attend_bf16: None,
-    hash,
-    transpose,
-    pack_queries,
-    place,
-    widen_f16: generic::widen_f16,
-};
+kernel_table!(Scalar, Portable, 4, 1, 4);

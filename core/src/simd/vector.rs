@@ -18,6 +18,12 @@ pub(crate) trait Vector: Copy {
     /// `LANES` numbers are readable at `from`.
     unsafe fn load(from: *const f32) -> Self;
 
+    /// Widens binary16 numbers.
+    ///
+    /// # Safety
+    /// `2 * LANES` bytes are readable at `from`.
+    unsafe fn load_f16(from: *const u8) -> Self;
+
     /// # Safety
     /// `LANES` numbers are writable at `to`.
     unsafe fn store(self, to: *mut f32);
