@@ -385,6 +385,10 @@ void hyperattn_params_init(struct hyperattn_params *params, size_t struct_size);
 /// Size and alignment of the workspace that hyperattn_forward() needs for the same arguments. The tensors'
 /// data are not looked at and may be NULL; *out is written on success only.
 ///
+/// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
+/// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
+/// some 320 (head_dim + value dimension) numbers of 4 bytes.
+///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
 ///     if (hyperattn_forward_workspace(&params, &tensors, &exec, &need) == HYPERATTN_STATUS_OK) {
