@@ -109,6 +109,10 @@ pub(crate) fn run_pass(
                 tile.push(head, prepared.query_row(problem.n_q, head, position), 0);
             }
         }
+        let keys = prepared.keys(problem.n_k, kv_head);
+        if let Some(range) = selection.ranges(block).next() {
+            tile.prefetch_range(keys, range);
+        }
         tile.load_queries(prepared.batch);
         let mut log2_taus = [f32::NEG_INFINITY; HeadTiling::MOST_HEADS];
         for (tau, head) in log2_taus.iter_mut().zip(heads) {

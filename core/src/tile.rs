@@ -271,6 +271,11 @@ impl<'a> Tile<'a> {
         }
     }
 
+    /// Asks for the keys and values of the first tile at `positions`.
+    pub(crate) fn prefetch_range(&self, keys: KeyOrder<'_>, positions: Range<usize>) {
+        self.prefetch(keys, positions.take(KEY_TILE).map(|position| keys.row(position)), Part::Both);
+    }
+
     /// Asks for the keys and values at `rows` while others are attended to.
     fn prefetch(&self, keys: KeyOrder<'_>, rows: impl Iterator<Item = usize>, part: Part) {
         let tensors = self.call.tensors;
