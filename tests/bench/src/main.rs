@@ -105,6 +105,9 @@ fn redraw(options: &Options) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Curves that one picture has room for; more are drawn in one for each combination of element types.
+const MOST_CURVES: usize = 8;
+
 /// What the records of a list say together.
 fn finish_list(name: &str, records: &[Record], folder: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let (time, error) = (series::time_over_length(records), series::error_over_budget(records));
@@ -113,7 +116,16 @@ fn finish_list(name: &str, records: &[Record], folder: Option<&Path>) -> Result<
     }
     let Some(folder) = folder else { return Ok(()) };
     fs::create_dir_all(folder)?;
-    for (kind, what, family) in [(Kind::Time, "time", time), (Kind::Error, "error", error)] {
+    let mut pictures = vec![(Kind::Error, "error".to_owned(), error)];
+    if time.series.len() <= MOST_CURVES {
+        pictures.push((Kind::Time, "time".to_owned(), time));
+    } else {
+        for (dtypes, records) in series::by_dtypes(records) {
+            let what = format!("{}-time", dtypes.replace('/', "-"));
+            pictures.push((Kind::Time, what, series::time_over_length(&records)));
+        }
+    }
+    for (kind, what, family) in pictures {
         if !family.series.is_empty() {
             let path = folder.join(format!("{name}-{what}.svg"));
             plot::draw(kind, &format!("{name}: {what}"), &family, &path)?;

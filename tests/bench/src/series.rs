@@ -49,6 +49,19 @@ pub fn error_over_budget(records: &[Record]) -> Family {
     })
 }
 
+/// The records of each combination of element types, in the order of their first.
+pub fn by_dtypes(records: &[Record]) -> Vec<(String, Vec<Record>)> {
+    let mut groups: Vec<(String, Vec<Record>)> = Vec::new();
+    for record in records {
+        let dtypes = record.problem.dtypes();
+        match groups.iter_mut().find(|(other, _)| *other == dtypes) {
+            Some((_, group)) => group.push(record.clone()),
+            None => groups.push((dtypes, vec![record.clone()])),
+        }
+    }
+    groups
+}
+
 impl Series {
     /// The exponent of the power that fits the curve best.
     pub fn slope(&self) -> f64 {

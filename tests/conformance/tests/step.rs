@@ -183,6 +183,23 @@ fn logits_of_minus_infinity_have_no_weight_and_leave_a_row_empty() {
     });
 }
 
+/// The first logits of a row may lie anywhere: there is nothing yet that is relative to something else.
+#[test]
+fn logits_far_below_zero_are_a_row_s_first() {
+    for_each_packing(|kernels, packing| {
+        for logit in [-100.0, -127.0, -128.0, -129.0, -255.0, -256.0, -1024.0, -1e30] {
+            let mut state = State::new(kernels, packing, &[1.0], 1, 1);
+            let logit = bf16::from_f32(logit).to_f32();
+            attend(&mut state, &[logit], &[3.0], None);
+            assert_eq!((state.max[0], state.sum(0), state.accumulated(0)[0]), (logit, 1.0, 3.0));
+            attend(&mut state, &[0.0], &[2.0], None);
+            let before = logit.exp2();
+            assert_eq!(state.max[0], 0.0);
+            assert!((state.sum(0) - 1.0 - before).abs() <= f32::EPSILON, "{logit}");
+        }
+    });
+}
+
 #[test]
 fn nan_reaches_the_rows_that_see_it_and_no_others() {
     for_each_packing(|kernels, packing| {
