@@ -74,6 +74,7 @@ pub(crate) fn run_pass(
             }
         }
         tile.load_queries(batch);
+        pass.resume(&mut tile);
         let packed =
             packed.map(|packed| &packed[(kv_head - heads.kv.start) * head_len + index * rectangle_len..]);
         tile.attend_visible(KeyOrder { batch, kv_head, order: None }, rectangle.keys, packed);

@@ -114,12 +114,20 @@ pub(crate) fn run_pass(
             tile.prefetch_range(keys, range);
         }
         tile.load_queries(prepared.batch);
+        // The row-norm residual has sums of its own for every sub-problem.
+        let separate = effective_residual(params) == Residual::RowNorm;
+        if !separate {
+            pass.resume(&mut tile);
+        }
         let mut log2_taus = [f32::NEG_INFINITY; HeadTiling::MOST_HEADS];
         for (tau, head) in log2_taus.iter_mut().zip(heads) {
             *tau = tau_of(call, &log2_row_sums, &selection, head - prepared.heads.query.start);
         }
         let log2_tau_of = |row: usize| log2_taus[row / queries.len()];
         estimate(&mut tile, call, prepared, &selection, block, kv_head, log2_tau_of);
+        if separate {
+            pass.join(&mut tile);
+        }
         pass.complete(&mut tile, prepared.batch);
     })
 }

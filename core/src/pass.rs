@@ -21,14 +21,27 @@ impl Pass<'_> {
         (0..self.count).filter_map(self.rectangle)
     }
 
-    /// Joins what earlier passes stored, then stores or writes the rows of `tile`.
+    /// Lets the rows of `tile`, which has met no key, go on from what earlier passes stored.
+    pub(crate) fn resume(&self, tile: &mut Tile<'_>) {
+        if let Some(states) = self.states {
+            // SAFETY: as in `complete`.
+            unsafe { tile.resume(states) };
+        }
+    }
+
+    /// Joins what earlier passes stored, for a tile that did not resume from it.
+    pub(crate) fn join(&self, tile: &mut Tile<'_>) {
+        if let Some(states) = self.states {
+            // SAFETY: as in `complete`.
+            unsafe { tile.absorb(states) };
+        }
+    }
+
+    /// Stores or writes the rows of `tile`.
     pub(crate) fn complete(&self, tile: &mut Tile<'_>, batch: usize) {
         // SAFETY: the sub-problems of a pass have disjoint queries, every task has its own rows of one
         // of them, and the next pass starts when all tasks have returned.
         unsafe {
-            if let Some(states) = self.states {
-                tile.absorb(states);
-            }
             match self.states {
                 Some(states) if !self.last => tile.store(states),
                 _ => tile.finish(batch),

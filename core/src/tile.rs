@@ -407,23 +407,45 @@ impl<'a> Tile<'a> {
         self.memory.accumulated[row * width..][..width].iter_mut().for_each(|x| *x *= factor);
     }
 
-    /// Adds the stored partial results of the tile's rows, over keys that the tile has not met.
+    /// The stored partial results of the tile's row `row` (maximum, sum, accumulated), if it has any; those of
+    /// later rows are asked for.
+    ///
+    /// # Safety
+    /// While the result lives nobody else uses the states of these rows.
+    unsafe fn stored<'s>(&self, states: &'s States<'_>, row: usize) -> Option<(f32, f32, &'s [f32])> {
+        states.accumulated.prefetch(states.index(self, (row + ROWS_AHEAD).min(self.rows - 1)));
+        let index = states.index(self, row);
+        // SAFETY: the rows are this tile's own (contract).
+        let (max, sum, accumulated) =
+            unsafe { (states.max.row(index)[0], states.sum.row(index)[0], &*states.accumulated.row(index)) };
+        // An empty state's accumulated values were never written.
+        (sum != 0.0 || max != f32::NEG_INFINITY).then_some((max, sum, accumulated))
+    }
+
+    /// Makes the stored partial results of the rows those of the tile, which has met no key: what comes now
+    /// continues the same online softmax.
     ///
     /// # Safety
     /// While this runs nobody else uses the states of these rows.
+    pub(crate) unsafe fn resume(&mut self, states: &States<'_>) {
+        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
+        for r in 0..self.rows {
+            // SAFETY: the rows are this tile's own (contract).
+            let Some((max, sum, accumulated)) = (unsafe { self.stored(states, r) }) else { continue };
+            self.set_sum(r, max, sum);
+            self.memory.accumulated[r * width..][..value_dim].copy_from_slice(accumulated);
+        }
+    }
+
+    /// Adds the stored partial results of the tile's rows, over keys that the tile has not met.
+    ///
+    /// # Safety
+    /// As for [`Self::resume`].
     pub(crate) unsafe fn absorb(&mut self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
-            states.accumulated.prefetch(states.index(self, (r + ROWS_AHEAD).min(self.rows - 1)));
-            let index = states.index(self, r);
             // SAFETY: the rows are this tile's own (contract).
-            let (max, sum, accumulated) = unsafe {
-                (states.max.row(index)[0], states.sum.row(index)[0], &*states.accumulated.row(index))
-            };
-            // An empty state's accumulated values were never written.
-            if sum == 0.0 && max == f32::NEG_INFINITY {
-                continue;
-            }
+            let Some((max, sum, accumulated)) = (unsafe { self.stored(states, r) }) else { continue };
             let [mine, stored] = crate::merge::merge_factors(self.memory.max[r], max);
             let joined = self.sum_of(r) * mine + sum * stored;
             self.set_sum(r, self.memory.max[r].max(max), joined);
@@ -436,7 +458,7 @@ impl<'a> Tile<'a> {
     /// Stores the partial results of the tile's rows.
     ///
     /// # Safety
-    /// As for [`Self::absorb`].
+    /// As for [`Self::resume`].
     pub(crate) unsafe fn store(&self, states: &States<'_>) {
         let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
         for r in 0..self.rows {
