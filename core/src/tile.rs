@@ -415,11 +415,12 @@ impl<'a> Tile<'a> {
     unsafe fn stored<'s>(&self, states: &'s States<'_>, row: usize) -> Option<(f32, f32, &'s [f32])> {
         states.accumulated.prefetch(states.index(self, (row + ROWS_AHEAD).min(self.rows - 1)));
         let index = states.index(self, row);
-        // SAFETY: the rows are this tile's own (contract).
-        let (max, sum, accumulated) =
-            unsafe { (states.max.row(index)[0], states.sum.row(index)[0], &*states.accumulated.row(index)) };
+        let [max, sum, accumulated] = [&states.max, &states.sum, &states.accumulated].map(|rows| {
+            // SAFETY: the rows are this tile's own (contract).
+            unsafe { &*rows.row(index) }
+        });
         // An empty state's accumulated values were never written.
-        (sum != 0.0 || max != f32::NEG_INFINITY).then_some((max, sum, accumulated))
+        (sum[0] != 0.0 || max[0] != f32::NEG_INFINITY).then_some((max[0], sum[0], accumulated))
     }
 
     /// Makes the stored partial results of the rows those of the tile, which has met no key: what comes now
