@@ -13,31 +13,31 @@ macro_rules! kernel_table {
         $(#[target_feature(enable = $features)])?
         unsafe fn hash(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::hash::<$vector>(rows, projections, width, codes) }
+            unsafe { crate::simd::rows::hash::<$vector>(rows, projections, width, codes) }
         }
 
         $(#[target_feature(enable = $features)])?
         unsafe fn transpose(rows: &[&[u32]], words: usize, to: &mut [u32], panel: usize) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::transpose::<$vector>(rows, words, to, panel) }
+            unsafe { crate::simd::rows::transpose::<$vector>(rows, words, to, panel) }
         }
 
         $(#[target_feature(enable = $features)])?
         unsafe fn pack_queries(rows: &[&[u32]], words: usize, scale: Option<f32>, to: &mut [u32]) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::pack_queries::<$vector, $rows>(rows, words, scale, to) }
+            unsafe { crate::simd::rows::pack_queries::<$vector, $rows>(rows, words, scale, to) }
         }
 
         $(#[target_feature(enable = $features)])?
         unsafe fn place(row: &[u32], slot: usize, slots: usize, to: &mut [u32]) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::place::<$vector, $vectors>(row, slot, slots, to) }
+            unsafe { crate::simd::rows::place::<$vector, $vectors>(row, slot, slots, to) }
         }
 
         $(#[target_feature(enable = $features)])?
         unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::widen_f16::<$vector>(from, to) }
+            unsafe { crate::simd::rows::widen_f16::<$vector>(from, to) }
         }
 
         pub(super) const TABLE: crate::simd::Kernels = crate::simd::Kernels {

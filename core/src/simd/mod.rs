@@ -18,6 +18,7 @@ mod neon;
 mod neon_bf16;
 mod prefetch;
 mod product;
+mod rows;
 mod scalar;
 mod vector;
 #[cfg(target_arch = "x86_64")]
@@ -344,7 +345,7 @@ impl Kernels {
                     core::ptr::copy_nonoverlapping(from, to.as_mut_ptr().cast::<u8>(), to.len() * 4);
                 }
                 DType::F16 => (self.widen_f16)(from, to),
-                DType::BF16 => generic::widen_bf16(from, to),
+                DType::BF16 => rows::widen_bf16(from, to),
             }
         }
     }
