@@ -28,7 +28,7 @@ pub struct Record {
     /// Problems with the same number ran in turns; the first is the base of the ratios.
     pub group: usize,
     /// Who computed, with the version where it is not this library.
-    pub library: String,
+    pub implementation: String,
     /// The kernel table; empty for other libraries.
     pub isa: String,
     /// What was computed.
@@ -57,7 +57,7 @@ pub struct Record {
     pub waiting: Option<f64>,
 }
 
-const PLACE: [&str; 5] = ["list", "line", "group", "library", "isa"];
+const PLACE: [&str; 5] = ["list", "line", "group", "implementation", "isa"];
 const MEASURES: [&str; 18] = [
     "runs",
     "time_ms",
@@ -93,7 +93,7 @@ impl Record {
             self.list.clone(),
             self.line.to_string(),
             self.group.to_string(),
-            self.library.clone(),
+            self.implementation.clone(),
             self.isa.clone(),
         ];
         fields.extend(Problem::SETTINGS.iter().map(|name| self.problem.get(name)));
@@ -135,7 +135,7 @@ impl Record {
             list: place[0].to_string(),
             line: number("line", place[1])?,
             group: number("group", place[2])?,
-            library: place[3].to_string(),
+            implementation: place[3].to_string(),
             isa: place[4].to_string(),
             problem,
             runs: number("runs", text("runs"))?,
@@ -209,7 +209,7 @@ pub(crate) mod tests {
             list: "list".into(),
             line: 3,
             group: 2,
-            library: "hyperattn".into(),
+            implementation: "hyperattn".into(),
             isa: "avx2".into(),
             problem,
             runs: 7,

@@ -137,7 +137,7 @@ impl<'a> Ours<'a> {
         &mut self,
         place: Place<'_>,
         line: usize,
-        (library, isa, problem): (String, String, Problem),
+        (implementation, isa, problem): (String, String, Problem),
         time: &Times,
         base: &Times,
     ) -> Result<Record, Box<dyn Error>> {
@@ -150,7 +150,7 @@ impl<'a> Ours<'a> {
             list: place.list.to_string(),
             line,
             group: place.group,
-            library,
+            implementation,
             isa,
             problem,
             runs: time.runs(),

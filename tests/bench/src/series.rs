@@ -27,7 +27,7 @@ pub struct Family {
 }
 
 /// Settings whose values say what they are.
-const PLAIN: [&str; 7] = ["library", "isa", "method", "mask", "dtypes", "layout", "residual"];
+const PLAIN: [&str; 7] = ["implementation", "isa", "method", "mask", "dtypes", "layout", "residual"];
 
 /// Settings that another's value says, too.
 const SAID: [&str; 5] = ["dtype_k", "dtype_v", "dtype_out", "heads_kv", "n_k"];
@@ -72,7 +72,7 @@ impl Series {
 /// The name and value of everything that tells two series apart.
 fn identity(record: &Record, ignored: &[&str]) -> Vec<(&'static str, String)> {
     let problem = &record.problem;
-    let mut identity = vec![("library", record.library.clone()), ("isa", record.isa.clone())];
+    let mut identity = vec![("implementation", record.implementation.clone()), ("isa", record.isa.clone())];
     identity.extend(Problem::SETTINGS.iter().map(|&name| match name {
         "dtype_q" => ("dtypes", problem.dtypes()),
         "heads_q" => ("heads", problem.heads()),

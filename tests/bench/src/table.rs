@@ -31,7 +31,7 @@ pub fn header(width: usize) -> String {
 
 /// One record.
 pub fn row(record: &Record, width: usize) -> String {
-    let by = if record.isa.is_empty() { &record.library } else { &record.isa };
+    let by = if record.isa.is_empty() { &record.implementation } else { &record.isa };
     let megabytes =
         |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 * 1e-6));
     let percent = |fraction: f64| format!("{:.0}%", 100.0 * fraction);
