@@ -168,6 +168,7 @@ mod tests {
             out: layout(n_q),
             lse: None,
             block_mask: None,
+            error: None,
         };
         keys_per_query(&Params { method, mask, min_seq_len, ..Params::default() }, &layouts).unwrap()
     }

@@ -2,7 +2,7 @@
 
 use crate::error::{Result, invalid};
 use crate::math;
-use crate::problem::{check_lse, check_output};
+use crate::problem::{check_scalars, check_output};
 use crate::simd::Kernels;
 use crate::view::{TensorLayout, TensorMut, TensorRef};
 
@@ -76,7 +76,7 @@ fn check(
     out_a.check("out_a")?;
     out_b.check("out_b")?;
     check_output("out_a", out_a)?;
-    check_lse("lse_a", lse_a)?;
+    check_scalars("lse_a", lse_a)?;
     lse_b.check("lse_b")?;
     if lse_b.dtype != crate::DType::F32 {
         invalid!("lse_b.dtype = {:?} must be F32", lse_b.dtype);

@@ -17,14 +17,15 @@ pub enum Mask {
 /// How the output is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Method {
-    /// Exact while that is the faster choice for the shape, else [`Method::Paper`].
+    /// Exact while that is the faster choice for the shape, else [`Method::Refined`].
     #[default]
     Auto,
     /// Softmax attention without approximation, any length. Cost n_q * n_k.
     Exact,
     /// HyperAttention as published (arXiv 2310.05869): sortLSH blocks and a sampled residual.
     Paper,
-    /// A better estimator of the same cost class. Not in this version: answers Unsupported.
+    /// Exact over the first keys, a local band and the keys that a tile of queries weighs most, with one column for
+    /// all that is left; and an estimate of the error, which can raise the number of keys or ask for exact attention.
     Refined,
 }
 
@@ -68,11 +69,22 @@ pub struct Params {
     pub approx_d_epsilon: f32,
     /// Kappa of Algorithm 2, positive; used by [`Residual::RowNorm`] only.
     pub approx_d_kappa: f32,
+    /// Keys that a query meets under [`Method::Refined`], at least [`Params::LEAST_BUDGET`].
+    pub budget: u32,
+    /// Leading keys that every query meets under [`Method::Refined`].
+    pub num_first_keys: u32,
+    /// Latest keys that every query meets under [`Method::Refined`] and a causal mask.
+    pub band: u32,
+    /// Relative output error per head beyond which [`Method::Refined`] raises the head's budget and finally computes
+    /// it exactly; 0 never does.
+    pub target_error: f32,
 }
 
 impl Params {
     /// Largest accepted `lsh_num_projs`.
     pub const MAX_PROJECTIONS: u32 = 24;
+    /// Smallest accepted `budget`.
+    pub const LEAST_BUDGET: u32 = 64;
 }
 
 impl Default for Params {
@@ -90,6 +102,10 @@ impl Default for Params {
             offset: 0,
             approx_d_epsilon: 0.5,
             approx_d_kappa: 1e4,
+            budget: 1024,
+            num_first_keys: 16,
+            band: 128,
+            target_error: 0.05,
         }
     }
 }

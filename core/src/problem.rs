@@ -1,7 +1,7 @@
 //! The shape of one call, checked: whatever passes here is safe to compute.
 
 use crate::element::DType;
-use crate::error::{Error, ErrorKind, Result, invalid};
+use crate::error::{Result, invalid};
 use crate::math;
 use crate::overlap::{overlap, overlaps_itself};
 use crate::params::{BlockMask, Mask, Method, Params, Residual};
@@ -28,6 +28,10 @@ pub struct Tensors<'a> {
     pub lse: Option<TensorMut<'a>>,
     /// Exact blocks for [`Method::Paper`] instead of sortLSH.
     pub block_mask: Option<BlockMask<'a>>,
+    /// Estimate of the relative error of each head's output, f32 `[batch, heads_q, 1, 1]`, when wanted: the
+    /// Frobenius norm of the error over that of the output, from rows that were computed exactly. 0 for
+    /// exact heads.
+    pub error: Option<TensorMut<'a>>,
 }
 
 /// The layouts of one forward call: what planning needs.
@@ -45,6 +49,8 @@ pub struct Layouts<'a> {
     pub lse: Option<TensorLayout>,
     /// See [`Tensors::block_mask`].
     pub block_mask: Option<BlockMask<'a>>,
+    /// See [`Tensors::error`].
+    pub error: Option<TensorLayout>,
 }
 
 impl<'a> Tensors<'a> {
@@ -57,26 +63,32 @@ impl<'a> Tensors<'a> {
             out: *self.out.layout(),
             lse: self.lse.as_ref().map(|lse| *lse.layout()),
             block_mask: self.block_mask,
+            error: self.error.as_ref().map(|error| *error.layout()),
         }
     }
 
     /// Outputs overlap neither themselves, nor each other, nor an input.
     pub(crate) fn check_overlap(&self) -> Result<()> {
         let inputs = [("q", &self.q), ("k", &self.k), ("v", &self.v)];
-        let out = self.out.reborrow();
-        let lse = self.lse.as_ref().map(TensorMut::reborrow);
-        for (name, view) in [("out", Some(&out)), ("lse", lse.as_ref())] {
+        let outputs = [
+            ("out", Some(self.out.reborrow())),
+            ("lse", self.lse.as_ref().map(TensorMut::reborrow)),
+            ("error", self.error.as_ref().map(TensorMut::reborrow)),
+        ];
+        for (index, (name, view)) in outputs.iter().enumerate() {
             let Some(view) = view else { continue };
-            for (other, input) in inputs {
-                if overlap((view.address(), view.layout()), (input.address(), input.layout())) {
-                    invalid!("{name} and {other} overlap in memory; outputs need memory of their own");
+            let earlier = outputs[..index].iter().filter_map(|(name, view)| Some((*name, view.as_ref()?)));
+            for (other, view_of_other) in inputs.into_iter().chain(earlier) {
+                let places = [view, view_of_other].map(|view| (view.address(), view.layout()));
+                if overlap(places[0], places[1]) {
+                    let (first, second) = if index > 0 && inputs.iter().all(|(input, _)| *input != other) {
+                        (other, *name)
+                    } else {
+                        (*name, other)
+                    };
+                    invalid!("{first} and {second} overlap in memory; outputs need memory of their own");
                 }
             }
-        }
-        if let Some(lse) = &lse
-            && overlap((out.address(), out.layout()), (lse.address(), lse.layout()))
-        {
-            invalid!("out and lse overlap in memory; outputs need memory of their own");
         }
         Ok(())
     }
@@ -138,12 +150,6 @@ impl Problem {
 }
 
 fn check_params(params: &Params) -> Result<()> {
-    if params.method == Method::Refined {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format_args!("params.method = REFINED is not in this version; use AUTO, EXACT or PAPER"),
-        ));
-    }
     if !params.scale.is_finite() {
         invalid!("params.scale = {} must be finite (0 means 1/sqrt(head_dim))", params.scale);
     }
@@ -161,6 +167,12 @@ fn check_params(params: &Params) -> Result<()> {
             params.residual
         );
     }
+    if params.budget < Params::LEAST_BUDGET {
+        invalid!("params.budget = {} must be at least {}", params.budget, Params::LEAST_BUDGET);
+    }
+    if !(params.target_error.is_finite() && params.target_error >= 0.0) {
+        invalid!("params.target_error = {} must be finite and not negative", params.target_error);
+    }
     if params.residual == Residual::RowNorm {
         for (name, value) in
             [("approx_d_epsilon", params.approx_d_epsilon), ("approx_d_kappa", params.approx_d_kappa)]
@@ -174,7 +186,7 @@ fn check_params(params: &Params) -> Result<()> {
 }
 
 fn check_layouts(layouts: &Layouts<'_>) -> Result<()> {
-    let Layouts { q, k, v, out, lse, .. } = layouts;
+    let Layouts { q, k, v, out, lse, error, .. } = layouts;
     for (name, layout) in [("q", q), ("k", k), ("v", v), ("out", out)] {
         layout.check(name)?;
     }
@@ -212,10 +224,18 @@ fn check_layouts(layouts: &Layouts<'_>) -> Result<()> {
     check_dtypes(layouts)?;
     check_output("out", out)?;
     if let Some(lse) = lse {
-        check_lse("lse", lse)?;
+        check_scalars("lse", lse)?;
         same(("lse", lse, 0), ("q", q, 0))?;
         same(("lse", lse, 1), ("q", q, 1))?;
         same(("lse", lse, 2), ("q", q, 2))?;
+    }
+    if let Some(error) = error {
+        check_scalars("error", error)?;
+        same(("error", error, 0), ("q", q, 0))?;
+        same(("error", error, 1), ("q", q, 1))?;
+        if error.shape[2] != 1 {
+            invalid!("error.shape[2] = {} must be 1", error.shape[2]);
+        }
     }
     Ok(())
 }
@@ -247,8 +267,8 @@ pub(crate) fn check_output(name: &str, layout: &TensorLayout) -> Result<()> {
     Ok(())
 }
 
-/// A log-sum-exp tensor by itself.
-pub(crate) fn check_lse(name: &str, lse: &TensorLayout) -> Result<()> {
+/// An output of one f32 number per row, by itself.
+pub(crate) fn check_scalars(name: &str, lse: &TensorLayout) -> Result<()> {
     lse.check(name)?;
     if lse.dtype != DType::F32 {
         invalid!("{name}.dtype = {:?} must be F32", lse.dtype);

@@ -44,6 +44,7 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
             lse: (!from.lse.data.is_null()).then(|| tensor::layout("lse", &from.lse)).transpose()?,
             // SAFETY: as above.
             block_mask: unsafe { block_mask::read(from.block_mask, &q, &k) }?,
+            error: (!from.error.data.is_null()).then(|| tensor::layout("error", &from.error)).transpose()?,
         };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
@@ -95,6 +96,7 @@ pub unsafe extern "C" fn hyperattn_forward(
                 out: tensor::output("out", &from.out)?,
                 lse: (!from.lse.data.is_null()).then(|| tensor::output("lse", &from.lse)).transpose()?,
                 block_mask,
+                error: (!from.error.data.is_null()).then(|| tensor::output("error", &from.error)).transpose()?,
             }
         };
         // SAFETY: as above.
@@ -203,6 +205,7 @@ unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<hyperattn_te
         out: tensor::EMPTY,
         lse: tensor::EMPTY,
         block_mask: ptr::null(),
+        error: tensor::EMPTY,
     };
     // SAFETY: the caller's contract.
     unsafe { sized::read(pointer, "tensors", defaults) }

@@ -24,6 +24,10 @@ pub(crate) const DEFAULTS: hyperattn_params = hyperattn_params {
     offset: 0,
     approx_d_epsilon: 0.5,
     approx_d_kappa: 1e4,
+    budget: 1024,
+    num_first_keys: 16,
+    band: 128,
+    target_error: 0.05,
 };
 
 /// Fills *params with the defaults. struct_size is sizeof(hyperattn_params) as the caller sees it: no
@@ -108,6 +112,10 @@ pub(crate) unsafe fn read(pointer: *const hyperattn_params) -> Result<Options> {
         offset: from.offset,
         approx_d_epsilon: from.approx_d_epsilon,
         approx_d_kappa: from.approx_d_kappa,
+        budget: from.budget,
+        num_first_keys: from.num_first_keys,
+        band: from.band,
+        target_error: from.target_error,
     };
     Ok(Options { params, may_allocate: from.flags & HYPERATTN_FLAG_NO_ALLOC == 0 })
 }

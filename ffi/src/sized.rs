@@ -95,7 +95,11 @@ sized!(hyperattn_params {
     seed,
     offset,
     approx_d_epsilon,
-    approx_d_kappa
+    approx_d_kappa,
+    budget,
+    num_first_keys,
+    band,
+    target_error
 });
 sized!(hyperattn_block_mask {
     query_block,
@@ -106,7 +110,7 @@ sized!(hyperattn_block_mask {
     columns,
     row_offsets_head_stride
 });
-sized!(hyperattn_tensors { q, k, v, out, lse, block_mask });
+sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error });
 sized!(hyperattn_threadpool { ctx, num_threads, parallel_for });
 sized!(hyperattn_cpu_exec { workspace, num_threads, reserved, pool });
 

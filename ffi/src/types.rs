@@ -58,7 +58,9 @@ pub const HYPERATTN_METHOD_EXACT: u32 = 1;
 /// time. On the attention of trained language models the published estimator is often far off (relative
 /// errors of 0.2 to 0.8 of the output were measured): check it on your model before you rely on it.
 pub const HYPERATTN_METHOD_PAPER: u32 = 2;
-/// A better estimator of the same cost class. This version answers HYPERATTN_STATUS_UNSUPPORTED.
+/// Exact over the first keys, a local band and the keys that a tile of queries weighs most, with one column for all
+/// that is left. With a target_error the error of each head is estimated first, and a head that misses
+/// it gets more keys, or is computed exactly.
 pub const HYPERATTN_METHOD_REFINED: u32 = 3;
 
 /// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*.
@@ -125,6 +127,15 @@ pub struct hyperattn_params {
     pub approx_d_epsilon: f32,
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     pub approx_d_kappa: f32,
+    /// Keys that a query meets under METHOD_REFINED, at least 64. Default 1024.
+    pub budget: u32,
+    /// Leading keys that every query meets under METHOD_REFINED. Default 16.
+    pub num_first_keys: u32,
+    /// Latest keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
+    pub band: u32,
+    /// Relative error of a head's output beyond which METHOD_REFINED raises the head's budget and finally computes the
+    /// head exactly. Default 0.05. 0 keeps the budget, whatever the error.
+    pub target_error: f32,
 }
 
 /// A borrowed view of a tensor [batch, heads, sequence, head_dim]. The library neither frees nor keeps
@@ -203,6 +214,10 @@ pub struct hyperattn_tensors {
     pub lse: hyperattn_tensor,
     /// Exact blocks for METHOD_PAPER; NULL = sortLSH chooses.
     pub block_mask: *const hyperattn_block_mask,
+    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1]: the Frobenius norm of the error
+    /// over that of the output, from some rows that are computed exactly besides. 0 where the head is exact. With
+    /// data NULL it is not wanted.
+    pub error: hyperattn_tensor,
 }
 
 /// The tensors of a backward call: gradients, shaped like what they belong to.
@@ -322,17 +337,19 @@ mod tests {
 
     #[test]
     fn nothing_has_moved() {
-        layout!(hyperattn_params, 72, {
+        layout!(hyperattn_params, 88, {
             struct_size: 0, method: 8, mask: 12, scale: 16, residual: 20, lsh_num_projs: 24, block_size: 28,
             sample_size: 32, flags: 36, min_seq_len: 40, seed: 48, offset: 56, approx_d_epsilon: 64,
-            approx_d_kappa: 68
+            approx_d_kappa: 68, budget: 72, num_first_keys: 76, band: 80, target_error: 84
         });
         layout!(hyperattn_tensor, 80, { data: 0, dtype: 8, reserved: 12, shape: 16, stride: 48 });
         layout!(hyperattn_block_mask, 56, {
             struct_size: 0, query_block: 8, key_block: 12, num_query_blocks: 16, num_key_blocks: 24,
             row_offsets: 32, columns: 40, row_offsets_head_stride: 48
         });
-        layout!(hyperattn_tensors, 416, { struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408 });
+        layout!(hyperattn_tensors, 496, {
+            struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416
+        });
         layout!(hyperattn_grads, 328, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248 });
         layout!(hyperattn_layout, 16, { size: 0, align: 8 });
         layout!(hyperattn_buffer, 16, { data: 0, size: 8 });

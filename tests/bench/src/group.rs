@@ -178,6 +178,7 @@ fn tensors<'t>(inputs: &'t Inputs, out: &'t mut Tensor) -> hyperattn_core::Resul
         out: out.view_mut()?,
         lse: None,
         block_mask: None,
+        error: None,
     })
 }
 

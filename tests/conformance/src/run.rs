@@ -122,6 +122,7 @@ impl<'a> Setup<'a> {
                 out: out.view_mut(),
                 lse: Some(lse.view_mut()),
                 block_mask: self.block_mask,
+                error: None,
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), self.fill);

@@ -293,6 +293,7 @@ fn keys_are_hashed_once_per_kv_head() {
                 out: TensorMut::contiguous(&mut out, shape.out()).unwrap(),
                 lse: None,
                 block_mask: None,
+                error: None,
             };
             let layout = forward_workspace(&paper(Residual::None), &tensors.layouts(), kernels, &Serial);
             layout.unwrap().size as i64

@@ -166,6 +166,7 @@ fn tensors<'a>((q, k, v): Inputs<'a>, to: &'a mut Output) -> Result<Tensors<'a>,
         out: TensorMut::contiguous(&mut to.out, [1, heads, len, value_dim])?,
         lse: Some(TensorMut::contiguous(&mut to.lse, [1, heads, len, 1])?),
         block_mask: None,
+        error: None,
     })
 }
 
