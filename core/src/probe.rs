@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::exact::PackedKeys;
 use crate::exec::{Executor, for_each_chunk};
 use crate::problem::{MAX_HEAD_DIM, Problem};
-use crate::refine::QUERY_TILE;
+use crate::refine::query_tile;
 use crate::rng::{Purpose, Stream, below};
 use crate::scratch::{Carver, Lanes};
 use crate::tile::{Call, KeyOrder, Tile};
@@ -21,13 +21,15 @@ const TILES: [usize; 2] = [8, 32];
 /// Part of the estimator's work that exact probe rows may cost.
 const COST: f64 = 0.03;
 
-/// The probe rows of a call: [`ROWS`] of each of some tiles of [`QUERY_TILE`] queries, drawn in equal parts of
+/// The probe rows of a call: [`ROWS`] of each of some tiles of queries, drawn in equal parts of
 /// the sequence. The query heads of a KV head share them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Probes {
     seed: u64,
     offset: u64,
     n_q: usize,
+    /// Queries of a tile.
+    tile_rows: usize,
     /// Tiles with probe rows.
     pub(crate) tiles: usize,
 }
@@ -38,7 +40,8 @@ impl Probes {
         let n_q = problem.n_q;
         let affordable = COST * budget as f64 * n_q as f64 / problem.mean_visible_keys().max(1.0);
         let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]);
-        Probes { seed, offset, n_q, tiles: tiles.min(n_q.div_ceil(QUERY_TILE)) }
+        let tile_rows = query_tile(problem.n_k);
+        Probes { seed, offset, n_q, tile_rows, tiles: tiles.min(n_q.div_ceil(tile_rows)) }
     }
 
     /// Probe rows of a head.
@@ -68,10 +71,10 @@ impl Probes {
     pub(crate) fn tile(&self, kv_head: usize, index: usize) -> (Range<usize>, [usize; ROWS]) {
         let stream = Stream::new(self.seed, self.offset, kv_head, Purpose::ProbeRow);
         let draw = |number, len| below(stream.uniform(index, self.tiles, number), len);
-        let tiles = self.n_q.div_ceil(QUERY_TILE);
+        let tiles = self.n_q.div_ceil(self.tile_rows);
         let part = index * tiles / self.tiles..(index + 1) * tiles / self.tiles;
         let tile = part.start + draw(ROWS, part.len());
-        let queries = tile * QUERY_TILE..self.n_q.min((tile + 1) * QUERY_TILE);
+        let queries = tile * self.tile_rows..self.n_q.min((tile + 1) * self.tile_rows);
         let rows = core::array::from_fn(|row| {
             let [start, end] = [row, row + 1].map(|bound| bound * queries.len() / ROWS);
             // A tile of fewer queries than rows repeats some.

@@ -12,11 +12,15 @@ use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, LEAST_WEIGHING_ROWS, Packing};
 use crate::summary::{BLOCK, is_finite};
-use crate::tile::{Call, KeyOrder, Tile};
+use crate::tile::{Call, KeyOrder, Part, Tile};
+use crate::tiling::TILE_ROWS;
 use crate::view::TensorRef;
 
-/// Queries that share a list of keys.
-pub(crate) const QUERY_TILE: usize = 128;
+/// Queries that share a list of `n_k` keys. Selection costs a tile the more, the more keys there are; fewer queries
+/// are represented better.
+pub(crate) fn query_tile(n_k: usize) -> usize {
+    if n_k <= 32_768 { TILE_ROWS / 2 } else { TILE_ROWS }
+}
 
 /// Runs of queries whose means represent a tile.
 const REPRESENTATIVES: usize = LEAST_WEIGHING_ROWS;
@@ -70,7 +74,7 @@ impl Choice<'_> {
                 tile.attend_visible(order, near..n_k, Some(&keys.packed[from..]));
                 let columns =
                     columns.iter().map(|&position| Column { position: position as usize, log_weight: 0.0 });
-                tile.attend_columns(order, columns, false, crate::tile::Part::Both);
+                tile.attend_columns(order, columns, false, Part::Both);
                 if let Some((key, value, log_weight)) = rest {
                     tile.attend_column(key, value, log_weight);
                 }
@@ -135,7 +139,6 @@ pub(crate) struct RefineScratch<'a> {
     ranked: &'a mut [u32],
     columns: &'a mut [u32],
     rest: &'a mut [f32],
-    row: &'a mut [f32],
 }
 
 /// Blocks whose keys are looked at one by one for `wanted` keys.
@@ -158,7 +161,6 @@ impl<'a> RefineScratch<'a> {
             ranked: carver.take(blocks.max(candidates * BLOCK)),
             columns: carver.take(budget.min(problem.n_k)),
             rest: carver.take(width),
-            row: carver.take(width),
         }
     }
 }
@@ -213,12 +215,13 @@ pub(crate) fn choose<'s>(
     }
     tile.clear();
 
-    let mut rest = Rest::new(call, keys, scratch.rest, scratch.row);
+    let mut rest = Rest::new(call, keys, scratch.rest);
     let mut found = 0;
     {
         let heaviest = Heaviest::new(key_weights, frame.wanted, scratch.ranked);
         let mut taken = heaviest.taker();
         for (&block, weights) in candidates.iter().zip(key_weights.chunks(BLOCK)) {
+            let mut left = 0.0;
             for (slot, &weight) in weights.iter().enumerate() {
                 let position = block as usize * BLOCK + slot;
                 if position < frame.first {
@@ -228,15 +231,16 @@ pub(crate) fn choose<'s>(
                     scratch.columns[found] = position as u32;
                     found += 1;
                 } else {
-                    rest.add_key(position, weight);
+                    left += weight;
                 }
             }
+            rest.add(block as usize, left);
         }
     }
     let mut next = candidates.iter().peekable();
     for block in blocks {
         if next.next_if(|&&candidate| candidate as usize == block).is_none() {
-            rest.add_block(block, block_weights[block]);
+            rest.add(block, block_weights[block] * BLOCK as f32);
         }
     }
     let log_weight = rest.finish(&start[..count], scratch.representatives);
@@ -348,53 +352,26 @@ impl Heaviest {
     }
 }
 
-/// The weighted mean of the keys that are not met.
+/// The weighted mean of the keys that are not met, each taken for the mean of its block.
 struct Rest<'r, 'k> {
     call: &'r Call<'r>,
     keys: &'r HeadKeys<'k>,
     sum: &'r mut [f32],
-    row: &'r mut [f32],
     weight: f32,
 }
 
 impl<'r, 'k> Rest<'r, 'k> {
-    fn new(
-        call: &'r Call<'_>,
-        keys: &'r HeadKeys<'k>,
-        sum: &'r mut [f32],
-        row: &'r mut [f32],
-    ) -> Self {
+    fn new(call: &'r Call<'_>, keys: &'r HeadKeys<'k>, sum: &'r mut [f32]) -> Self {
         sum.fill(0.0);
-        Rest { call, keys, sum, row, weight: 0.0 }
+        Rest { call, keys, sum, weight: 0.0 }
     }
 
-    fn add_key(&mut self, position: usize, weight: f32) {
+    /// Adds the mean of a block with `weight`.
+    fn add(&mut self, block: usize, weight: f32) {
         // 0 times an infinity would spoil the sum.
         if weight == 0.0 {
             return;
         }
-        let Call { kernels, tensors, problem, .. } = self.call;
-        let (batch, kv_head) = (self.keys.batch, self.keys.kv_head);
-        self.weight += weight;
-        let (key_sum, value_sum) = self.sum.split_at_mut(problem.head_dim);
-        for (view, sum) in [(&tensors.k, key_sum), (&tensors.v, value_sum)] {
-            match view.words(Packing::F32, batch, kv_head, position) {
-                Some(words) => kernels.add_scaled(words, weight, sum),
-                None => {
-                    let row = &mut self.row[..sum.len()];
-                    view.read_row(kernels, batch, kv_head, position, row);
-                    sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += weight * *x);
-                }
-            }
-        }
-    }
-
-    /// `weight` is that of one key.
-    fn add_block(&mut self, block: usize, weight: f32) {
-        if weight == 0.0 {
-            return;
-        }
-        let weight = weight * BLOCK as f32;
         self.weight += weight;
         let mean = &self.keys.means[block * self.sum.len()..][..self.sum.len()];
         self.sum.iter_mut().zip(mean).for_each(|(sum, x)| *sum += weight * x);
