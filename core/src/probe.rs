@@ -13,13 +13,14 @@ use crate::tile::{Call, KeyOrder, Tile};
 use crate::tiling::TILE_ROWS;
 
 /// Rows of one tile.
-pub(crate) const ROWS: usize = 4;
+pub(crate) const ROWS: usize = 8;
 
 /// Tiles with probe rows in a head, at least and at most.
-const TILES: [usize; 2] = [8, 32];
+const TILES: [usize; 2] = [8, 16];
 
-/// Part of the estimator's work that exact probe rows may cost.
-const COST: f64 = 0.03;
+/// Part of the estimator's time that exact probe rows may cost, when the time of a pair of the estimator, selection
+/// included, is that of 1.6 exact pairs.
+const COST: f64 = 0.03 * 1.6;
 
 /// The probe rows of a call: [`ROWS`] of each of some tiles of queries, drawn in equal parts of
 /// the sequence. The query heads of a KV head share them.
@@ -139,7 +140,7 @@ pub(crate) fn write_errors(
                 let rows = probes.tile(head / problem.group, index).1;
                 for (row, exact) in rows.into_iter().zip(outputs[place].chunks(problem.value_dim)) {
                     tensors.out.reborrow().read_row(call.kernels, batch, head, row, row_of_out);
-                    norms.add(row_of_out, exact);
+                    norms.add_group(row_of_out, exact);
                 }
             }
             error = norms.relative_error();
@@ -149,25 +150,43 @@ pub(crate) fn write_errors(
     }
 }
 
-/// Squared Frobenius norms of a difference and of what it is relative to.
+/// Squared Frobenius norms of a difference and of what it is relative to, summed over groups of rows.
 #[derive(Debug, Default)]
 pub(crate) struct Norms {
     difference: f64,
+    /// Sum of the squares of the groups' shares of `difference`.
+    squares: f64,
     whole: f64,
+    groups: f64,
 }
 
 impl Norms {
-    pub(crate) fn add(&mut self, estimate: &[f32], exact: &[f32]) {
+    /// Adds rows that were drawn together.
+    pub(crate) fn add_group(&mut self, estimate: &[f32], exact: &[f32]) {
+        let mut difference = 0.0;
         for (&estimate, &exact) in estimate.iter().zip(exact) {
             let (estimate, exact) = (f64::from(estimate), f64::from(exact));
-            self.difference += (estimate - exact) * (estimate - exact);
+            difference += (estimate - exact) * (estimate - exact);
             self.whole += exact * exact;
         }
+        self.difference += difference;
+        self.squares += difference * difference;
+        self.groups += 1.0;
     }
 
     /// 0 where there is no difference, whatever it is relative to.
     pub(crate) fn relative_error(&self) -> f32 {
-        if self.difference == 0.0 { 0.0 } else { libm::sqrt(self.difference / self.whole) as f32 }
+        self.relative(self.difference)
+    }
+
+    /// The relative error if the difference were larger by the standard error of its sum over the groups.
+    pub(crate) fn upper_relative_error(&self) -> f32 {
+        let variance = self.squares - self.difference * self.difference / self.groups;
+        self.relative(self.difference + libm::sqrt(variance.max(0.0)))
+    }
+
+    fn relative(&self, difference: f64) -> f32 {
+        if difference == 0.0 { 0.0 } else { libm::sqrt(difference / self.whole) as f32 }
     }
 }
 
@@ -196,7 +215,7 @@ mod tests {
     fn nothing_is_no_error() {
         let error = |estimate: &[f32], exact: &[f32]| {
             let mut norms = Norms::default();
-            norms.add(estimate, exact);
+            norms.add_group(estimate, exact);
             norms.relative_error()
         };
         assert_eq!(error(&[0.0], &[0.0]), 0.0);

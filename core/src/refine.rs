@@ -6,7 +6,7 @@
 
 use core::ops::Range;
 
-use crate::params::{Mask, Params};
+use crate::params::{Mask, Params, Residual};
 use crate::problem::Problem;
 use crate::residual::Column;
 use crate::scratch::Carver;
@@ -81,20 +81,22 @@ impl Choice<'_> {
             }
         }
     }
+}
 
-    /// Keys and columns that the queries `rows` meet, all together.
-    pub(crate) fn pairs(&self, problem: &Problem, rows: Range<usize>) -> usize {
-        let pairs_of = |row| {
-            let visible = problem.visible_keys(row);
-            match self {
-                Choice::Everything => visible,
-                Choice::Some { first, near, columns, rest } => {
-                    first + visible - near + columns.len() + usize::from(rest.is_some())
-                }
+/// Keys and columns that a query meets on average when each meets `budget`.
+pub(crate) fn keys_per_query(params: &Params, problem: &Problem, budget: usize) -> f64 {
+    let rows = query_tile(problem.n_k);
+    let tiles = (0..problem.n_q).step_by(rows).map(|first| first..problem.n_q.min(first + rows));
+    let pairs: usize = tiles
+        .map(|rows| {
+            let visible: usize = rows.clone().map(|row| problem.visible_keys(row)).sum();
+            match Frame::new(params, problem, &rows, budget) {
+                Some(frame) => visible + rows.len() * (frame.first + frame.wanted + 1) - rows.len() * frame.near,
+                None => visible,
             }
-        };
-        rows.map(pairs_of).sum()
-    }
+        })
+        .sum();
+    pairs as f64 / problem.n_q.max(1) as f64
 }
 
 /// Where the keys that are met without being chosen lie for some queries, and how many are chosen.
@@ -249,7 +251,7 @@ pub(crate) fn choose<'s>(
         first: frame.first,
         near: frame.near,
         columns: &scratch.columns[..found],
-        rest: log_weight.map(|log_weight| (key, value, log_weight)),
+        rest: log_weight.filter(|_| call.params.residual != Residual::None).map(|log_weight| (key, value, log_weight)),
     }
 }
 

@@ -123,6 +123,7 @@ impl<'a> Setup<'a> {
                 lse: Some(lse.view_mut()),
                 block_mask: self.block_mask,
                 error: None,
+                keys_per_query: None,
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), self.fill);
