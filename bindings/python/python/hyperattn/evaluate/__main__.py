@@ -1,0 +1,33 @@
+"""The command line."""
+
+import argparse
+import sys
+
+from . import capture, errors, fetch, needle, perplexity
+
+COMMANDS = {
+    "model": fetch,
+    "capture": capture,
+    "errors": errors,
+    "perplexity": perplexity,
+    "needle": needle,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hyperattn.evaluate", description="Evaluation on real models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        COMMANDS[options.command].run(options)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
