@@ -5,12 +5,12 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
 
-def decoder(kind, seed, layers=3, max_tokens=2048, **settings):
-    """A causal model with grouped queries: kind is "llama" or "qwen2"."""
+def decoder(kind, seed, layers=3, max_tokens=2048, vocab_size=256, **settings):
+    """A causal model with grouped queries: kind is "llama", "qwen2" or another of their family."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(
         kind,
-        vocab_size=256,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=layers,
@@ -46,3 +46,21 @@ def encoder(kind, seed, **settings):
 def tokens(seed, batch, count):
     """Random token numbers that are not special."""
     return torch.randint(3, 256, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def save_with_tokenizer(model, folder):
+    """The model and a tokenizer with one token for a byte, as a folder."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    specials = ["<s>", "</s>", "<pad>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: model.config.vocab_size - len(specials)]
+    bytes_only = Tokenizer(BPE({symbol: number for number, symbol in enumerate(specials + alphabet)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer

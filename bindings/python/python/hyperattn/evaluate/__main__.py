@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from hyperattn import HyperAttnError
+
 from . import capture, errors, fetch, needle, perplexity
 
 COMMANDS = {
@@ -14,17 +16,21 @@ COMMANDS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hyperattn.evaluate", description="Evaluation on real models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(command)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     try:
         COMMANDS[options.command].run(options)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError, HyperAttnError) as error:
+        print(f"hyperattn.evaluate {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -143,12 +143,15 @@ def run(options: argparse.Namespace) -> None:
     methods = settings.parse(options)
     lengths = [int(length) for length in options.tokens.split(",")]
     model, tokenizer = models.load(options)
-    generator = random.Random(options.seed)
-    text = options.text.read_text() if options.text else _filler(generator, max(lengths) // 4 + 64)
+    if options.text:
+        text = options.text.read_text()
+    else:
+        text = _filler(random.Random(options.seed), max(lengths) // 4 + 64)
     filler = _encode(tokenizer, text)
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for length in lengths:
+            generator = random.Random(f"{options.seed} {length}")
             depths = [step / max(options.depths - 1, 1) for step in range(options.depths)]
             needles = [make_needle(generator) for _ in depths]
             prompts = [
