@@ -29,6 +29,9 @@ if ! python -c 'import torch' 2>/dev/null; then
 fi
 printf 'environment: %d s\n' "$((SECONDS - started))"
 
+ruff check --no-cache "$here"
+ruff format --no-cache --check "$here"
+
 started=$SECONDS
 wheels=$CARGO_TARGET_DIR/wheels
 mkdir -p "$wheels"

@@ -1,7 +1,7 @@
 """Lets PyTorch's wheel for CUDA run on a machine without the CUDA libraries, for its CPU part.
 
-The wheel's libraries name CUDA's as needed; with the packages of all of them it takes 5 GB, without them it does not load.
-The CUDA runtime alone is small and says that there is no device; this writes stand-ins for the others beside
+The wheel's libraries name CUDA's as needed; with the packages of all of them it takes 5 GB, without them it does not
+load. The CUDA runtime alone is small and says that there is no device; this writes stand-ins for the others beside
 PyTorch's libraries. Their functions are never called, because there is no device.
 Needs gcc and binutils: python stub_cuda.py, in the environment that has torch and nvidia-cuda-runtime.
 """

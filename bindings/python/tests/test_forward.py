@@ -97,13 +97,12 @@ def test_block_mask(random):
     q, k, v = random(1, 2, 100, 16), random(1, 2, 100, 16), random(1, 2, 100, 16)
     blocks = 4
     settings = dict(method="paper", min_seq_len=0, residual="none")
-    full = hyperattn.BlockMask(
-        25, 25, numpy.arange(0, blocks * blocks + 1, blocks), numpy.tile(numpy.arange(blocks, dtype=numpy.int32), blocks)
-    )
+    columns = numpy.arange(blocks, dtype=numpy.int32)
+    full = hyperattn.BlockMask(25, 25, numpy.arange(0, blocks * blocks + 1, blocks), numpy.tile(columns, blocks))
     wanted = attention(q, k, v)[0]
     assert relative_error(hyperattn.forward(q, k, v, block_mask=full, **settings), wanted) < 1e-5
     offsets = numpy.tile(numpy.arange(blocks + 1), (2, 1))
-    diagonal = hyperattn.BlockMask(25, 25, offsets, numpy.arange(blocks, dtype=numpy.int32))
+    diagonal = hyperattn.BlockMask(25, 25, offsets, columns)
     got = hyperattn.forward(q, k, v, block_mask=diagonal, **settings)
     parts = [attention(q[:, :, s], k[:, :, s], v[:, :, s])[0] for s in (slice(i, i + 25) for i in range(0, 100, 25))]
     assert relative_error(got, numpy.concatenate(parts, axis=2)) < 1e-5

@@ -17,8 +17,9 @@ def struct_fields(name):
     return re.findall(r"(\w+)(?:\[\d+\])?;", code)
 
 
-@pytest.mark.parametrize("name", ["hyperattn_params", "hyperattn_tensors", "hyperattn_cpu_exec", "hyperattn_block_mask"])
-def test_structs(name):
+@pytest.mark.parametrize("struct", ["params", "tensors", "cpu_exec", "block_mask"])
+def test_structs(struct):
+    name = f"hyperattn_{struct}"
     assert [field for field, _ in ffi.typeof(name).fields] == struct_fields(name)
 
 

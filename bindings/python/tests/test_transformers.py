@@ -86,7 +86,8 @@ def test_offset_is_the_layer(seed):
         model(ids)
     assert [call.layer for call in calls] == [0, 2]
     for call in calls:
-        again = hyperattn.forward(call.q, call.k, call.v, mask=call.mask, scale=call.scale, offset=call.layer, **settings)
+        where = dict(mask=call.mask, scale=call.scale, offset=call.layer)
+        again = hyperattn.forward(call.q, call.k, call.v, **where, **settings)
         assert torch.equal(again, call.out)
 
 

@@ -20,7 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hyperattn.evaluate", description="Evaluation on real models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        about = module.__doc__ or ""
+        command = commands.add_parser(name, help=about.splitlines()[0], description=about)
         module.add_arguments(command)
     return parser
 

@@ -1,7 +1,7 @@
 """Error per head of methods on a folder of captured Q, K and V.
 
-Every method runs in single precision on every file of the folder; EXACT is the reference. The table has one line for each
-layer and method; --out adds a CSV file with one line for each head, and a JSON file.
+Every method runs in single precision on every file of the folder; EXACT is the reference. The table has one line for
+each layer and method; --out adds a CSV file with one line for each head, and a JSON file.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from hyperattn._library import has_field, lib
 from hyperattn.transformers import select_layers
 
 from . import report, settings
-from .head_error import exact_output, relative_errors
+from .head_error import exact_output, relative_errors, summary
 from .settings import Setting
 
 
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for errors.csv and errors.json")
 
 
-def _load(path: pathlib.Path, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | None]:
+def _load(
+    path: pathlib.Path, options: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | None]:
     with safe_open(path, "pt") as file:
         q, k, v = (file.get_tensor(name) for name in "qkv")
         scale = (file.metadata() or {}).get("scale")
@@ -86,13 +88,9 @@ def _measure(
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    true = [row["true_error"] for row in rows]
-    line = {"mean": statistics.fmean(true), "median": statistics.median(true), "worst": max(true)}
-    if all("estimated_error" in row for row in rows):
-        ratios = [row["estimated_error"] / row["true_error"] for row in rows if row["true_error"] > 0]
-        line["estimate within 1.5x"] = sum(1 / 1.5 <= ratio <= 1.5 for ratio in ratios) / len(ratios) if ratios else None
+    line = summary(rows)
     if all("keys_per_query" in row for row in rows):
-        line["keys per query"] = statistics.fmean(row["keys_per_query"] for row in rows)
+        line["keys_per_query"] = statistics.fmean(row["keys_per_query"] for row in rows)
     calls = {(row["layer"], row["seed"]): row["layer_seconds"] for row in rows}
     line["seconds"] = statistics.fmean(calls.values())
     return line
@@ -117,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
         heads = list(range(q.shape[0])) if options.heads is None else [int(head) for head in options.heads.split(",")]
         qkv = _select_heads(q, k, v, heads)
         started = time.perf_counter()
-        reference = exact_output(*qkv, options.mask, scale, options.threads)
+        reference = exact_output(*qkv, mask=options.mask, scale=scale, threads=options.threads)
         exact_seconds = time.perf_counter() - started
         for setting in methods:
             for seed in range(options.seed, options.seed + options.seeds):

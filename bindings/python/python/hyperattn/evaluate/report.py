@@ -33,7 +33,7 @@ def circumstances() -> dict[str, Any]:
     """When, where and with what a result was measured."""
     packages = {name: _installed(name) for name in ("torch", "transformers", "numpy")}
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),
         "isa": hyperattn.isa(),
         "hyperattn": hyperattn.version(),

@@ -43,7 +43,7 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
-    """The output as [batch, heads, tokens, head_dim] over [batch, tokens, heads, head_dim] memory; what else was asked for."""
+    """The output, a view of [batch, tokens, heads, head_dim] memory, and the error estimate, if asked for."""
     batch, heads, tokens, _ = q.shape
     out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype).transpose(1, 2)
     result = hyperattn.forward(q, k, v, out=out, **kwargs)
@@ -94,7 +94,7 @@ def attention(
         return sdpa()
 
     n_q, n_k = query.shape[2], key.shape[2]
-    common = {
+    common: dict[str, Any] = {
         "mask": "causal" if causal and n_q > 1 else "none",
         "scale": scaling,
         "threads": 0 if layer is None else layer.threads,
