@@ -97,7 +97,9 @@ pub unsafe extern "C" fn hyperattn_forward(
                 out: tensor::output("out", &from.out)?,
                 lse: (!from.lse.data.is_null()).then(|| tensor::output("lse", &from.lse)).transpose()?,
                 block_mask,
-                error: (!from.error.data.is_null()).then(|| tensor::output("error", &from.error)).transpose()?,
+                error: (!from.error.data.is_null())
+                    .then(|| tensor::output("error", &from.error))
+                    .transpose()?,
                 keys_per_query: None,
             }
         };

@@ -83,7 +83,9 @@
 /// errors of 0.2 to 0.8 of the output were measured): check it on your model before you rely on it.
 #define HYPERATTN_METHOD_PAPER 2
 
-/// A better estimator of the same cost class. This version answers HYPERATTN_STATUS_UNSUPPORTED.
+/// Exact over the first keys, a local band and the keys that a tile of queries weighs most, with one column for all
+/// that is left. With a target_error the error of each head is estimated first, and a head that misses
+/// it gets more keys, or is computed exactly.
 #define HYPERATTN_METHOD_REFINED 3
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
@@ -187,6 +189,15 @@ typedef struct hyperattn_params {
     float approx_d_epsilon;
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     float approx_d_kappa;
+    /// Keys that a query meets under METHOD_REFINED, at least 64. Default 1024.
+    uint32_t budget;
+    /// Leading keys that every query meets under METHOD_REFINED. Default 16.
+    uint32_t num_first_keys;
+    /// Latest keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
+    uint32_t band;
+    /// Relative error of a head's output beyond which METHOD_REFINED raises the head's budget and finally computes the
+    /// head exactly. Default 0.05. 0 keeps the budget, whatever the error.
+    float target_error;
 } hyperattn_params;
 
 /// Exact blocks that the caller chooses, instead of sortLSH (the paper's predefined mask), for
@@ -238,6 +249,10 @@ typedef struct hyperattn_tensors {
     struct hyperattn_tensor lse;
     /// Exact blocks for METHOD_PAPER; NULL = sortLSH chooses.
     const struct hyperattn_block_mask *block_mask;
+    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1]: the Frobenius norm of the error
+    /// over that of the output, from some rows that are computed exactly besides. 0 where the head is exact. With
+    /// data NULL it is not wanted.
+    struct hyperattn_tensor error;
 } hyperattn_tensors;
 
 /// Memory that the caller lends for the length of a call.
