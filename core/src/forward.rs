@@ -105,9 +105,10 @@ pub fn forward(
             }
         }
         if let Some(probes) = &plan.probes {
-            probe::attend(&call, executor, &mut lanes, (batch, None), probes, shared.probe_exact)?;
+            probe::draw(&call, executor, &mut lanes, batch, probes, &mut shared.probed)?;
+            probe::attend(&call, executor, &mut lanes, (batch, None), probes, &mut shared.probed)?;
         }
-        probe::write_errors(&call, batch, plan.probes.as_ref(), shared.probe_exact, |_| false);
+        probe::write_errors(&call, batch, plan.probes.as_ref(), &shared.probed, |_| false);
     }
     Ok(())
 }

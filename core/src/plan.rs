@@ -73,6 +73,8 @@ impl Plan {
         };
         let target = run == Run::Refined && params.target_error > 0.0;
         let probed = target || (run != Run::Exact && layouts.error.is_some());
+        let least_budget =
+            if target { (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget) } else { budget };
         let mut most_budget = budget;
         while target && most_budget as f64 * 4.0 <= problem.mean_visible_keys() {
             most_budget *= 2;
@@ -84,12 +86,11 @@ impl Plan {
             row_norm: hyper::effective_residual(params) == Residual::RowNorm,
             heads_at_once: problem.heads_q,
             packed_tiles: 0,
-            probes: probed.then(|| Probes::new(params.seed, params.offset, &problem, budget)),
-            least_budget: if target {
-                (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget)
-            } else {
-                budget
-            },
+            probes: probed.then(|| {
+                let exact_keys = if run == Run::Refined { least_budget } else { 0 };
+                Probes::new(params, &problem, budget, exact_keys)
+            }),
+            least_budget,
             most_budget,
             problem,
             parts,

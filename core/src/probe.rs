@@ -5,25 +5,27 @@ use core::ops::Range;
 use crate::error::Result;
 use crate::exact::PackedKeys;
 use crate::exec::{Executor, for_each_chunk};
+use crate::params::Params;
 use crate::problem::{MAX_HEAD_DIM, Problem};
 use crate::refine::query_tile;
+use crate::represent::Representatives;
 use crate::rng::{Purpose, Stream, below};
 use crate::scratch::{Carver, Lanes};
 use crate::tile::{Call, KeyOrder, Tile};
 use crate::tiling::TILE_ROWS;
+use crate::view::Rows;
 
 /// Rows of one tile.
 pub(crate) const ROWS: usize = 8;
 
 /// Tiles with probe rows in a head, at least and at most.
-const TILES: [usize; 2] = [8, 16];
+const TILES: [usize; 2] = [8, 32];
 
-/// Part of the estimator's time that exact probe rows may cost, when the time of a pair of the estimator, selection
-/// included, is that of 1.6 exact pairs.
-const COST: f64 = 0.03 * 1.6;
+/// Part of the estimator's time that exact probe rows may cost, when a key that a query meets under the estimator takes,
+/// with all else, the time of 2.1 keys of exact attention.
+const COST: f64 = 0.03 * 2.1;
 
-/// The probe rows of a call: [`ROWS`] of each of some tiles of queries, drawn in equal parts of
-/// the sequence. The query heads of a KV head share them.
+/// The probe rows of a call: [`ROWS`] of each of some tiles of queries, which are drawn in equal parts of the sequence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Probes {
     seed: u64,
@@ -31,18 +33,25 @@ pub(crate) struct Probes {
     n_q: usize,
     /// Queries of a tile.
     tile_rows: usize,
+    /// Tiles before it are exact.
+    first_tile: usize,
     /// Tiles with probe rows.
     pub(crate) tiles: usize,
 }
 
 impl Probes {
-    /// As many as cost [`COST`] of an estimator that meets `budget` keys, within [`TILES`].
-    pub(crate) fn new(seed: u64, offset: u64, problem: &Problem, budget: usize) -> Self {
+    /// As many as cost [`COST`] of an estimator that meets `budget` keys, within [`TILES`], among the queries that see
+    /// more than `exact_keys` keys.
+    pub(crate) fn new(params: &Params, problem: &Problem, budget: usize, exact_keys: usize) -> Self {
         let n_q = problem.n_q;
         let affordable = COST * budget as f64 * n_q as f64 / problem.mean_visible_keys().max(1.0);
-        let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]);
         let tile_rows = query_tile(problem.n_k);
-        Probes { seed, offset, n_q, tile_rows, tiles: tiles.min(n_q.div_ceil(tile_rows)) }
+        let count = n_q.div_ceil(tile_rows);
+        let last_row = |tile: usize| n_q.min((tile + 1) * tile_rows) - 1;
+        let exact = (0..count).take_while(|&tile| problem.visible_keys(last_row(tile)) <= exact_keys).count();
+        let first_tile = exact.min(count - 1);
+        let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]).min(count - first_tile);
+        Probes { seed: params.seed, offset: params.offset, n_q, tile_rows, first_tile, tiles }
     }
 
     /// Probe rows of a head.
@@ -55,45 +64,107 @@ impl Probes {
         problem.heads_q.checked_mul(self.rows_of_a_head())?.checked_mul(problem.value_dim)
     }
 
-    /// Where the outputs of one head's probe rows are among all, `[KV heads][tiles][group][ROWS][value_dim]`.
-    pub(crate) fn rows_of(&self, head: usize, problem: &Problem) -> impl Iterator<Item = Range<usize>> {
-        let (group, len) = (problem.group, ROWS * problem.value_dim);
+    /// Numbers of the groups of [`ROWS`] rows of one head among those of all, `[KV heads][tiles][group]`.
+    pub(crate) fn rows_of(&self, head: usize, problem: &Problem) -> impl Iterator<Item = usize> + use<> {
+        let group = problem.group;
         let first = head / group * self.tiles * group + head % group;
-        (0..self.tiles).map(move |tile| (first + tile * group) * len..(first + tile * group + 1) * len)
+        (0..self.tiles).map(move |tile| first + tile * group)
     }
 
-    /// KV head, probe tile and query head of the `item`-th group of [`ROWS`] rows in that order.
+    /// KV head, probe tile and query head of group `item` of [`ROWS`] rows.
     pub(crate) fn place(&self, item: usize, problem: &Problem) -> (usize, usize, usize) {
         let (kv_head, within) = (item / (self.tiles * problem.group), item % (self.tiles * problem.group));
         (kv_head, within / problem.group, kv_head * problem.group + within % problem.group)
     }
 
-    /// The queries of probe tile `index` of KV head `kv_head`, and the probe rows among them.
-    pub(crate) fn tile(&self, kv_head: usize, index: usize) -> (Range<usize>, [usize; ROWS]) {
-        let stream = Stream::new(self.seed, self.offset, kv_head, Purpose::ProbeRow);
-        let draw = |number, len| below(stream.uniform(index, self.tiles, number), len);
-        let tiles = self.n_q.div_ceil(self.tile_rows);
+    /// All queries over those that probe rows stand for.
+    fn whole_over_probed(&self) -> f64 {
+        self.n_q as f64 / (self.n_q - self.first_tile * self.tile_rows) as f64
+    }
+
+    /// A number in 0..len for probe tile `index` of `head`.
+    fn draw(&self, head: usize, index: usize, number: usize, len: usize) -> usize {
+        let stream = Stream::new(self.seed, self.offset, head, Purpose::ProbeRow);
+        below(stream.uniform(index, self.tiles, number), len)
+    }
+
+    /// The queries of probe tile `index` of `head`.
+    pub(crate) fn queries(&self, head: usize, index: usize) -> Range<usize> {
+        let tiles = self.n_q.div_ceil(self.tile_rows) - self.first_tile;
         let part = index * tiles / self.tiles..(index + 1) * tiles / self.tiles;
-        let tile = part.start + draw(ROWS, part.len());
-        let queries = tile * self.tile_rows..self.n_q.min((tile + 1) * self.tile_rows);
-        let rows = core::array::from_fn(|row| {
-            let [start, end] = [row, row + 1].map(|bound| bound * queries.len() / ROWS);
-            // A tile of fewer queries than rows repeats some.
-            (queries.start + start + draw(row, (end - start).max(1))).min(queries.end - 1)
-        });
-        (queries, rows)
+        let tile = self.first_tile + part.start + self.draw(head, index, 0, part.len());
+        tile * self.tile_rows..self.n_q.min((tile + 1) * self.tile_rows)
     }
 }
 
-/// Exact outputs of the probe rows of batch item `batch`, in the order of [`Probes::rows_of`]; `packed` are its keys, if they are packed.
+/// The probe rows of all heads of a batch item, and their exact outputs, in the order of [`Probes::rows_of`].
+pub(crate) struct Probed<'a> {
+    pub(crate) rows: &'a mut [u32],
+    /// How many rows of its tile each stands for.
+    pub(crate) weights: &'a mut [f32],
+    pub(crate) outputs: &'a mut [f32],
+}
+
+/// Draws [`ROWS`] of each probe tile. A query that is far from its neighbours' mean is drawn more often: it looks where
+/// the others do not, and there most of the error is.
+pub(crate) fn draw(
+    call: &Call<'_>,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    batch: usize,
+    probes: &Probes,
+    probed: &mut Probed<'_>,
+) -> Result<()> {
+    let rows = Rows::new(probed.weights, ROWS);
+    for_each_chunk(executor, lanes, probed.rows, ROWS, &|scratch, item, to| {
+        let (_, index, head) = probes.place(item, &call.problem);
+        let queries = probes.queries(head, index);
+        let mut representatives = Representatives::carve(&call.problem, &mut Carver::new(scratch));
+        let distances = representatives.distances(call, (batch, head), &queries);
+        // SAFETY: every item has its own row.
+        let weights = unsafe { rows.row(item) };
+        let phase = probes.draw(head, index, 1, 1 << 20) as f32 / (1 << 20) as f32;
+        draw_rows(distances, phase, to, weights);
+        to.iter_mut().for_each(|row| *row += queries.start as u32);
+    })
+}
+
+/// Draws rows in proportion to the cubes of their distances, plus a tenth of the mean; `phase` is in [0, 1).
+fn draw_rows(squared_distances: &[f32], phase: f32, rows: &mut [u32], weights: &mut [f32]) {
+    let cube = |squared: f32| f64::from(squared) * libm::sqrt(f64::from(squared));
+    let len = squared_distances.len() as f64;
+    let mut mean = squared_distances.iter().map(|&squared| cube(squared)).sum::<f64>() / len;
+    if !(mean > 0.0 && mean.is_finite()) {
+        mean = 1.0;
+    }
+    let share = |squared: f32| {
+        let cube = cube(squared).min(mean * len);
+        (cube + 0.1 * mean) / mean
+    };
+    let total: f64 = squared_distances.iter().map(|&squared| share(squared)).sum();
+    let count = rows.len() as f64;
+    let (mut row, mut reached) = (0, share(squared_distances[0]));
+    for (i, (to, weight)) in rows.iter_mut().zip(weights).enumerate() {
+        let target = (i as f64 + f64::from(phase)) / count * total;
+        while reached <= target && row + 1 < squared_distances.len() {
+            row += 1;
+            reached += share(squared_distances[row]);
+        }
+        *to = row as u32;
+        *weight = (total / (count * share(squared_distances[row]))) as f32;
+    }
+}
+
+/// Exact outputs of the rows drawn; `packed` are the keys of the batch item, if they are packed.
 pub(crate) fn attend(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     (batch, packed): (usize, Option<&PackedKeys<'_>>),
     probes: &Probes,
-    outputs: &mut [f32],
+    probed: &mut Probed<'_>,
 ) -> Result<()> {
+    let (rows, outputs) = (&*probed.rows, &mut *probed.outputs);
     let problem = &call.problem;
     let (value_dim, of_kv_head) = (problem.value_dim, probes.rows_of_a_head() * problem.group);
     for_each_chunk(executor, lanes, outputs, TILE_ROWS * value_dim, &|scratch, chunk, to| {
@@ -106,8 +177,8 @@ pub(crate) fn attend(
             let count = ((kv_head + 1) * of_kv_head - first).min(to.len() / value_dim - done);
             tile.clear();
             for number in first..first + count {
-                let (_, index, head) = probes.place(number / ROWS, problem);
-                let row = probes.tile(kv_head, index).1[number % ROWS];
+                let (_, _, head) = probes.place(number / ROWS, problem);
+                let row = rows[number] as usize;
                 tile.push(head, row, problem.visible_keys(row));
             }
             tile.load_queries(batch);
@@ -120,28 +191,28 @@ pub(crate) fn attend(
 }
 
 /// Writes the error tensor, if there is one, for batch item `batch` whose output is complete: 0 where `is_exact`, else
-/// the relative error of the output's probe rows against `outputs`.
+/// the relative error of the output's probe rows.
 pub(crate) fn write_errors(
     call: &Call<'_>,
     batch: usize,
     probes: Option<&Probes>,
-    outputs: &[f32],
+    probed: &Probed<'_>,
     is_exact: impl Fn(usize) -> bool,
 ) {
     let (problem, tensors) = (&call.problem, call.tensors);
     let Some(to) = &tensors.error else { return };
-    let mut row_of_out = [0.0; MAX_HEAD_DIM as usize];
-    let row_of_out = &mut row_of_out[..problem.value_dim];
     for head in 0..problem.heads_q {
         let mut error = 0.0;
         if let (Some(probes), false) = (probes, is_exact(head)) {
-            let mut norms = Norms::default();
-            for (index, place) in probes.rows_of(head, problem).enumerate() {
-                let rows = probes.tile(head / problem.group, index).1;
-                for (row, exact) in rows.into_iter().zip(outputs[place].chunks(problem.value_dim)) {
-                    tensors.out.reborrow().read_row(call.kernels, batch, head, row, row_of_out);
-                    norms.add_group(row_of_out, exact);
+            let mut norms = Norms::new(probes);
+            for group in probes.rows_of(head, problem) {
+                let rows = group * ROWS..(group + 1) * ROWS;
+                let mut outputs = [[0.0; MAX_HEAD_DIM as usize]; ROWS];
+                for (to, &row) in outputs.iter_mut().zip(&probed.rows[rows]) {
+                    let to = &mut to[..problem.value_dim];
+                    tensors.out.reborrow().read_row(call.kernels, batch, head, row as usize, to);
                 }
+                norms.add_group(outputs.iter().map(|row| &row[..problem.value_dim]), probed, group);
             }
             error = norms.relative_error();
         }
@@ -151,23 +222,43 @@ pub(crate) fn write_errors(
 }
 
 /// Squared Frobenius norms of a difference and of what it is relative to, summed over groups of rows.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Norms {
     difference: f64,
     /// Sum of the squares of the groups' shares of `difference`.
     squares: f64,
     whole: f64,
     groups: f64,
+    /// All rows over those that are sampled; the others have no error.
+    whole_over_probed: f64,
 }
 
 impl Norms {
-    /// Adds rows that were drawn together.
-    pub(crate) fn add_group(&mut self, estimate: &[f32], exact: &[f32]) {
+    pub(crate) fn new(probes: &Probes) -> Self {
+        let whole_over_probed = probes.whole_over_probed();
+        Norms { difference: 0.0, squares: 0.0, whole: 0.0, groups: 0.0, whole_over_probed }
+    }
+
+    /// Adds group `group` of the rows drawn, whose outputs by the estimator are `estimates`.
+    pub(crate) fn add_group<'e>(
+        &mut self,
+        estimates: impl Iterator<Item = &'e [f32]>,
+        probed: &Probed<'_>,
+        group: usize,
+    ) {
+        let value_dim = probed.outputs.len() / probed.rows.len();
         let mut difference = 0.0;
-        for (&estimate, &exact) in estimate.iter().zip(exact) {
-            let (estimate, exact) = (f64::from(estimate), f64::from(exact));
-            difference += (estimate - exact) * (estimate - exact);
-            self.whole += exact * exact;
+        for (row, estimate) in (group * ROWS..).zip(estimates) {
+            let weight = f64::from(probed.weights[row]);
+            let exact = &probed.outputs[row * value_dim..][..value_dim];
+            let (mut of_row, mut whole) = (0.0, 0.0);
+            for (&estimate, &exact) in estimate.iter().zip(exact) {
+                let (estimate, exact) = (f64::from(estimate), f64::from(exact));
+                of_row += (estimate - exact) * (estimate - exact);
+                whole += exact * exact;
+            }
+            difference += weight * of_row;
+            self.whole += weight * whole;
         }
         self.difference += difference;
         self.squares += difference * difference;
@@ -186,7 +277,10 @@ impl Norms {
     }
 
     fn relative(&self, difference: f64) -> f32 {
-        if difference == 0.0 { 0.0 } else { libm::sqrt(difference / self.whole) as f32 }
+        if difference == 0.0 {
+            return 0.0;
+        }
+        libm::sqrt(difference / (self.whole * self.whole_over_probed)) as f32
     }
 }
 
@@ -197,29 +291,50 @@ mod tests {
     use crate::problem::one_head;
 
     #[test]
-    fn rows_lie_in_their_tiles_and_tiles_spread_over_the_sequence() {
-        for n_q in [1, 3, 127, 129, 5000, 100_000] {
-            let probes = Probes::new(1, 2, &one_head(Mask::None, n_q, 100_000), 1024);
-            assert!(probes.tiles >= 1);
-            let mut last = None;
-            for index in 0..probes.tiles {
-                let (queries, rows) = probes.tile(0, index);
-                assert!(last.is_none_or(|last| last < queries.start), "{n_q}");
-                assert!(queries.end <= n_q && rows.iter().all(|row| queries.contains(row)), "{n_q} {rows:?}");
-                last = Some(queries.start);
+    fn tiles_spread_over_the_rows_that_are_estimated() {
+        for mask in [Mask::None, Mask::CausalBottomRight] {
+            for n_q in [1, 3, 127, 129, 5000, 100_000] {
+                let problem = one_head(mask, n_q, 100_000);
+                let probes = Probes::new(&Params::default(), &problem, 1024, 1024);
+                assert!(probes.tiles >= 1);
+                let mut last = None;
+                for index in 0..probes.tiles {
+                    let queries = probes.queries(0, index);
+                    assert!(last.is_none_or(|last| last < queries.start), "{n_q}");
+                    assert!(!queries.is_empty() && queries.end <= n_q);
+                    assert!(problem.visible_keys(queries.end - 1) > 1024);
+                    last = Some(queries.start);
+                }
             }
         }
     }
 
+    /// Averaged over all phases, the weights of the rows drawn add up to the rows, and so do weighted sums.
     #[test]
-    fn nothing_is_no_error() {
-        let error = |estimate: &[f32], exact: &[f32]| {
-            let mut norms = Norms::default();
-            norms.add_group(estimate, exact);
-            norms.relative_error()
-        };
-        assert_eq!(error(&[0.0], &[0.0]), 0.0);
-        assert_eq!(error(&[1.5, 0.0], &[1.0, 0.0]), 0.5);
-        assert!(error(&[f32::NAN], &[1.0]).is_nan());
+    fn weighted_rows_stand_for_all() {
+        let squared: [f32; 128] = core::array::from_fn(|i| if i == 77 { 400.0 } else { (i % 5) as f32 });
+        let of_row = |row: u32| f64::from(row) + if row == 77 { 5000.0 } else { 0.0 };
+        let (mut count, mut sum) = (0.0, 0.0);
+        let phases = 20_000;
+        for phase in 0..phases {
+            let (mut rows, mut weights) = ([0; ROWS], [0.0; ROWS]);
+            draw_rows(&squared, phase as f32 / phases as f32, &mut rows, &mut weights);
+            for (row, weight) in rows.into_iter().zip(weights) {
+                count += f64::from(weight) / f64::from(phases);
+                sum += f64::from(weight) * of_row(row) / f64::from(phases);
+            }
+        }
+        assert!((count - 128.0).abs() < 0.05, "{count}");
+        assert!((sum - (127.0 * 64.0 + 5000.0)).abs() < 5.0, "{sum}");
+    }
+
+    #[test]
+    fn without_distances_all_rows_weigh_alike() {
+        for squared in [[0.0f32; 16], [f32::INFINITY; 16]] {
+            let (mut rows, mut weights) = ([0; ROWS], [0.0; ROWS]);
+            draw_rows(&squared, 0.5, &mut rows, &mut weights);
+            assert_eq!(weights, [2.0; ROWS]);
+            assert_eq!(rows, [1, 3, 5, 7, 9, 11, 13, 15]);
+        }
     }
 }

@@ -5,7 +5,7 @@ use crate::exact::{self, PackedKeys};
 use crate::exec::{Executor, for_each_chunk, for_each_item};
 use crate::pass::Pass;
 use crate::plan::Plan;
-use crate::probe::{self, Norms, Probes};
+use crate::probe::{self, Norms, Probed, Probes};
 use crate::refine::{self, Choice, HeadKeys, RefineScratch, query_tile};
 use crate::scratch::{Carver, Lanes};
 use crate::select::Rectangle;
@@ -45,9 +45,10 @@ impl Refined<'_, '_> {
         let budgets = &mut *shared.budgets;
         budgets.fill(call.params.budget);
         if let Some(probes) = &plan.probes {
-            probe::attend(call, executor, lanes, (batch, Some(&keys.packed)), probes, shared.probe_exact)?;
+            probe::draw(call, executor, lanes, batch, probes, &mut shared.probed)?;
+            probe::attend(call, executor, lanes, (batch, Some(&keys.packed)), probes, &mut shared.probed)?;
             if call.params.target_error > 0.0 {
-                let probed = (probes, &*shared.probe_exact, &mut *shared.probe_estimate);
+                let probed = (probes, &shared.probed, &mut *shared.probe_estimate);
                 let budgets = (&mut *budgets, &mut *shared.settled);
                 settle_budgets(call, executor, lanes, &keys, probed, budgets)?;
             }
@@ -65,7 +66,7 @@ impl Refined<'_, '_> {
             }
         }
         let exact = |head: usize| budgets[head] == EXACT;
-        probe::write_errors(call, batch, plan.probes.as_ref(), shared.probe_exact, exact);
+        probe::write_errors(call, batch, plan.probes.as_ref(), &shared.probed, exact);
         Ok(())
     }
 }
@@ -158,21 +159,29 @@ fn settle_budgets(
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     keys: &Keys<'_>,
-    probed: (&Probes, &[f32], &mut [f32]),
+    (probes, probed, estimate): (&Probes, &Probed<'_>, &mut [f32]),
     (budgets, settled): (&mut [u32], &mut [u32]),
 ) -> Result<()> {
-    let (probes, exact, estimate) = probed;
     settled.fill(0);
     budgets.fill(keys.plan.least_budget as u32);
     while settled.contains(&0) {
-        estimate_probes(call, executor, lanes, keys, (probes, &mut *estimate), (budgets, settled))?;
+        estimate_probes(
+            call,
+            executor,
+            lanes,
+            keys,
+            (probes, probed.rows, &mut *estimate),
+            (budgets, settled),
+        )?;
         for (head, (budget, settled)) in budgets.iter_mut().zip(settled.iter_mut()).enumerate() {
             if *settled != 0 {
                 continue;
             }
-            let mut norms = Norms::default();
-            for place in probes.rows_of(head, &call.problem) {
-                norms.add_group(&estimate[place.clone()], &exact[place]);
+            let mut norms = Norms::new(probes);
+            for group in probes.rows_of(head, &call.problem) {
+                let len = probe::ROWS * call.problem.value_dim;
+                let estimates = estimate[group * len..][..len].chunks(call.problem.value_dim);
+                norms.add_group(estimates, probed, group);
             }
             // A budget below the caller's must be beyond doubt.
             let target = call.params.target_error * if *budget < call.params.budget { 0.5 } else { 1.0 };
@@ -195,7 +204,7 @@ fn estimate_probes(
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     keys: &Keys<'_>,
-    (probes, estimate): (&Probes, &mut [f32]),
+    (probes, rows, estimate): (&Probes, &[u32], &mut [f32]),
     (budgets, settled): (&[u32], &[u32]),
 ) -> Result<()> {
     let problem = &call.problem;
@@ -204,14 +213,15 @@ fn estimate_probes(
         if settled[head] != 0 {
             return;
         }
-        let (queries, rows) = probes.tile(kv_head, index);
+        let queries = probes.queries(head, index);
+        let rows = rows[item * probe::ROWS..][..probe::ROWS].iter().map(|&row| row as usize);
         let mut carver = Carver::new(scratch);
         let mut tile = Tile::carve(call, &mut carver);
         let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);
         let of_head = keys.of_head(call, kv_head);
         let budget = budgets[head] as usize;
         let choice = refine::choose(call, &of_head, (head, &queries), budget, &mut tile, &mut scratch);
-        attend_rows(call, &mut tile, &of_head, head, rows.into_iter(), &choice);
+        attend_rows(call, &mut tile, &of_head, head, rows, &choice);
         tile.finish_into(to);
     })
 }

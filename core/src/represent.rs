@@ -52,8 +52,14 @@ impl<'a> Representatives<'a> {
         &self.means[..self.len * head_dim]
     }
 
-    /// Represents the queries `rows` of `head`. Queries that are not finite are passed over; there may be none left.
-    pub(crate) fn find(&mut self, call: &Call<'_>, (batch, head): (usize, usize), rows: &Range<usize>) {
+    /// Squared distances of the queries `rows` of `head` from the means of the runs that they belong to; 0 for queries
+    /// that are not finite.
+    pub(crate) fn distances(
+        &mut self,
+        call: &Call<'_>,
+        (batch, head): (usize, usize),
+        rows: &Range<usize>,
+    ) -> &[f32] {
         let (head_dim, count) = (call.problem.head_dim, rows.len());
         let queries = &mut self.queries[..count * head_dim];
         for (row, query) in rows.clone().zip(queries.chunks_exact_mut(head_dim)) {
@@ -65,12 +71,23 @@ impl<'a> Representatives<'a> {
             *part = if is_finite(query) { (row * RUNS / count) as u32 } else { NO_PART };
         }
         average(queries, parts, self.means, &mut self.counts);
-        for (row, (distance, query)) in distances.iter_mut().zip(queries.chunks_exact(head_dim)).enumerate() {
-            *distance = match parts[row] {
+        for ((distance, &part), query) in
+            distances.iter_mut().zip(&*parts).zip(queries.chunks_exact(head_dim))
+        {
+            *distance = match part {
                 NO_PART => 0.0,
                 run => squared_distance(query, &self.means[run as usize * head_dim..][..head_dim]),
             };
         }
+        distances
+    }
+
+    /// Represents the queries `rows` of `head`. Queries that are not finite are passed over; there may be none left.
+    pub(crate) fn find(&mut self, call: &Call<'_>, place: (usize, usize), rows: &Range<usize>) {
+        self.distances(call, place, rows);
+        let (head_dim, count) = (call.problem.head_dim, rows.len());
+        let queries = &self.queries[..count * head_dim];
+        let (parts, distances) = (&mut self.parts[..count], &mut self.distances[..count]);
         for part in RUNS..WEIGHING_QUERIES {
             let mut farthest = 0;
             for (row, &distance) in distances.iter().enumerate() {

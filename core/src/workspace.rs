@@ -5,7 +5,9 @@ use crate::lsh;
 use crate::pack::PackedShape;
 use crate::params::Params;
 use crate::plan::{Plan, Run};
+use crate::probe::Probed;
 use crate::refine::RefineScratch;
+use crate::represent::Representatives;
 use crate::scratch::Carver;
 use crate::simd::Kernels;
 use crate::sort;
@@ -34,8 +36,8 @@ pub(crate) struct Shared<'a> {
     /// Keys that each query head's rows meet, and whether that is settled.
     pub(crate) budgets: &'a mut [u32],
     pub(crate) settled: &'a mut [u32],
-    /// Outputs of the probe rows.
-    pub(crate) probe_exact: &'a mut [f32],
+    pub(crate) probed: Probed<'a>,
+    /// Outputs of the probe rows by the estimator.
     pub(crate) probe_estimate: &'a mut [f32],
 }
 
@@ -55,6 +57,8 @@ impl<'a> Shared<'a> {
         let tile_len = shape.tile_len();
         let means = summary::means_len(problem.n_k, problem.head_dim, problem.value_dim);
         let packed_means = summary::packed_tiles(problem.n_k) * shape.keys_len();
+        let probe_rows =
+            plan.probes.as_ref().and_then(|probes| problem.heads_q.checked_mul(probes.rows_of_a_head()));
         let probed = plan.probes.as_ref().map(|probes| probes.outputs_len(problem));
         let packed = plan.packed_tiles.saturating_mul(tile_len).saturating_mul(kv_heads);
         Shared {
@@ -74,7 +78,11 @@ impl<'a> Shared<'a> {
             packed_means: carver.take(when(refined, problem.heads_kv.checked_mul(packed_means))),
             budgets: carver.take(when(refined, Some(problem.heads_q))),
             settled: carver.take(when(refined, Some(problem.heads_q))),
-            probe_exact: carver.take(when(probed.is_some(), probed.flatten())),
+            probed: Probed {
+                rows: carver.take(when(probed.is_some(), probe_rows)),
+                weights: carver.take(when(probed.is_some(), probe_rows)),
+                outputs: carver.take(when(probed.is_some(), probed.flatten())),
+            },
             probe_estimate: carver.take(when(refined && probed.is_some(), probed.flatten())),
         }
     }
@@ -88,13 +96,17 @@ fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
     if plan.run == Run::Refined {
         RefineScratch::carve(problem, plan.most_budget, &mut tile);
     }
+    let mut draw = Carver::measuring();
+    if plan.probes.is_some() {
+        Representatives::carve(problem, &mut draw);
+    }
     let mut sort = Carver::measuring();
     if plan.run == Run::Paper && plan.sorted {
         SortScratch::carve(params, problem.n_q.max(problem.n_k), &mut sort);
     }
     let mut norms = Carver::measuring();
     norms.take::<f32>(problem.head_dim + problem.value_dim);
-    Some(tile.used()?.max(sort.used()?).max(norms.used()?))
+    Some(tile.used()?.max(draw.used()?).max(sort.used()?).max(norms.used()?))
 }
 
 /// What one task needs to sort the rows of one head.
