@@ -2,7 +2,7 @@
 
 use crate::error::{Result, invalid};
 use crate::math;
-use crate::problem::{check_scalars, check_output};
+use crate::problem::{check_output, check_scalars};
 use crate::simd::Kernels;
 use crate::view::{TensorLayout, TensorMut, TensorRef};
 
