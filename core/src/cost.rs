@@ -5,7 +5,7 @@ use crate::causal::Decomposition;
 use crate::error::Result;
 use crate::hyper;
 use crate::params::{BlockMask, Params, Residual};
-use crate::plan::Plan;
+use crate::plan::{Plan, Run};
 use crate::problem::{Layouts, Problem};
 use crate::simd::Kernels;
 
@@ -25,6 +25,12 @@ pub(crate) fn exact_is_faster(
     parts: &Decomposition,
 ) -> bool {
     paper_pairs(params, mask, problem, parts) >= MARGIN * exact_pairs(parts)
+}
+
+/// Whether METHOD_REFINED promises to be faster than exact attention.
+pub(crate) fn refined_is_faster(params: &Params, problem: &Problem) -> bool {
+    let visible = problem.mean_visible_keys();
+    f64::from(params.budget) * 3.0 <= visible
 }
 
 /// (query, key) pairs of one head.
@@ -83,9 +89,9 @@ fn estimated_pairs(parts: &Decomposition, budget: f64) -> f64 {
 /// sample counts also where it lies in the query's own block; halves of odd lengths count as equal.
 pub fn keys_per_query(params: &Params, layouts: &Layouts<'_>) -> Result<f64> {
     // Which keys are met does not depend on the kernels.
-    let Plan { problem, parts, exact, leaf, .. } = Plan::new(params, layouts, Kernels::scalar())?;
+    let Plan { problem, parts, run, leaf, .. } = Plan::new(params, layouts, Kernels::scalar())?;
     let dense_is_exact = parts.dense.as_ref().is_some_and(|dense| dense.keys.len() <= leaf);
-    let pairs = if exact {
+    let pairs = if run == Run::Exact {
         exact_pairs(&parts)
     } else if dense_is_exact {
         let square = Decomposition { dense: None, ..parts.clone() };

@@ -23,6 +23,22 @@ pub(crate) fn packed_tiles(heads: &HeadSet, count: usize, queries: usize, keys: 
     if shared { count.saturating_mul(keys.div_ceil(KEY_TILE)) } else { 0 }
 }
 
+/// Packed keys and values: `[KV heads][rectangles][tiles]`.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedKeys<'p> {
+    words: &'p [u32],
+    first_kv_head: usize,
+    head_len: usize,
+    rectangle_len: usize,
+}
+
+impl<'p> PackedKeys<'p> {
+    /// The tiles of rectangle `index`.
+    pub(crate) fn tiles(&self, kv_head: usize, index: usize) -> &'p [u32] {
+        &self.words[(kv_head - self.first_kv_head) * self.head_len + index * self.rectangle_len..]
+    }
+}
+
 /// Computes every rectangle of `pass` for `heads` of the batch items `batches`.
 ///
 /// Where `packed` holds [`packed_tiles`] for every KV head of the (single) batch item, its keys and values are
@@ -36,21 +52,28 @@ pub(crate) fn run_pass(
     pass: &Pass<'_>,
     packed: &mut [u32],
 ) -> Result<()> {
-    let problem = &call.problem;
-    let tiling = HeadTiling::new(heads, true);
-    let longest = |of: fn(crate::select::Rectangle) -> usize| pass.rectangles().map(of).max().unwrap_or(0);
-    let (most_queries, most_keys) = (longest(|r| r.queries.len()), longest(|r| r.keys.len()));
-    let head_len = packed_tiles(heads, pass.count, most_queries, most_keys) * call.shape.tile_len();
-    let rectangle_len = most_keys.div_ceil(KEY_TILE) * call.shape.tile_len();
+    let head_len = packed_tiles(heads, pass.count, pass.most_queries(), pass.most_keys()) * call.shape.tile_len();
     let packed = if head_len > 0 && packed.len() >= head_len * heads.kv.len() && batches.len() == 1 {
-        let packed = &mut packed[..head_len * heads.kv.len()];
-        pack(call, executor, lanes, (batches.start, heads.kv.start), pass, rectangle_len, packed)?;
-        Some(&*packed)
+        Some(pack(call, executor, lanes, (batches.start, heads.kv.clone()), pass, packed)?)
     } else {
         None
     };
+    attend(call, executor, lanes, batches, heads, pass, packed.as_ref())
+}
 
-    let chunks = tiling.chunks(most_queries);
+/// [`run_pass`] with what [`pack`] made, if anything.
+pub(crate) fn attend(
+    call: &Call<'_>,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    batches: Range<usize>,
+    heads: &HeadSet,
+    pass: &Pass<'_>,
+    packed: Option<&PackedKeys<'_>>,
+) -> Result<()> {
+    let problem = &call.problem;
+    let tiling = HeadTiling::new(heads, true);
+    let chunks = tiling.chunks(pass.most_queries());
     let per_head = chunks * pass.count;
     let per_batch = per_head * tiling.parts * heads.kv.len();
     for_each_item(executor, lanes, per_batch * batches.len(), &|scratch, item| {
@@ -75,26 +98,27 @@ pub(crate) fn run_pass(
         }
         tile.load_queries(batch);
         pass.resume(&mut tile);
-        let packed =
-            packed.map(|packed| &packed[(kv_head - heads.kv.start) * head_len + index * rectangle_len..]);
+        let packed = packed.map(|packed| packed.tiles(kv_head, index));
         tile.attend_visible(KeyOrder { batch, kv_head, order: None }, rectangle.keys, packed);
         pass.complete(&mut tile, batch);
     })
 }
 
-/// Packs the keys and values of the KV heads from `first_kv_head` on: `[heads][rectangles][tiles]`.
-fn pack(
+/// Packs the keys and values that the rectangles of `pass` meet, for `kv_heads` of one batch item.
+pub(crate) fn pack<'p>(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
-    (batch, first_kv_head): (usize, usize),
+    (batch, kv_heads): (usize, Range<usize>),
     pass: &Pass<'_>,
-    rectangle_len: usize,
-    packed: &mut [u32],
-) -> Result<()> {
+    packed: &'p mut [u32],
+) -> Result<PackedKeys<'p>> {
     let (shape, problem, tensors) = (&call.shape, &call.problem, call.tensors);
-    let tiles = rectangle_len / shape.tile_len();
-    for_each_chunk(executor, lanes, packed, shape.tile_len(), &|scratch, index, tile| {
+    let tiles = pass.most_keys().div_ceil(KEY_TILE);
+    let (rectangle_len, first_kv_head) = (tiles * shape.tile_len(), kv_heads.start);
+    let head_len = rectangle_len * pass.count;
+    let packed = &mut packed[..head_len * kv_heads.len()];
+    for_each_chunk(executor, lanes, &mut *packed, shape.tile_len(), &|scratch, index, tile| {
         let kv_head = first_kv_head + index / (tiles * pass.count);
         let index = index % (tiles * pass.count);
         let Some(rectangle) = (pass.rectangle)(index / tiles) else { return };
@@ -109,5 +133,6 @@ fn pack(
         let packer = call.packer(batch);
         packer.pack_keys(&tensors.k, kv_head, &rows[..count], &mut scratch, keys);
         packer.pack_values(&tensors.v, kv_head, &rows[..count], &mut scratch, values);
-    })
+    })?;
+    Ok(PackedKeys { words: packed, first_kv_head, head_len, rectangle_len })
 }

@@ -7,8 +7,10 @@ use crate::pack::PackedShape;
 use crate::paper::Paper;
 use crate::params::Params;
 use crate::pass::Pass;
-use crate::plan::Plan;
+use crate::plan::{Plan, Run};
+use crate::probe;
 use crate::problem::{Layouts, Tensors};
+use crate::refined::Refined;
 use crate::scratch::{Carver, Lanes, Layout, WORKSPACE_ALIGN};
 use crate::select::Rectangle;
 use crate::simd::Kernels;
@@ -80,11 +82,26 @@ pub fn forward(
     let mut shared = Shared::carve(&plan, params, kernels, &mut Carver::new(shared));
     let shape = PackedShape::new(kernels, &plan.problem);
     let call = Call { kernels, params, problem: plan.problem, tensors, shape };
-    if plan.exact {
-        exact(&call, executor, &mut lanes, shared.packed)
-    } else {
-        Paper { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared }.run()
+    match plan.run {
+        Run::Exact => exact(&call, executor, &mut lanes, shared.packed)?,
+        Run::Paper => {
+            let mut paper =
+                Paper { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
+            paper.run()?;
+        }
+        Run::Refined => {
+            let mut refined =
+                Refined { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
+            return refined.run();
+        }
     }
+    for batch in 0..plan.problem.batch {
+        if let Some(probes) = &plan.probes {
+            probe::attend(&call, executor, &mut lanes, (batch, None), probes, shared.probe_exact)?;
+        }
+        probe::write_errors(&call, batch, plan.probes.as_ref(), shared.probe_exact, |_| false);
+    }
+    Ok(())
 }
 
 /// Exact attention for every head of every batch item.

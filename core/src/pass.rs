@@ -21,6 +21,16 @@ impl Pass<'_> {
         (0..self.count).filter_map(self.rectangle)
     }
 
+    /// Queries of the longest rectangle.
+    pub(crate) fn most_queries(&self) -> usize {
+        self.rectangles().map(|rectangle| rectangle.queries.len()).max().unwrap_or(0)
+    }
+
+    /// Keys of the longest rectangle.
+    pub(crate) fn most_keys(&self) -> usize {
+        self.rectangles().map(|rectangle| rectangle.keys.len()).max().unwrap_or(0)
+    }
+
     /// Lets the rows of `tile`, which has met no key, go on from what earlier passes stored.
     pub(crate) fn resume(&self, tile: &mut Tile<'_>) {
         if let Some(states) = self.states {

@@ -7,16 +7,25 @@ use crate::exact;
 use crate::hyper;
 use crate::pack::PackedShape;
 use crate::params::{Method, Params, Residual};
+use crate::probe::Probes;
 use crate::problem::{Layouts, Problem};
-use crate::simd::Kernels;
+use crate::simd::{KEY_TILE, Kernels};
 use crate::tiling::HeadSet;
+
+/// What computes the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Run {
+    Exact,
+    Paper,
+    Refined,
+}
 
 /// What one call will do: everything that follows from the options, shapes and kernels alone.
 pub(crate) struct Plan {
     pub(crate) problem: Problem,
     pub(crate) parts: Decomposition,
-    /// Whether the whole call is exact attention.
-    pub(crate) exact: bool,
+    /// What computes the output.
+    pub(crate) run: Run,
     /// Sub-problems with at most this many keys are exact.
     pub(crate) leaf: usize,
     /// Whether Algorithm 1 runs; otherwise the order in memory is the order.
@@ -27,8 +36,12 @@ pub(crate) struct Plan {
     pub(crate) row_norm: bool,
     /// Query heads whose state and packed keys are in the workspace together.
     pub(crate) heads_at_once: usize,
-    /// Tiles of packed keys that the exact passes of one KV head read more than once.
+    /// Tiles of packed keys of one KV head that tasks share.
     pub(crate) packed_tiles: usize,
+    /// Rows that are computed exactly besides, to estimate errors.
+    pub(crate) probes: Option<Probes>,
+    /// The largest budget that METHOD_REFINED may give to a head.
+    pub(crate) most_budget: usize,
 }
 
 impl Plan {
@@ -43,24 +56,38 @@ impl Plan {
             let dense_is_small = parts.dense.as_ref().is_none_or(|dense| dense.keys.len() <= leaf);
             dense_is_small && parts.square.is_none_or(|square| square.levels() == 0)
         };
-        let exact = match params.method {
-            Method::Exact => true,
-            Method::Auto => {
-                nothing_to_estimate
-                    || cost::exact_is_faster(params, layouts.block_mask.as_ref(), &problem, &parts)
+        let budget = params.budget as usize;
+        let refining_is_exact = problem.n_k <= params.min_seq_len.max(budget) || problem.n_q == 0;
+        let run = match params.method {
+            Method::Paper if !nothing_to_estimate => Run::Paper,
+            Method::Refined if !refining_is_exact => Run::Refined,
+            // The caller's blocks are METHOD_PAPER's.
+            Method::Auto if layouts.block_mask.is_some() => {
+                let exact = nothing_to_estimate
+                    || cost::exact_is_faster(params, layouts.block_mask.as_ref(), &problem, &parts);
+                if exact { Run::Exact } else { Run::Paper }
             }
-            _ => nothing_to_estimate,
+            Method::Auto if !refining_is_exact && cost::refined_is_faster(params, &problem) => Run::Refined,
+            _ => Run::Exact,
         };
+        let target = run == Run::Refined && params.target_error > 0.0;
+        let probed = target || (run != Run::Exact && layouts.error.is_some());
+        let mut most_budget = budget;
+        while target && most_budget as f64 * 4.0 <= problem.mean_visible_keys() {
+            most_budget *= 2;
+        }
         let divided = parts.square.is_some_and(|square| square.levels() > 0);
         let mut plan = Plan {
             sorted: blocks_are_sorted && params.lsh_num_projs > 0,
-            stateful: !exact && (divided || parts.dense_precedes_square()),
+            stateful: run == Run::Paper && (divided || parts.dense_precedes_square()),
             row_norm: hyper::effective_residual(params) == Residual::RowNorm,
             heads_at_once: problem.heads_q,
             packed_tiles: 0,
+            probes: probed.then(|| Probes::new(params.seed, params.offset, &problem, budget)),
+            most_budget,
             problem,
             parts,
-            exact,
+            run,
             leaf,
         };
         let bytes = layouts.k.dtype.size() * (problem.head_dim + problem.value_dim);
@@ -73,7 +100,7 @@ impl Plan {
     fn fit_into(&mut self, budget: u128, kernels: &Kernels) {
         let problem = &self.problem;
         let packed_tiles = self.shared_tiles();
-        if self.exact {
+        if self.run != Run::Paper {
             self.packed_tiles = packed_tiles;
             return;
         }
@@ -99,8 +126,10 @@ impl Plan {
     /// Tiles of keys of one KV head that several tasks of an exact pass read.
     fn shared_tiles(&self) -> usize {
         let heads = HeadSet::all(&self.problem);
-        if self.exact {
-            return exact::packed_tiles(&heads, 1, self.problem.n_q, self.problem.n_k);
+        match self.run {
+            Run::Exact => return exact::packed_tiles(&heads, 1, self.problem.n_q, self.problem.n_k),
+            Run::Refined => return self.problem.n_k.div_ceil(KEY_TILE),
+            Run::Paper => {}
         }
         // The first leaf is the longest.
         let Some(square) = self.parts.square else { return 0 };

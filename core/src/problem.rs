@@ -139,6 +139,18 @@ impl Problem {
         Ok(problem)
     }
 
+    /// Keys that a query sees, on average.
+    pub(crate) fn mean_visible_keys(&self) -> f64 {
+        let (n_q, n_k) = (self.n_q as f64, self.n_k as f64);
+        let square = n_q.min(n_k);
+        let pairs = match self.mask {
+            Mask::None => n_q * n_k,
+            Mask::CausalTopLeft => square * (square + 1.0) / 2.0 + (n_q - square) * n_k,
+            Mask::CausalBottomRight => square * (square + 1.0) / 2.0 + square * (n_k - square),
+        };
+        if self.n_q == 0 { 0.0 } else { pairs / n_q }
+    }
+
     /// How many leading keys query `i` sees.
     pub(crate) fn visible_keys(&self, i: usize) -> usize {
         match self.mask {
@@ -280,8 +292,10 @@ pub(crate) fn check_scalars(name: &str, lse: &TensorLayout) -> Result<()> {
 }
 
 fn check_block_mask(params: &Params, mask: &BlockMask<'_>, problem: &Problem) -> Result<()> {
-    if params.method == Method::Exact {
-        invalid!("block_mask is given but params.method = EXACT does not use one; pass NULL");
+    for (method, name) in [(Method::Exact, "EXACT"), (Method::Refined, "REFINED")] {
+        if params.method == method {
+            invalid!("block_mask is given but params.method = {name} does not use one; pass NULL");
+        }
     }
     mask.check_counts(problem.n_q as i64, problem.n_k as i64)?;
     let patterns = if mask.head_stride == 0 { 1 } else { problem.batch * problem.heads_q };

@@ -32,6 +32,8 @@ pub enum Purpose {
     TauRow = 3,
     /// Keys sampled by the row norms of V in Algorithm 3.
     RowNormKey = 4,
+    /// Rows that are computed exactly to estimate an error.
+    ProbeRow = 5,
 }
 
 /// The draws of one purpose for one head.

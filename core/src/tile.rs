@@ -9,9 +9,9 @@ use crate::params::Params;
 use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, Kernels, Step};
+use crate::simd::{KEY_TILE, Kernels, Step, Weighing};
 use crate::tiling::{HeadTiling, TILE_ROWS};
-use crate::view::Rows;
+use crate::view::{Rows, TensorRef};
 
 /// What every task of a call reads.
 pub(crate) struct Call<'a> {
@@ -176,9 +176,19 @@ impl<'a> Tile<'a> {
         self.rows.next_multiple_of(self.call.kernels.row_multiple())
     }
 
+    /// Takes all rows away.
+    pub(crate) fn clear(&mut self) {
+        self.rows = 0;
+    }
+
     /// Packs the pushed queries of batch item `batch` and empties their state.
     pub(crate) fn load_queries(&mut self, batch: usize) {
-        let Call { kernels, problem, tensors, shape, .. } = self.call;
+        self.load_rows(&self.call.tensors.q, batch);
+    }
+
+    /// [`Self::load_queries`] of another tensor.
+    pub(crate) fn load_rows(&mut self, view: &TensorRef<'_>, batch: usize) {
+        let Call { kernels, problem, shape, .. } = self.call;
         let (group, words) = (kernels.query_rows(), shape.key_words);
         let (rows, memory) = (self.padded_rows(), &mut self.memory);
         let packer = self.call.packer(batch);
@@ -188,10 +198,10 @@ impl<'a> Tile<'a> {
         for first in (0..rows).step_by(group) {
             for ahead in first + group..first + 2 * group {
                 let (head, row) = place(ahead);
-                tensors.q.prefetch_row(batch, head, row);
+                view.prefetch_row(batch, head, row);
             }
             let to = &mut memory.query[first * words..];
-            packer.pack_queries(&tensors.q, |r| place(first + r), problem.scale_log2, &mut memory.pack, to);
+            packer.pack_queries(view, |r| place(first + r), problem.scale_log2, &mut memory.pack, to);
         }
         memory.visible[self.rows..rows].fill(0);
         memory.cap[..rows].fill(f32::INFINITY);
@@ -222,6 +232,8 @@ impl<'a> Tile<'a> {
             }
         }
         let (keys, values) = match packed {
+            // Without the product with the values there need not be any.
+            Some(keys) if options.part == Part::Sum => (keys, &*memory.values),
             Some(tile) => tile.split_at(shape.keys_len()),
             None => (&*memory.keys, &*memory.values),
         };
@@ -316,6 +328,47 @@ impl<'a> Tile<'a> {
                 StepOptions { limited_from, shift: 0.0, weighted: false, capped: false, part: Part::Both };
             self.step(tile, count, options);
         }
+    }
+
+    /// Adds the packed keys at `positions` to every row's sum, with `shift` added to their logits. The first of them
+    /// begins the tiles, each of which is `tile_len` words after the one before and begins with its keys.
+    pub(crate) fn sum_packed(
+        &mut self,
+        positions: Range<usize>,
+        (tiles, tile_len): (&[u32], usize),
+        shift: f32,
+    ) {
+        let options =
+            StepOptions { limited_from: None, shift, weighted: false, capped: false, part: Part::Sum };
+        for (first, tile) in positions.clone().step_by(KEY_TILE).zip(tiles.chunks(tile_len)) {
+            self.step(Some(tile), KEY_TILE.min(positions.end - first), options);
+        }
+    }
+
+    /// How much weight the first rows give together to each of `key_count` packed keys, relative to `start` (base 2)
+    /// of each; as many rows as `start` is long. See [`crate::simd::Weighing`].
+    pub(crate) fn weigh(&mut self, keys: &[u32], key_count: usize, start: &[f32], weights: &mut [f32]) {
+        let Call { kernels, problem, shape, .. } = self.call;
+        kernels.weigh(&mut Weighing {
+            packing: shape.packing,
+            head_dim: problem.head_dim,
+            scale: problem.scale_log2,
+            query: self.memory.query,
+            keys,
+            key_count,
+            start,
+            logits: self.memory.logits,
+            weights,
+        });
+    }
+
+    /// Attends to one key that is in no tensor, with `log_weight` added to its logit.
+    pub(crate) fn attend_column(&mut self, key: &[f32], value: &[f32], log_weight: f32) {
+        let (packer, memory) = (self.call.packer(0), &mut self.memory);
+        packer.pack_keys(&TensorRef::of_rows(key, key.len(), key.len()), 0, &[0], &mut memory.pack, memory.keys);
+        packer.pack_values(&TensorRef::of_rows(value, value.len(), value.len()), 0, &[0], &mut memory.pack, memory.values);
+        let (weighted, capped, part) = (false, false, Part::Both);
+        self.step(None, 1, StepOptions { limited_from: None, shift: log_weight, weighted, capped, part });
     }
 
     /// Attends to weighted columns in the same online softmax.
@@ -476,6 +529,22 @@ impl<'a> Tile<'a> {
         }
     }
 
+    /// Normalises the rows and copies them to `to`, one after the other: 0 for a row that saw no key.
+    pub(crate) fn finish_into(&mut self, to: &mut [f32]) {
+        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
+        for (r, to) in to.chunks_exact_mut(value_dim).take(self.rows).enumerate() {
+            self.normalise(r);
+            to.copy_from_slice(&self.memory.accumulated[r * width..][..value_dim]);
+        }
+    }
+
+    /// Divides what `row` has accumulated by its sum, which is returned.
+    fn normalise(&mut self, row: usize) -> f32 {
+        let sum = self.sum_of(row);
+        self.scale_accumulated(row, if sum == 0.0 { 0.0 } else { 1.0 / sum });
+        sum
+    }
+
     /// Normalises the rows and writes them to the outputs: (0, -inf) for a row that saw no key.
     ///
     /// # Safety
@@ -490,9 +559,7 @@ impl<'a> Tile<'a> {
                 self.memory.row_of[ahead] as usize,
             );
             let (head, row) = (self.memory.head_of[r] as usize, self.memory.row_of[r] as usize);
-            let sum = self.sum_of(r);
-            let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-            self.scale_accumulated(r, factor);
+            let sum = self.normalise(r);
             let from = &self.memory.accumulated[r * self.call.shape.value_dim..][..problem.value_dim];
             // SAFETY: the rows are this tile's own (contract).
             unsafe {

@@ -4,10 +4,12 @@ use crate::error::{Result, invalid};
 use crate::lsh;
 use crate::pack::PackedShape;
 use crate::params::Params;
-use crate::plan::Plan;
+use crate::plan::{Plan, Run};
+use crate::refine::RefineScratch;
 use crate::scratch::Carver;
 use crate::simd::Kernels;
 use crate::sort;
+use crate::summary;
 use crate::tile::TileMemory;
 
 /// The parts of the workspace that all tasks share.
@@ -24,22 +26,36 @@ pub(crate) struct Shared<'a> {
     pub(crate) max: &'a mut [f32],
     pub(crate) sum: &'a mut [f32],
     pub(crate) accumulated: &'a mut [f32],
-    /// Keys and values of the passes that are exact.
+    /// Keys and values of the passes that are exact, or all of them.
     pub(crate) packed: &'a mut [u32],
+    /// Means of the blocks of keys and values, and the keys among them packed.
+    pub(crate) means: &'a mut [f32],
+    pub(crate) packed_means: &'a mut [u32],
+    /// Keys that each query head's rows meet, and whether that is settled.
+    pub(crate) budgets: &'a mut [u32],
+    pub(crate) settled: &'a mut [u32],
+    /// Outputs of the probe rows.
+    pub(crate) probe_exact: &'a mut [f32],
+    pub(crate) probe_estimate: &'a mut [f32],
 }
 
 impl<'a> Shared<'a> {
     pub(crate) fn carve(plan: &Plan, params: &Params, kernels: &Kernels, carver: &mut Carver<'a>) -> Self {
         let problem = &plan.problem;
         let when = |wanted: bool, len: Option<usize>| if wanted { len.unwrap_or(usize::MAX) } else { 0 };
-        let (estimated, sorted) = (!plan.exact, !plan.exact && plan.sorted);
+        let estimated = plan.run == Run::Paper;
+        let (sorted, refined) = (estimated && plan.sorted, plan.run == Run::Refined);
         let [query_heads, kv_heads] = plan.most_heads();
         let query_rows = query_heads.checked_mul(problem.n_q);
         let key_rows = kv_heads.checked_mul(problem.n_k);
         let width = lsh::projection_width(kernels, params.lsh_num_projs as usize);
         let states = when(plan.stateful, query_rows);
         let row_norm = estimated && plan.row_norm;
-        let tile_len = PackedShape::new(kernels, problem).tile_len();
+        let shape = PackedShape::new(kernels, problem);
+        let tile_len = shape.tile_len();
+        let means = summary::means_len(problem.n_k, problem.head_dim, problem.value_dim);
+        let packed_means = summary::packed_tiles(problem.n_k) * shape.keys_len();
+        let probed = plan.probes.as_ref().map(|probes| probes.outputs_len(problem));
         let packed = plan.packed_tiles.saturating_mul(tile_len).saturating_mul(kv_heads);
         Shared {
             projections: carver.take(when(sorted, problem.heads_kv.checked_mul(problem.head_dim * width))),
@@ -54,6 +70,12 @@ impl<'a> Shared<'a> {
             sum: carver.take(states),
             accumulated: carver.take(when(states > 0, states.checked_mul(problem.value_dim))),
             packed: carver.take(packed),
+            means: carver.take(when(refined, problem.heads_kv.checked_mul(means))),
+            packed_means: carver.take(when(refined, problem.heads_kv.checked_mul(packed_means))),
+            budgets: carver.take(when(refined, Some(problem.heads_q))),
+            settled: carver.take(when(refined, Some(problem.heads_q))),
+            probe_exact: carver.take(when(probed.is_some(), probed.flatten())),
+            probe_estimate: carver.take(when(refined && probed.is_some(), probed.flatten())),
         }
     }
 }
@@ -63,12 +85,15 @@ fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
     let problem = &plan.problem;
     let mut tile = Carver::measuring();
     TileMemory::carve(kernels, problem, &PackedShape::new(kernels, problem), &mut tile);
+    if plan.run == Run::Refined {
+        RefineScratch::carve(problem, plan.most_budget, &mut tile);
+    }
     let mut sort = Carver::measuring();
-    if !plan.exact && plan.sorted {
+    if plan.run == Run::Paper && plan.sorted {
         SortScratch::carve(params, problem.n_q.max(problem.n_k), &mut sort);
     }
     let mut norms = Carver::measuring();
-    norms.take::<f32>(problem.value_dim);
+    norms.take::<f32>(problem.head_dim + problem.value_dim);
     Some(tile.used()?.max(sort.used()?).max(norms.used()?))
 }
 

@@ -5,7 +5,7 @@ use core::arch::x86_64::*;
 
 use super::avx512::{self, Avx512};
 use super::product::Product;
-use super::{Isa, Kernels, Step, generic};
+use super::{Bf16Kernels, Isa, Kernels, Step, Weighing, generic};
 
 /// Pairs of bf16. A product is exact; the two products and the sum are rounded one after the other, and
 /// subnormal numbers count as 0.
@@ -73,5 +73,13 @@ unsafe fn attend_bf16(step: &mut Step<'_>) {
     unsafe { generic::attend::<Bf16Pairs, 12, 2, 4>(step) }
 }
 
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn weigh_bf16(task: &mut Weighing<'_>) {
+    // SAFETY: as above.
+    unsafe { generic::weigh::<Bf16Pairs, 12, 4, 2>(task) }
+}
+
+const BF16: Bf16Kernels = Bf16Kernels { attend: attend_bf16, weigh: weigh_bf16 };
+
 pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx512Bf16, attend_bf16: Some(attend_bf16), ..avx512::TABLE };
+    Kernels { isa: Isa::Avx512Bf16, bf16: Some(BF16), ..avx512::TABLE };

@@ -10,6 +10,21 @@ macro_rules! kernel_table {
             unsafe { crate::simd::generic::attend::<crate::simd::product::F32<$vector>, $rows, $vectors, $tail>(step) }
         }
 
+        /// Queries that weigh keys together: at least [`crate::simd::LEAST_WEIGHING_ROWS`].
+        const WEIGHING_ROWS: usize = if $tail >= crate::simd::LEAST_WEIGHING_ROWS { $tail } else { $rows };
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn weigh(task: &mut crate::simd::Weighing<'_>) {
+            // SAFETY: as above.
+            unsafe { crate::simd::generic::weigh::<crate::simd::product::F32<$vector>, $rows, WEIGHING_ROWS, $vectors>(task) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn add_scaled(row: &[u32], weight: f32, sum: &mut [f32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::rows::add_scaled::<$vector>(row, weight, sum) }
+        }
+
         $(#[target_feature(enable = $features)])?
         unsafe fn hash(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
             // SAFETY: as above.
@@ -44,10 +59,13 @@ macro_rules! kernel_table {
             isa: crate::simd::Isa::$isa,
             query_rows: $rows,
             row_multiple: $tail,
+            weighing_rows: WEIGHING_ROWS,
             panel: $vectors * <$vector as crate::simd::vector::Vector>::LANES,
             lanes: <$vector as crate::simd::vector::Vector>::LANES,
             attend,
-            attend_bf16: None,
+            weigh,
+            bf16: None,
+            add_scaled,
             hash,
             transpose,
             pack_queries,

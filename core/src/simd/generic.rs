@@ -2,11 +2,14 @@
 
 use super::product::Product;
 use super::vector::Vector;
-use super::{KEY_TILE, Step};
+use super::{KEY_TILE, Step, Weighing};
 
 /// A logit may exceed the number that its row's weights are relative to by this much (base 2) before the
 /// row is rescaled: weights stay below 256, far from overflow, and rescaling becomes rare.
 const HEADROOM: f32 = 8.0;
+
+/// Base-2 logarithm of the largest weight that [`weigh`] gives: a sum of millions of them times a value is finite.
+const MOST_WEIGHT: f32 = 60.0;
 
 /// Attends every row of a [`Step`]: scores, online softmax, product with the values.
 ///
@@ -133,9 +136,13 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
         *origin = if empty { 0.0 } else { max };
     }
     let start = origin.map(|origin| origin - step.shift);
+    let (words, scale, logits) = (step.head_dim.div_ceil(P::DEPTH), step.scale, step.logits.as_mut_ptr());
     // SAFETY: panel p holds words * panel words, the query group words * ROWS, and there is room for ROWS
     // rows of a panel of logits (contract).
-    let mut largest = unsafe { score::<P, ROWS, VECTORS>(step, query, p, &start) };
+    let mut largest = unsafe {
+        let keys = step.keys.as_ptr().add(p * panel * words);
+        score::<P, ROWS, VECTORS>((words, scale), query, keys, &start, logits)
+    };
     if !PLAIN {
         // SAFETY: as above.
         largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, limits, &start) };
@@ -165,17 +172,17 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
     }
 }
 
-/// Logits of `ROWS` queries against panel `p` of the keys, relative to `start`, into `step.logits`. Returns
-/// the largest of every lane; a NaN is passed over.
+/// Logits of `ROWS` queries against a panel of keys, relative to `start`, into `logits`. Returns the largest of
+/// every lane; a NaN is passed over.
 #[inline(always)]
 unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
-    step: &mut Step<'_>,
+    (words, scale): (usize, f32),
     (query, next): (*const u32, usize),
-    p: usize,
+    keys: *const u32,
     start: &[f32; ROWS],
+    logits: *mut f32,
 ) -> P::Vector {
     let lanes = P::Vector::LANES;
-    let words = step.head_dim.div_ceil(P::DEPTH);
     let mut tile = [[P::Vector::splat(0.0); VECTORS]; ROWS];
     if P::QUERIES_ARE_SCALED {
         for (row, start) in tile.iter_mut().zip(start) {
@@ -183,13 +190,9 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
         }
     }
     // SAFETY: as the caller says.
-    unsafe {
-        let key = step.keys.as_ptr().add(p * VECTORS * lanes * words);
-        multiply::<P, ROWS, VECTORS>(words, (query, next, 1), key, &mut tile);
-    }
-    let scale = P::Vector::splat(step.scale);
+    unsafe { multiply::<P, ROWS, VECTORS>(words, (query, next, 1), keys, &mut tile) };
+    let scale = P::Vector::splat(scale);
     let mut largest = [P::Vector::splat(f32::NEG_INFINITY); VECTORS];
-    let logits = step.logits.as_mut_ptr();
     for (r, row) in tile.iter().enumerate() {
         for (v, &cell) in row.iter().enumerate() {
             let logit =
@@ -204,6 +207,46 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
         all = lanes.max(all);
     }
     all
+}
+
+/// Sums, for each key of a [`Weighing`], the weights that `ROWS` queries give it.
+///
+/// # Safety
+/// The instructions of `P` are available, and the slices have the lengths that [`Weighing`] states for
+/// `query_rows == GROUP`, `weighing_rows == ROWS`, `lanes == P::Vector::LANES` and `panel == VECTORS * lanes`.
+#[inline(always)]
+pub(super) unsafe fn weigh<P: Product, const GROUP: usize, const ROWS: usize, const VECTORS: usize>(
+    task: &mut Weighing<'_>,
+) {
+    let lanes = P::Vector::LANES;
+    let panel = VECTORS * lanes;
+    let words = task.head_dim.div_ceil(P::DEPTH);
+    let mut start = [0.0; ROWS];
+    start.copy_from_slice(&task.start[..ROWS]);
+    let most = P::Vector::splat(MOST_WEIGHT);
+    for p in 0..task.key_count.div_ceil(panel) {
+        // SAFETY: as in `weigh_keys`; a tile of weights.
+        unsafe {
+            let keys = task.keys.as_ptr().add(p * panel * words);
+            let logits = task.logits.as_mut_ptr();
+            score::<P, ROWS, VECTORS>(
+                (words, task.scale),
+                (task.query.as_ptr(), GROUP),
+                keys,
+                &start,
+                logits,
+            );
+            for v in 0..VECTORS {
+                let mut total = P::Vector::splat(0.0);
+                for r in 0..ROWS {
+                    let logit = P::Vector::load(logits.add((r * VECTORS + v) * lanes));
+                    // A NaN becomes the largest weight: such a key must not be overlooked.
+                    total = total.add(logit.min(most).exp2());
+                }
+                total.store(task.weights.as_mut_ptr().add(p * panel + v * lanes));
+            }
+        }
+    }
 }
 
 /// Adds to every cell of a register tile the products of its row's and its column's words: a row's word i is at

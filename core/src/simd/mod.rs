@@ -30,6 +30,9 @@ pub(crate) use prefetch::prefetch;
 /// Keys in one packed tile.
 pub const KEY_TILE: usize = 64;
 
+/// Queries that any table lets weigh keys together, at least.
+pub const LEAST_WEIGHING_ROWS: usize = 4;
+
 /// Rows hashed at once: enough independent chains to hide the latency of a fused multiply-add.
 pub const HASH_ROWS: usize = 8;
 
@@ -139,6 +142,38 @@ pub struct Step<'a> {
     pub weights: &'a mut [u32],
 }
 
+/// A few queries against one packed tile of keys: how much weight they give to each key.
+///
+/// With the names of [`Step`], for T = `weighing_rows` queries.
+pub struct Weighing<'a> {
+    /// What the words are.
+    pub packing: Packing,
+    /// Elements of a query and of a key.
+    pub head_dim: usize,
+    /// As in [`Step`].
+    pub scale: f32,
+    /// The first T queries of a group, `[W][R]`.
+    pub query: &'a [u32],
+    /// `[KEY_TILE / P][W][P]`.
+    pub keys: &'a [u32],
+    /// Keys in this tile, at most [`KEY_TILE`].
+    pub key_count: usize,
+    /// What the logits of each query are relative to (base 2, `[T]`); with infinity the query gives no weight.
+    pub start: &'a [f32],
+    /// Room for the logits of the queries against a panel: `[T][P]`.
+    pub logits: &'a mut [f32],
+    /// The sum over the queries of 2^(logit - start), at most 2^60 from each, NaN counting as that (`[KEY_TILE]`);
+    /// unspecified beyond the last key.
+    pub weights: &'a mut [f32],
+}
+
+/// What a table does with bf16 pairs.
+#[derive(Clone, Copy)]
+struct Bf16Kernels {
+    attend: unsafe fn(&mut Step<'_>),
+    weigh: unsafe fn(&mut Weighing<'_>),
+}
+
 /// (rows, projections, width, codes), see [`Kernels::hash`].
 type Hash = unsafe fn(&[&[u32]], &[f32], usize, &mut [u32]);
 
@@ -150,10 +185,13 @@ pub struct Kernels {
     isa: Isa,
     query_rows: usize,
     row_multiple: usize,
+    weighing_rows: usize,
     panel: usize,
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
-    attend_bf16: Option<unsafe fn(&mut Step<'_>)>,
+    weigh: unsafe fn(&mut Weighing<'_>),
+    bf16: Option<Bf16Kernels>,
+    add_scaled: unsafe fn(&[u32], f32, &mut [f32]),
     hash: Hash,
     transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
     pack_queries: PackQueries,
@@ -196,7 +234,7 @@ impl Kernels {
         let fast = detect_x86::bf16_products_are_fast();
         #[cfg(not(target_arch = "x86_64"))]
         let fast = true;
-        self.attend_bf16.is_none() || fast
+        self.bf16.is_none() || fast
     }
 
     /// Every table that this machine can run.
@@ -234,6 +272,11 @@ impl Kernels {
         self.row_multiple
     }
 
+    /// Queries in a [`Weighing`], at least [`LEAST_WEIGHING_ROWS`].
+    pub fn weighing_rows(&self) -> usize {
+        self.weighing_rows
+    }
+
     /// Keys in a panel (P).
     pub fn panel(&self) -> usize {
         self.panel
@@ -247,7 +290,7 @@ impl Kernels {
 
     /// How tensors of this element type, all three of it, are packed.
     pub fn packing(&self, dtype: DType) -> Packing {
-        if dtype == DType::BF16 && self.attend_bf16.is_some() { Packing::Bf16Pairs } else { Packing::F32 }
+        if dtype == DType::BF16 && self.bf16.is_some() { Packing::Bf16Pairs } else { Packing::F32 }
     }
 
     /// Attends every row of the step to its keys, in one online softmax with what came before.
@@ -273,14 +316,45 @@ impl Kernels {
                 && step.logits.len() >= self.query_rows * self.panel
                 && step.weights.len() >= self.query_rows * KEY_TILE / depth
         );
-        let attend = match (step.packing, self.attend_bf16) {
-            (Packing::F32, _) => self.attend,
-            (Packing::Bf16Pairs, Some(attend)) => attend,
-            (Packing::Bf16Pairs, None) => panic!("this table has no kernel for bf16 pairs"),
+        let attend = match step.packing {
+            Packing::F32 => self.attend,
+            Packing::Bf16Pairs => self.bf16_kernels().attend,
         };
         // SAFETY: the lengths are those that Step states, and a table is handed out only where its
         // instructions are available.
         unsafe { attend(step) }
+    }
+
+    fn bf16_kernels(&self) -> Bf16Kernels {
+        self.bf16.expect("this table has no kernels for bf16 pairs")
+    }
+
+    /// How much weight [`Self::weighing_rows`] queries give to each key of a tile.
+    ///
+    /// Panics as [`Self::attend`] does.
+    pub fn weigh(&self, task: &mut Weighing<'_>) {
+        let words = task.head_dim.div_ceil(task.packing.depth());
+        assert!(
+            task.key_count <= KEY_TILE
+                && task.query.len() >= self.query_rows * words
+                && task.keys.len() >= KEY_TILE * words
+                && task.start.len() >= self.weighing_rows
+                && task.logits.len() >= self.weighing_rows * self.panel
+                && task.weights.len() >= KEY_TILE
+        );
+        let weigh = match task.packing {
+            Packing::F32 => self.weigh,
+            Packing::Bf16Pairs => self.bf16_kernels().weigh,
+        };
+        // SAFETY: as in `attend`.
+        unsafe { weigh(task) }
+    }
+
+    /// Adds `weight` times a row of f32 words to `sum`, which is as long.
+    pub fn add_scaled(&self, row: &[u32], weight: f32, sum: &mut [f32]) {
+        assert!(row.len() == sum.len());
+        // SAFETY: as in `attend`.
+        unsafe { (self.add_scaled)(row, weight, sum) }
     }
 
     /// Sign codes of `rows` of f32 words under `projections` (`[head_dim][width]`, `width` a multiple of

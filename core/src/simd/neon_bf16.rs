@@ -6,7 +6,7 @@ use core::arch::asm;
 
 use super::neon::{self, Neon};
 use super::product::Product;
-use super::{Isa, Kernels, Step, generic};
+use super::{Bf16Kernels, Isa, Kernels, Step, Weighing, generic};
 
 /// Pairs of bf16. The products and the sums are rounded to odd, and subnormal numbers count as 0.
 struct Bf16Pairs;
@@ -80,5 +80,13 @@ unsafe fn attend_bf16(step: &mut Step<'_>) {
     unsafe { generic::attend::<Bf16Pairs, 6, 4, 3>(step) }
 }
 
+#[target_feature(enable = "bf16")]
+unsafe fn weigh_bf16(task: &mut Weighing<'_>) {
+    // SAFETY: as above.
+    unsafe { generic::weigh::<Bf16Pairs, 6, 6, 4>(task) }
+}
+
+const BF16: Bf16Kernels = Bf16Kernels { attend: attend_bf16, weigh: weigh_bf16 };
+
 pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::NeonBf16, attend_bf16: Some(attend_bf16), ..neon::TABLE };
+    Kernels { isa: Isa::NeonBf16, bf16: Some(BF16), ..neon::TABLE };

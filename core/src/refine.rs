@@ -1,0 +1,423 @@
+//! Selection of METHOD_REFINED: which keys one tile of queries meets, and what stands for the others.
+//!
+//! The tile is represented by the means of a few runs of its queries. They weigh the mean keys of all blocks, then
+//! the keys of the heaviest blocks one by one. The heaviest keys are met exactly; all others become one column,
+//! their weighted mean: the tangent of the logarithm of their sum at the representatives.
+
+use core::ops::Range;
+
+use crate::params::{Mask, Params};
+use crate::problem::Problem;
+use crate::residual::Column;
+use crate::scratch::Carver;
+use crate::simd::{KEY_TILE, LEAST_WEIGHING_ROWS, Packing};
+use crate::summary::{BLOCK, is_finite};
+use crate::tile::{Call, KeyOrder, Tile};
+use crate::view::TensorRef;
+
+/// Queries that share a list of keys.
+pub(crate) const QUERY_TILE: usize = 128;
+
+/// Runs of queries whose means represent a tile.
+const REPRESENTATIVES: usize = LEAST_WEIGHING_ROWS;
+
+/// Keys are chosen among this many times as many, those of the heaviest blocks.
+const CANDIDATES: usize = 4;
+
+/// Representatives that any table weighs with, at most.
+const MOST_WEIGHING_ROWS: usize = 16;
+
+/// The keys of one KV head of one batch item.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadKeys<'r> {
+    pub(crate) batch: usize,
+    pub(crate) kv_head: usize,
+    /// Packed tiles of keys and values, one for each block.
+    pub(crate) packed: &'r [u32],
+    /// `[blocks][head_dim + value_dim]`.
+    pub(crate) means: &'r [f32],
+    /// Packed tiles of the mean keys.
+    pub(crate) packed_means: &'r [u32],
+}
+
+/// What a tile of queries meets.
+pub(crate) enum Choice<'s> {
+    /// Every key that it sees.
+    Everything,
+    /// Some.
+    Some {
+        /// Leading keys.
+        first: usize,
+        /// From here on every key that a row sees.
+        near: usize,
+        /// Keys between them, ascending.
+        columns: &'s [u32],
+        /// What stands for the rest: key, value and base-2 log weight.
+        rest: Option<(&'s [f32], &'s [f32], f32)>,
+    },
+}
+
+impl Choice<'_> {
+    /// Attends to it, for the loaded rows of `tile`.
+    pub(crate) fn attend(&self, tile: &mut Tile<'_>, call: &Call<'_>, keys: &HeadKeys<'_>) {
+        let order = KeyOrder { batch: keys.batch, kv_head: keys.kv_head, order: None };
+        let n_k = call.problem.n_k;
+        match *self {
+            Choice::Everything => tile.attend_visible(order, 0..n_k, Some(keys.packed)),
+            Choice::Some { first, near, columns, rest } => {
+                tile.attend_visible(order, 0..first, Some(keys.packed));
+                let from = near / BLOCK * call.shape.tile_len();
+                tile.attend_visible(order, near..n_k, Some(&keys.packed[from..]));
+                let columns =
+                    columns.iter().map(|&position| Column { position: position as usize, log_weight: 0.0 });
+                tile.attend_columns(order, columns, false, crate::tile::Part::Both);
+                if let Some((key, value, log_weight)) = rest {
+                    tile.attend_column(key, value, log_weight);
+                }
+            }
+        }
+    }
+
+    /// Keys and columns that the queries `rows` meet, all together.
+    pub(crate) fn pairs(&self, problem: &Problem, rows: Range<usize>) -> usize {
+        let pairs_of = |row| {
+            let visible = problem.visible_keys(row);
+            match self {
+                Choice::Everything => visible,
+                Choice::Some { first, near, columns, rest } => {
+                    first + visible - near + columns.len() + usize::from(rest.is_some())
+                }
+            }
+        };
+        rows.map(pairs_of).sum()
+    }
+}
+
+/// Where the keys that are met without being chosen lie for some queries, and how many are chosen.
+struct Frame {
+    /// Leading keys, met by all.
+    first: usize,
+    /// Start of the keys that each query meets as far as it sees, at a block.
+    near: usize,
+    /// Keys that every query sees.
+    seen_by_all: usize,
+    /// Keys to choose.
+    wanted: usize,
+}
+
+impl Frame {
+    /// None when the budget holds all that the queries see.
+    fn new(params: &Params, problem: &Problem, rows: &Range<usize>, budget: usize) -> Option<Self> {
+        let (least, most) = (problem.visible_keys(rows.start), problem.visible_keys(rows.end - 1));
+        if most <= budget {
+            return None;
+        }
+        let far_end = match problem.mask {
+            Mask::None => least,
+            _ => least.saturating_sub(params.band as usize),
+        };
+        let near = far_end / BLOCK * BLOCK;
+        let first = (params.num_first_keys as usize).min(near);
+        let visible: usize = rows.clone().map(|row| problem.visible_keys(row)).sum();
+        let met = first + (visible / rows.len() - near);
+        let wanted = budget.saturating_sub(met + 1);
+        (near - first > wanted).then_some(Frame { first, near, seen_by_all: least, wanted })
+    }
+}
+
+/// Scratch of one selection.
+pub(crate) struct RefineScratch<'a> {
+    representatives: &'a mut [f32],
+    block_weights: &'a mut [f32],
+    candidates: &'a mut [u32],
+    key_weights: &'a mut [f32],
+    /// Room to find the m-th largest of some weights.
+    ranked: &'a mut [u32],
+    columns: &'a mut [u32],
+    rest: &'a mut [f32],
+    row: &'a mut [f32],
+}
+
+/// Blocks whose keys are looked at one by one for `wanted` keys.
+fn candidate_blocks(wanted: usize) -> usize {
+    // One more: the block that the first keys cut is always among them.
+    (CANDIDATES * wanted).div_ceil(BLOCK) + 1
+}
+
+impl<'a> RefineScratch<'a> {
+    /// For budgets up to `budget`.
+    pub(crate) fn carve(problem: &Problem, budget: usize, carver: &mut Carver<'a>) -> Self {
+        let blocks = problem.n_k.div_ceil(BLOCK).next_multiple_of(KEY_TILE);
+        let candidates = candidate_blocks(budget).min(blocks);
+        let width = problem.head_dim + problem.value_dim;
+        RefineScratch {
+            representatives: carver.take(REPRESENTATIVES * problem.head_dim),
+            block_weights: carver.take(blocks),
+            candidates: carver.take(candidates),
+            key_weights: carver.take(candidates * BLOCK),
+            ranked: carver.take(blocks.max(candidates * BLOCK)),
+            columns: carver.take(budget.min(problem.n_k)),
+            rest: carver.take(width),
+            row: carver.take(width),
+        }
+    }
+}
+
+/// Chooses what the queries `rows` of query head `head` meet, at most about `budget` keys each. Uses `tile`, which is
+/// empty afterwards.
+pub(crate) fn choose<'s>(
+    call: &Call<'_>,
+    keys: &HeadKeys<'_>,
+    (head, rows): (usize, &Range<usize>),
+    budget: usize,
+    tile: &mut Tile<'_>,
+    scratch: &'s mut RefineScratch<'_>,
+) -> Choice<'s> {
+    let problem = &call.problem;
+    let Some(frame) = Frame::new(call.params, problem, rows, budget) else { return Choice::Everything };
+    let count = represent(call, (keys.batch, head), rows, scratch.representatives);
+    if count == 0 {
+        return Choice::Everything;
+    }
+    let start = normalise(call, keys, &frame, count, tile, scratch.representatives);
+    let blocks = frame.first / BLOCK..frame.near / BLOCK;
+    let block_weights = &mut scratch.block_weights[..frame.near / BLOCK];
+    for (index, weights) in block_weights.chunks_mut(KEY_TILE).enumerate() {
+        let mut all = [0.0; KEY_TILE];
+        let packed = &keys.packed_means[index * call.shape.keys_len()..];
+        tile.weigh(packed, weights.len(), &start, &mut all);
+        weights.copy_from_slice(&all[..weights.len()]);
+    }
+    if !frame.first.is_multiple_of(BLOCK) {
+        block_weights[blocks.start] = f32::MAX;
+    }
+    let candidates = {
+        let wanted = candidate_blocks(frame.wanted).min(blocks.len());
+        let heaviest = Heaviest::new(&block_weights[blocks.clone()], wanted, scratch.ranked);
+        let mut taken = heaviest.taker();
+        let mut found = 0;
+        for block in blocks.clone() {
+            if taken(block_weights[block]) {
+                scratch.candidates[found] = block as u32;
+                found += 1;
+            }
+        }
+        &scratch.candidates[..found]
+    };
+    let key_weights = &mut scratch.key_weights[..candidates.len() * BLOCK];
+    for (&block, weights) in candidates.iter().zip(key_weights.chunks_mut(BLOCK)) {
+        let packed = &keys.packed[block as usize * call.shape.tile_len()..];
+        tile.weigh(packed, BLOCK, &start, weights);
+        let met = frame.first.saturating_sub(block as usize * BLOCK).min(BLOCK);
+        weights[..met].fill(0.0);
+    }
+    tile.clear();
+
+    let mut rest = Rest::new(call, keys, scratch.rest, scratch.row);
+    let mut found = 0;
+    {
+        let heaviest = Heaviest::new(key_weights, frame.wanted, scratch.ranked);
+        let mut taken = heaviest.taker();
+        for (&block, weights) in candidates.iter().zip(key_weights.chunks(BLOCK)) {
+            for (slot, &weight) in weights.iter().enumerate() {
+                let position = block as usize * BLOCK + slot;
+                if position < frame.first {
+                    continue;
+                }
+                if taken(weight) {
+                    scratch.columns[found] = position as u32;
+                    found += 1;
+                } else {
+                    rest.add_key(position, weight);
+                }
+            }
+        }
+    }
+    let mut next = candidates.iter().peekable();
+    for block in blocks {
+        if next.next_if(|&&candidate| candidate as usize == block).is_none() {
+            rest.add_block(block, block_weights[block]);
+        }
+    }
+    let log_weight = rest.finish(&start[..count], scratch.representatives);
+    let (key, value) = scratch.rest.split_at(problem.head_dim);
+    Choice::Some {
+        first: frame.first,
+        near: frame.near,
+        columns: &scratch.columns[..found],
+        rest: log_weight.map(|log_weight| (key, value, log_weight)),
+    }
+}
+
+/// Fills `to` with the means of runs of the queries `rows`, and returns how many there are. Queries that are not
+/// finite are passed over.
+fn represent(call: &Call<'_>, (batch, head): (usize, usize), rows: &Range<usize>, to: &mut [f32]) -> usize {
+    let head_dim = call.problem.head_dim;
+    let mut query = [0.0; crate::problem::MAX_HEAD_DIM as usize];
+    let query = &mut query[..head_dim];
+    let mut count = 0;
+    for run in 0..REPRESENTATIVES {
+        let bound = |run| rows.start + run * rows.len() / REPRESENTATIVES;
+        let mean = &mut to[count * head_dim..][..head_dim];
+        mean.fill(0.0);
+        let mut weight = 0.0;
+        for row in bound(run)..bound(run + 1) {
+            call.tensors.q.read_row(call.kernels, batch, head, row, query);
+            if is_finite(query) {
+                mean.iter_mut().zip(&*query).for_each(|(sum, x)| *sum += x);
+                weight += 1.0;
+            }
+        }
+        if weight > 0.0 {
+            mean.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
+            count += 1;
+        }
+    }
+    count
+}
+
+/// The number that packing makes of `x`.
+fn rounded(call: &Call<'_>, x: f32) -> f32 {
+    match call.shape.packing {
+        Packing::F32 => x,
+        Packing::Bf16Pairs => half::bf16::from_f32(x).to_f32(),
+    }
+}
+
+/// Loads the representatives into `tile` and returns what each gives to all keys together, estimated from the mean
+/// keys (base 2); infinity for absent ones.
+fn normalise(
+    call: &Call<'_>,
+    keys: &HeadKeys<'_>,
+    frame: &Frame,
+    count: usize,
+    tile: &mut Tile<'_>,
+    representatives: &[f32],
+) -> [f32; MOST_WEIGHING_ROWS] {
+    let (shape, head_dim) = (&call.shape, call.problem.head_dim);
+    tile.clear();
+    (0..count).for_each(|row| tile.push(0, row, 0));
+    tile.load_rows(&TensorRef::of_rows(&representatives[..count * head_dim], head_dim, head_dim), 0);
+    tile.sum_packed(0..frame.first, (keys.packed, shape.tile_len()), 0.0);
+    let near = &keys.packed[frame.near / BLOCK * shape.tile_len()..];
+    tile.sum_packed(frame.near..frame.seen_by_all, (near, shape.tile_len()), 0.0);
+    let log_block = crate::math::log2(BLOCK as f32);
+    tile.sum_packed(0..frame.near / BLOCK, (keys.packed_means, shape.keys_len()), log_block);
+    let mut start = [f32::INFINITY; MOST_WEIGHING_ROWS];
+    for (row, start) in start[..count].iter_mut().enumerate() {
+        *start = tile.log2_sum(row);
+    }
+    start
+}
+
+/// The largest of some weights.
+struct Heaviest {
+    /// Bits of the smallest of them. The bits of numbers that are not negative are ordered as these.
+    threshold: u32,
+    /// How many as small as that belong to them.
+    ties: usize,
+}
+
+impl Heaviest {
+    fn new(weights: &[f32], wanted: usize, ranked: &mut [u32]) -> Self {
+        if wanted == 0 {
+            return Heaviest { threshold: u32::MAX, ties: 0 };
+        }
+        if wanted >= weights.len() {
+            return Heaviest { threshold: 0, ties: weights.len() };
+        }
+        let ranked = &mut ranked[..weights.len()];
+        for (bits, weight) in ranked.iter_mut().zip(weights) {
+            *bits = weight.to_bits();
+        }
+        let index = weights.len() - wanted;
+        let (_, &mut threshold, above) = ranked.select_nth_unstable(index);
+        let equal_above = above.iter().filter(|&&bits| bits == threshold).count();
+        Heaviest { threshold, ties: equal_above + 1 }
+    }
+
+    /// Tells of one weight after the other whether it is among them.
+    fn taker(&self) -> impl FnMut(f32) -> bool {
+        let (threshold, mut ties) = (self.threshold, self.ties);
+        move |weight| {
+            let bits = weight.to_bits();
+            let tie = bits == threshold && ties > 0;
+            ties -= usize::from(tie);
+            bits > threshold || tie
+        }
+    }
+}
+
+/// The weighted mean of the keys that are not met.
+struct Rest<'r, 'k> {
+    call: &'r Call<'r>,
+    keys: &'r HeadKeys<'k>,
+    sum: &'r mut [f32],
+    row: &'r mut [f32],
+    weight: f32,
+}
+
+impl<'r, 'k> Rest<'r, 'k> {
+    fn new(
+        call: &'r Call<'_>,
+        keys: &'r HeadKeys<'k>,
+        sum: &'r mut [f32],
+        row: &'r mut [f32],
+    ) -> Self {
+        sum.fill(0.0);
+        Rest { call, keys, sum, row, weight: 0.0 }
+    }
+
+    fn add_key(&mut self, position: usize, weight: f32) {
+        // 0 times an infinity would spoil the sum.
+        if weight == 0.0 {
+            return;
+        }
+        let Call { kernels, tensors, problem, .. } = self.call;
+        let (batch, kv_head) = (self.keys.batch, self.keys.kv_head);
+        self.weight += weight;
+        let (key_sum, value_sum) = self.sum.split_at_mut(problem.head_dim);
+        for (view, sum) in [(&tensors.k, key_sum), (&tensors.v, value_sum)] {
+            match view.words(Packing::F32, batch, kv_head, position) {
+                Some(words) => kernels.add_scaled(words, weight, sum),
+                None => {
+                    let row = &mut self.row[..sum.len()];
+                    view.read_row(kernels, batch, kv_head, position, row);
+                    sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += weight * *x);
+                }
+            }
+        }
+    }
+
+    /// `weight` is that of one key.
+    fn add_block(&mut self, block: usize, weight: f32) {
+        if weight == 0.0 {
+            return;
+        }
+        let weight = weight * BLOCK as f32;
+        self.weight += weight;
+        let mean = &self.keys.means[block * self.sum.len()..][..self.sum.len()];
+        self.sum.iter_mut().zip(mean).for_each(|(sum, x)| *sum += weight * x);
+    }
+
+    /// Makes the sums means, and returns the log weight that gives them the weight of what they stand for, on average
+    /// over the representatives; none when there is nothing.
+    fn finish(self, start: &[f32], representatives: &[f32]) -> Option<f32> {
+        let Rest { call, sum, weight, .. } = self;
+        if weight == 0.0 {
+            return None;
+        }
+        sum.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
+        let count = start.len() as f32;
+        let head_dim = call.problem.head_dim;
+        let key = &sum[..head_dim];
+        let mut mean_logit = 0.0;
+        for query in representatives.chunks(head_dim).take(start.len()) {
+            mean_logit += query.iter().zip(key).map(|(x, y)| x * y).sum::<f32>();
+        }
+        mean_logit *= call.problem.scale_log2 / count;
+        let log_weight = crate::math::log2(weight / count) + start.iter().sum::<f32>() / count - mean_logit;
+        // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
+        log_weight.is_finite().then_some(log_weight)
+    }
+}

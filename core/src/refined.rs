@@ -1,0 +1,205 @@
+//! METHOD_REFINED: summaries of the keys, the error of each head at its budget, then all tiles of queries.
+
+use crate::error::Result;
+use crate::exact::{self, PackedKeys};
+use crate::exec::{Executor, for_each_chunk, for_each_item};
+use crate::pass::Pass;
+use crate::plan::Plan;
+use crate::probe::{self, Norms, Probes};
+use crate::refine::{self, Choice, HeadKeys, QUERY_TILE, RefineScratch};
+use crate::scratch::{Carver, Lanes};
+use crate::select::Rectangle;
+use crate::summary;
+use crate::tile::{Call, Tile};
+use crate::tiling::HeadSet;
+use crate::workspace::Shared;
+
+/// The budget of a head that is computed exactly.
+const EXACT: u32 = u32::MAX;
+
+/// A call under way.
+pub(crate) struct Refined<'r, 'a> {
+    pub(crate) plan: &'r Plan,
+    pub(crate) call: &'r Call<'r>,
+    pub(crate) executor: &'r dyn Executor,
+    pub(crate) lanes: &'r mut Lanes<'a>,
+    pub(crate) shared: &'r mut Shared<'a>,
+}
+
+impl Refined<'_, '_> {
+    pub(crate) fn run(&mut self) -> Result<()> {
+        (0..self.plan.problem.batch).try_for_each(|batch| self.run_batch(batch))
+    }
+
+    fn run_batch(&mut self, batch: usize) -> Result<()> {
+        let Refined { plan, call, executor, lanes, shared } = self;
+        let (problem, executor) = (&plan.problem, *executor);
+        let whole = Rectangle { queries: 0..problem.n_q, keys: 0..problem.n_k };
+        let pass = Pass { rectangle: &|_| Some(whole.clone()), count: 1, states: None, last: true };
+        let kv_heads = 0..problem.heads_kv;
+        let packed = exact::pack(call, executor, lanes, (batch, kv_heads.clone()), &pass, shared.packed)?;
+        summary::average(call, executor, lanes, batch, shared.means)?;
+        summary::pack(call, executor, lanes, kv_heads, shared.means, shared.packed_means)?;
+        let keys = Keys { plan, batch, packed, means: shared.means, packed_means: shared.packed_means };
+
+        let budgets = &mut *shared.budgets;
+        budgets.fill(call.params.budget);
+        if let Some(probes) = &plan.probes {
+            probe::attend(call, executor, lanes, (batch, Some(&keys.packed)), probes, shared.probe_exact)?;
+            if call.params.target_error > 0.0 {
+                let probed = (probes, &*shared.probe_exact, &mut *shared.probe_estimate);
+                let budgets = (&mut *budgets, &mut *shared.settled);
+                settle_budgets(call, executor, lanes, &keys, probed, budgets)?;
+            }
+        }
+        for heads in exact_heads(problem.group, budgets) {
+            exact::attend(call, executor, lanes, batch..batch + 1, &heads, &pass, Some(&keys.packed))?;
+        }
+        attend(call, executor, lanes, &keys, budgets)?;
+        let exact = |head: usize| budgets[head] == EXACT;
+        probe::write_errors(call, batch, plan.probes.as_ref(), shared.probe_exact, exact);
+        Ok(())
+    }
+}
+
+/// Packed and summarised keys of one batch item.
+struct Keys<'r> {
+    plan: &'r Plan,
+    batch: usize,
+    packed: PackedKeys<'r>,
+    means: &'r [f32],
+    packed_means: &'r [u32],
+}
+
+impl Keys<'_> {
+    fn of_head(&self, call: &Call<'_>, kv_head: usize) -> HeadKeys<'_> {
+        let problem = &self.plan.problem;
+        let means_len = summary::means_len(problem.n_k, problem.head_dim, problem.value_dim);
+        let packed_len = summary::packed_tiles(problem.n_k) * call.shape.keys_len();
+        HeadKeys {
+            batch: self.batch,
+            kv_head,
+            packed: self.packed.tiles(kv_head, 0),
+            means: &self.means[kv_head * means_len..][..means_len],
+            packed_means: &self.packed_means[kv_head * packed_len..][..packed_len],
+        }
+    }
+}
+
+/// Runs of neighbouring heads of one KV head whose budget is [`EXACT`].
+fn exact_heads(group: usize, budgets: &[u32]) -> impl Iterator<Item = HeadSet> {
+    budgets.chunks(group).enumerate().flat_map(move |(kv_head, budgets)| {
+        let mut next = 0;
+        core::iter::from_fn(move || {
+            let start = next + budgets[next..].iter().position(|&budget| budget == EXACT)?;
+            let length = budgets[start..].iter().take_while(|&&budget| budget == EXACT).count();
+            next = start + length;
+            let first = kv_head * group + start;
+            Some(HeadSet { query: first..first + length, kv: kv_head..kv_head + 1 })
+        })
+    })
+}
+
+/// Attends for every head whose budget is not [`EXACT`].
+fn attend(
+    call: &Call<'_>,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    keys: &Keys<'_>,
+    budgets: &[u32],
+) -> Result<()> {
+    let problem = &call.problem;
+    let tiles = problem.n_q.div_ceil(QUERY_TILE);
+    for_each_item(executor, lanes, tiles * problem.heads_q, &|scratch, item| {
+        // Neighbouring tasks share keys; later rows see more of them under a causal mask: these come first.
+        let (head, index) = (item / tiles, tiles - 1 - item % tiles);
+        if budgets[head] == EXACT {
+            return;
+        }
+        let queries = index * QUERY_TILE..problem.n_q.min((index + 1) * QUERY_TILE);
+        let mut carver = Carver::new(scratch);
+        let mut tile = Tile::carve(call, &mut carver);
+        let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);
+        let of_head = keys.of_head(call, head / problem.group);
+        let budget = budgets[head] as usize;
+        let choice = refine::choose(call, &of_head, (head, &queries), budget, &mut tile, &mut scratch);
+        attend_rows(call, &mut tile, &of_head, head, queries, &choice);
+        // SAFETY: every task has its own rows.
+        unsafe { tile.finish(keys.batch) };
+    })
+}
+
+/// Lets `rows` of a head attend to what was chosen.
+fn attend_rows(
+    call: &Call<'_>,
+    tile: &mut Tile<'_>,
+    keys: &HeadKeys<'_>,
+    head: usize,
+    rows: impl Iterator<Item = usize>,
+    choice: &Choice<'_>,
+) {
+    rows.for_each(|row| tile.push(head, row, call.problem.visible_keys(row)));
+    tile.load_queries(keys.batch);
+    choice.attend(tile, call, keys);
+}
+
+/// Raises the budget of every head until the error of its probe rows is within the target, or the head is exact.
+fn settle_budgets(
+    call: &Call<'_>,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    keys: &Keys<'_>,
+    probed: (&Probes, &[f32], &mut [f32]),
+    (budgets, settled): (&mut [u32], &mut [u32]),
+) -> Result<()> {
+    let (probes, exact, estimate) = probed;
+    settled.fill(0);
+    while settled.contains(&0) {
+        estimate_probes(call, executor, lanes, keys, (probes, &mut *estimate), (budgets, settled))?;
+        for (head, (budget, settled)) in budgets.iter_mut().zip(settled.iter_mut()).enumerate() {
+            if *settled != 0 {
+                continue;
+            }
+            let mut norms = Norms::default();
+            for place in probes.rows_of(head, &call.problem) {
+                norms.add(&estimate[place.clone()], &exact[place]);
+            }
+            if norms.relative_error() <= call.params.target_error {
+                *settled = 1;
+            } else if *budget as usize * 2 <= keys.plan.most_budget {
+                *budget *= 2;
+            } else {
+                (*budget, *settled) = (EXACT, 1);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Outputs of the probe rows of the heads that are not settled at their budgets, in the order of
+/// [`Probes::rows_of`].
+fn estimate_probes(
+    call: &Call<'_>,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    keys: &Keys<'_>,
+    (probes, estimate): (&Probes, &mut [f32]),
+    (budgets, settled): (&[u32], &[u32]),
+) -> Result<()> {
+    let problem = &call.problem;
+    for_each_chunk(executor, lanes, estimate, probe::ROWS * problem.value_dim, &|scratch, item, to| {
+        let (kv_head, index, head) = probes.place(item, problem);
+        if settled[head] != 0 {
+            return;
+        }
+        let (queries, rows) = probes.tile(kv_head, index);
+        let mut carver = Carver::new(scratch);
+        let mut tile = Tile::carve(call, &mut carver);
+        let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);
+        let of_head = keys.of_head(call, kv_head);
+        let budget = budgets[head] as usize;
+        let choice = refine::choose(call, &of_head, (head, &queries), budget, &mut tile, &mut scratch);
+        attend_rows(call, &mut tile, &of_head, head, rows.into_iter(), &choice);
+        tile.finish_into(to);
+    })
+}
