@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::exec::{Executor, for_each_chunk};
 use crate::math::exp2;
 use crate::params::{Method, Params};
-use crate::plan::Plan;
+use crate::plan::{Plan, Run};
 use crate::problem::{Layouts, Problem, Tensors};
 use crate::scratch::{Carver, Lanes, Layout, WORKSPACE_ALIGN};
 use crate::simd::Kernels;
@@ -24,14 +24,13 @@ pub fn diagnosis_row(n_q: usize, i: usize) -> usize {
     ((2 * i + 1) as u128 * n_q as u128 / (2 * DIAGNOSIS_ROWS) as u128) as usize
 }
 
-/// The method that a call with these arguments runs: [`Method::Exact`] also where another was asked for
-/// and there is nothing to estimate, never [`Method::Auto`].
+/// The method that a call with these arguments runs: never [`Method::Auto`], and [`Method::Exact`] also where
+/// another was asked for and there is nothing to estimate. Single heads of [`Method::Refined`] may still be exact.
 pub fn method_that_runs(params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Result<Method> {
-    let plan = Plan::new(params, layouts, kernels)?;
-    Ok(match params.method {
-        _ if plan.exact => Method::Exact,
-        Method::Auto => Method::Refined,
-        asked => asked,
+    Ok(match Plan::new(params, layouts, kernels)?.run {
+        Run::Exact => Method::Exact,
+        Run::Paper => Method::Paper,
+        Run::Refined => Method::Refined,
     })
 }
 

@@ -52,7 +52,8 @@ pub(crate) fn run_pass(
     pass: &Pass<'_>,
     packed: &mut [u32],
 ) -> Result<()> {
-    let head_len = packed_tiles(heads, pass.count, pass.most_queries(), pass.most_keys()) * call.shape.tile_len();
+    let head_len =
+        packed_tiles(heads, pass.count, pass.most_queries(), pass.most_keys()) * call.shape.tile_len();
     let packed = if head_len > 0 && packed.len() >= head_len * heads.kv.len() && batches.len() == 1 {
         Some(pack(call, executor, lanes, (batches.start, heads.kv.clone()), pass, packed)?)
     } else {

@@ -358,12 +358,7 @@ struct Rest<'r, 'k> {
 }
 
 impl<'r, 'k> Rest<'r, 'k> {
-    fn new(
-        call: &'r Call<'_>,
-        keys: &'r HeadKeys<'k>,
-        sum: &'r mut [f32],
-        row: &'r mut [f32],
-    ) -> Self {
+    fn new(call: &'r Call<'_>, keys: &'r HeadKeys<'k>, sum: &'r mut [f32], row: &'r mut [f32]) -> Self {
         sum.fill(0.0);
         Rest { call, keys, sum, row, weight: 0.0 }
     }

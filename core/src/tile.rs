@@ -365,8 +365,20 @@ impl<'a> Tile<'a> {
     /// Attends to one key that is in no tensor, with `log_weight` added to its logit.
     pub(crate) fn attend_column(&mut self, key: &[f32], value: &[f32], log_weight: f32) {
         let (packer, memory) = (self.call.packer(0), &mut self.memory);
-        packer.pack_keys(&TensorRef::of_rows(key, key.len(), key.len()), 0, &[0], &mut memory.pack, memory.keys);
-        packer.pack_values(&TensorRef::of_rows(value, value.len(), value.len()), 0, &[0], &mut memory.pack, memory.values);
+        packer.pack_keys(
+            &TensorRef::of_rows(key, key.len(), key.len()),
+            0,
+            &[0],
+            &mut memory.pack,
+            memory.keys,
+        );
+        packer.pack_values(
+            &TensorRef::of_rows(value, value.len(), value.len()),
+            0,
+            &[0],
+            &mut memory.pack,
+            memory.values,
+        );
         let (weighted, capped, part) = (false, false, Part::Both);
         self.step(None, 1, StepOptions { limited_from: None, shift: log_weight, weighted, capped, part });
     }

@@ -96,7 +96,9 @@ pub unsafe extern "C" fn hyperattn_forward(
                 out: tensor::output("out", &from.out)?,
                 lse: (!from.lse.data.is_null()).then(|| tensor::output("lse", &from.lse)).transpose()?,
                 block_mask,
-                error: (!from.error.data.is_null()).then(|| tensor::output("error", &from.error)).transpose()?,
+                error: (!from.error.data.is_null())
+                    .then(|| tensor::output("error", &from.error))
+                    .transpose()?,
             }
         };
         // SAFETY: as above.
@@ -167,8 +169,7 @@ pub(crate) fn run(
     executor: &dyn Executor,
     workspace: hyperattn_buffer,
 ) -> Result<()> {
-    let need =
-        hyperattn_core::forward_workspace(&options.params, &tensors.layouts(), kernels(), executor)?;
+    let need = hyperattn_core::forward_workspace(&options.params, &tensors.layouts(), kernels(), executor)?;
     let mut workspace = Workspace::new(workspace, need, options.may_allocate)?;
     hyperattn_core::forward(&options.params, tensors, kernels(), executor, workspace.bytes())?;
     Ok(())

@@ -49,7 +49,8 @@ pub const HYPERATTN_MASK_CAUSAL_TOP_LEFT: u32 = 2;
 /// How the output is computed: one of HYPERATTN_METHOD_*.
 pub type hyperattn_method = u32;
 
-/// Exact while that is the faster choice for the shape on this machine, else REFINED.
+/// Exact while that is the faster choice for the shape on this machine, else REFINED; else PAPER where a
+/// block_mask is given.
 pub const HYPERATTN_METHOD_AUTO: u32 = 0;
 /// Softmax attention without approximation, any length. Time grows with n_q * n_k.
 pub const HYPERATTN_METHOD_EXACT: u32 = 1;
@@ -239,32 +240,34 @@ pub struct hyperattn_grads {
 /// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
 pub const HYPERATTN_DIAGNOSE_TRUE_ERROR: u32 = 1;
 
-/// What hyperattn_diagnose() finds out about one head. A figure that was not asked for or does not exist is NaN, and
-/// so are figures of a head whose inputs have a NaN. A sampled row is one of min(n_q, 64) evenly spaced
-/// queries: row i of 64 is query (2 i + 1) n_q / 128, rounded down.
+/// What hyperattn_diagnose() finds out about one head. A figure that was not asked for or does not exist is NaN; a NaN
+/// in the inputs may make any figure of its heads NaN.
+///
+/// The sampled rows of a head are min(n_q, 64) evenly spaced queries: the i-th of 64 is query
+/// (2 i + 1) n_q / 128, rounded down.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct hyperattn_diagnosis {
     /// sizeof(hyperattn_diagnosis), set by the caller in every entry.
     pub struct_size: usize,
-    /// n_q times the largest squared norm of a column of the attention matrix softmax(scale * q k^T), the mask applied:
-    /// the paper's alpha, from 1 (all keys weigh the same) to n_q^2 (all queries look at one key only).
+    /// The paper's alpha: n_q times the largest squared norm of a column of softmax(scale * q k^T) under the mask. Without a
+    /// mask and with n_q = n_k it lies between 1 (all weights are equal) and n_q^2 (all queries look at one key only).
     ///
-    /// With HYPERATTN_DIAGNOSE_TRUE_ERROR from every row. Else an estimate from the sampled rows, which scales each
-    /// column's squared norm up by n_q / 64 and takes the largest. Right within some percent where heavy columns are
-    /// heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own, and too low
-    /// where only rows between the sampled ones weigh a column.
+    /// With HYPERATTN_DIAGNOSE_TRUE_ERROR it comes from every row. Else it is an estimate: each column's sum of squares
+    /// over the sampled rows times n_q over their number, and the largest of these. Good where the heaviest
+    /// columns are heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own; too
+    /// low where rows between the sampled ones alone weigh a column.
     pub alpha: f64,
-    /// The paper's kappa, over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
-    /// keys that the row does not meet exactly. 1 where every row meets all its keys.
+    /// The paper's kappa over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
+    /// keys that a row does not meet exactly. 1 for a head that is computed exactly.
     pub kappa: f64,
-    /// Mean over the sampled rows of the share of the softmax weight on keys that the row meets exactly: 1 for an
-    /// exact head.
+    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows: 1 for a head that
+    /// is computed exactly.
     pub captured_mass: f64,
     /// What hyperattn_tensors.error gets for this head.
     pub estimated_error: f64,
-    /// Frobenius norm of (out - exact) over that of exact, over all rows, both in f32. NaN without
-    /// HYPERATTN_DIAGNOSE_TRUE_ERROR, and where exact is 0 and out is not.
+    /// Frobenius norm of (out - exact) over that of exact, over all rows, with both outputs in f32. NaN without
+    /// HYPERATTN_DIAGNOSE_TRUE_ERROR; infinite where exact is 0 and out is not.
     pub true_error: f64,
     /// Keys and weighted columns that a query meets, on average over the queries.
     pub keys_per_query: f64,

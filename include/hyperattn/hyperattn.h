@@ -71,8 +71,8 @@
 /// Key j is visible to query i when j <= i.
 #define HYPERATTN_MASK_CAUSAL_TOP_LEFT 2
 
-/// Exact while that is the faster choice for the shape on this machine, else the library's best
-/// estimator, which in this version is PAPER: see there what that costs in accuracy.
+/// Exact while that is the faster choice for the shape on this machine, else REFINED; else PAPER where a
+/// block_mask is given.
 #define HYPERATTN_METHOD_AUTO 0
 
 /// Softmax attention without approximation, any length. Time grows with n_q * n_k.
@@ -83,7 +83,10 @@
 /// errors of 0.2 to 0.8 of the output were measured): check it on your model before you rely on it.
 #define HYPERATTN_METHOD_PAPER 2
 
-/// A better estimator of the same cost class. This version answers HYPERATTN_STATUS_UNSUPPORTED.
+/// Exact over the first keys, under a causal mask a band of the latest keys, and the keys that a tile of queries
+/// weighs most, about `budget` keys in all; one weighted column stands for the rest. With a target_error above 0
+/// the error of each head is estimated first, and a head that misses the target gets a larger budget, or in the
+/// end is computed exactly. Near-linear time, except for heads that come out exact.
 #define HYPERATTN_METHOD_REFINED 3
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
@@ -109,6 +112,9 @@
 
 /// hyperattn_params.flags: fail with HYPERATTN_STATUS_WORKSPACE_TOO_SMALL rather than allocate scratch.
 #define HYPERATTN_FLAG_NO_ALLOC 1
+
+/// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
+#define HYPERATTN_DIAGNOSE_TRUE_ERROR 1
 
 /// Something that a build may have: one of HYPERATTN_FEATURE_*.
 typedef uint32_t hyperattn_feature;
@@ -187,6 +193,15 @@ typedef struct hyperattn_params {
     float approx_d_epsilon;
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     float approx_d_kappa;
+    /// Keys that a query meets under METHOD_REFINED, first keys and band included: at least 64. Default 1024.
+    uint32_t budget;
+    /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
+    uint32_t num_first_keys;
+    /// Latest visible keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
+    uint32_t band;
+    /// Estimated relative error of a head's output beyond which METHOD_REFINED raises the head's budget and in the end
+    /// computes the head exactly; finite, at least 0. Default 0.05. 0 keeps the budget, whatever the error.
+    float target_error;
 } hyperattn_params;
 
 /// Exact blocks that the caller chooses, instead of sortLSH (the paper's predefined mask), for
@@ -238,6 +253,10 @@ typedef struct hyperattn_tensors {
     struct hyperattn_tensor lse;
     /// Exact blocks for METHOD_PAPER; NULL = sortLSH chooses.
     const struct hyperattn_block_mask *block_mask;
+    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1], for every method: the Frobenius norm
+    /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
+    /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
+    struct hyperattn_tensor error;
 } hyperattn_tensors;
 
 /// Memory that the caller lends for the length of a call.
@@ -308,6 +327,37 @@ typedef struct hyperattn_grads {
     /// Gradient by v: an output.
     struct hyperattn_tensor dv;
 } hyperattn_grads;
+
+/// What hyperattn_diagnose() finds out about one head. A figure that was not asked for or does not exist is NaN; a NaN
+/// in the inputs may make any figure of its heads NaN.
+///
+/// The sampled rows of a head are min(n_q, 64) evenly spaced queries: the i-th of 64 is query
+/// (2 i + 1) n_q / 128, rounded down.
+typedef struct hyperattn_diagnosis {
+    /// sizeof(hyperattn_diagnosis), set by the caller in every entry.
+    size_t struct_size;
+    /// The paper's alpha: n_q times the largest squared norm of a column of softmax(scale * q k^T) under the mask. Without a
+    /// mask and with n_q = n_k it lies between 1 (all weights are equal) and n_q^2 (all queries look at one key only).
+    ///
+    /// With HYPERATTN_DIAGNOSE_TRUE_ERROR it comes from every row. Else it is an estimate: each column's sum of squares
+    /// over the sampled rows times n_q over their number, and the largest of these. Good where the heaviest
+    /// columns are heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own; too
+    /// low where rows between the sampled ones alone weigh a column.
+    double alpha;
+    /// The paper's kappa over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
+    /// keys that a row does not meet exactly. 1 for a head that is computed exactly.
+    double kappa;
+    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows: 1 for a head that
+    /// is computed exactly.
+    double captured_mass;
+    /// What hyperattn_tensors.error gets for this head.
+    double estimated_error;
+    /// Frobenius norm of (out - exact) over that of exact, over all rows, with both outputs in f32. NaN without
+    /// HYPERATTN_DIAGNOSE_TRUE_ERROR; infinite where exact is 0 and out is not.
+    double true_error;
+    /// Keys and weighted columns that a query meets, on average over the queries.
+    double keys_per_query;
+} hyperattn_diagnosis;
 
 /// How to run on CUDA: enqueue on a stream of the calling thread's current context.
 typedef struct hyperattn_cuda_exec {
@@ -450,6 +500,29 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
                                     const struct hyperattn_tensors *tensors,
                                     const struct hyperattn_grads *grads,
                                     const struct hyperattn_cpu_exec *exec);
+
+/// Runs the method that params asks for into memory of its own and reports about each head: how hard its attention is
+/// to estimate, and how well it was estimated. A tool for choosing methods, budgets and layers, not for inference.
+///
+/// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
+/// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
+/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
+///
+/// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), and for every thread some
+/// 260 bytes for each key; exec->workspace is not used. With HYPERATTN_FLAG_NO_ALLOC it answers
+/// HYPERATTN_STATUS_WORKSPACE_TOO_SMALL.
+///
+///     hyperattn_diagnosis heads[8];
+///     for (int h = 0; h < 8; h += 1)
+///         heads[h].struct_size = sizeof heads[h];
+///     if (hyperattn_diagnose(&params, &tensors, NULL, HYPERATTN_DIAGNOSE_TRUE_ERROR, heads, 8) == HYPERATTN_STATUS_OK)
+///         printf("head 0: alpha %g, error %g\n", heads[0].alpha, heads[0].true_error);
+hyperattn_status hyperattn_diagnose(const struct hyperattn_params *params,
+                                    const struct hyperattn_tensors *tensors,
+                                    const struct hyperattn_cpu_exec *exec,
+                                    uint32_t flags,
+                                    struct hyperattn_diagnosis *heads,
+                                    size_t count);
 
 /// Size and alignment of the device workspace that hyperattn_cuda_forward() needs.
 /// HYPERATTN_STATUS_UNSUPPORTED when hyperattn_has_feature(HYPERATTN_FEATURE_CUDA) is false, as in this version.

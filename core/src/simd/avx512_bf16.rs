@@ -81,5 +81,4 @@ unsafe fn weigh_bf16(task: &mut Weighing<'_>) {
 
 const BF16: Bf16Kernels = Bf16Kernels { attend: attend_bf16, weigh: weigh_bf16 };
 
-pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx512Bf16, bf16: Some(BF16), ..avx512::TABLE };
+pub(super) static KERNELS: Kernels = Kernels { isa: Isa::Avx512Bf16, bf16: Some(BF16), ..avx512::TABLE };

@@ -88,5 +88,4 @@ unsafe fn weigh_bf16(task: &mut Weighing<'_>) {
 
 const BF16: Bf16Kernels = Bf16Kernels { attend: attend_bf16, weigh: weigh_bf16 };
 
-pub(super) static KERNELS: Kernels =
-    Kernels { isa: Isa::NeonBf16, bf16: Some(BF16), ..neon::TABLE };
+pub(super) static KERNELS: Kernels = Kernels { isa: Isa::NeonBf16, bf16: Some(BF16), ..neon::TABLE };
