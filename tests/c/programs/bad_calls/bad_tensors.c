@@ -122,7 +122,8 @@ static void extents(void)
     BAD(c.tensors.lse.shape[3] = 2, INVALID, "lse.shape[3]", "2", "1");
     BAD(c.tensors.error.shape[0] = 1, INVALID, "error.shape[0]", "1", "q.shape[0]", "2");
     BAD(c.tensors.error.shape[1] = 2, INVALID, "error.shape[1]", "2", "q.shape[1]", "4");
-    BAD(c.tensors.error.shape[2] = 5, INVALID, "error.shape[2]", "5", "1");
+    BAD((c.tensors.error.shape[2] = 5, c.tensors.error.stride[1] = 5, c.tensors.error.stride[0] = 20), INVALID,
+        "error.shape[2]", "5", "1");
     BAD(c.tensors.error.shape[2] = 0, INVALID, "error.shape[2]", "0", "1");
     BAD(c.tensors.error.shape[3] = 8, INVALID, "error.shape[3]", "8", "1");
     BAD((c.tensors.k.shape[1] = 3, c.tensors.v.shape[1] = 3, c.tensors.k.stride[1] = 0, c.tensors.v.stride[1] = 0), INVALID,
