@@ -128,7 +128,8 @@ pub struct hyperattn_params {
     pub approx_d_epsilon: f32,
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     pub approx_d_kappa: f32,
-    /// Keys that a query meets under METHOD_REFINED, first keys and band included: at least 64. Default 1024.
+    /// About as many keys as a query meets under METHOD_REFINED, at least 64. The first keys and the band count, but are
+    /// met also where the budget is less. Default 1024.
     pub budget: u32,
     /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
     pub num_first_keys: u32,
