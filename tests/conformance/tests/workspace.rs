@@ -26,6 +26,10 @@ fn all_params() -> Vec<Params> {
             let paper = Params { method: Method::Paper, mask, residual, block_size, ..exact };
             all.push(Params { lsh_num_projs, sample_size: 20, min_seq_len: 30, ..paper });
         }
+        for target_error in [0.0, 0.2] {
+            let refined = Params { method: Method::Refined, mask, min_seq_len: 30, ..exact };
+            all.push(Params { budget: 64, band: 10, target_error, ..refined });
+        }
     }
     all
 }
@@ -50,7 +54,8 @@ fn exactly_what_is_asked_for_suffices_and_one_byte_less_is_refused() {
             for_each_table(|kernels| {
                 for lanes in [1, 4] {
                     let executor = Threads { lanes, threads: 1, order: Order::Forward };
-                    let setup = Setup { executor: &executor, ..Setup::new(kernels, &params, &inputs) };
+                    let setup =
+                        Setup { executor: &executor, error: true, ..Setup::new(kernels, &params, &inputs) };
                     setup.run();
                     let refused = setup.attempt(|Layout { size, align }| Layout { size: size - 1, align });
                     assert_eq!(refused.unwrap_err().kind(), ErrorKind::WorkspaceTooSmall);
