@@ -7,6 +7,7 @@ use crate::hyper;
 use crate::params::{BlockMask, Params, Residual};
 use crate::plan::{Plan, Run};
 use crate::problem::{Layouts, Problem};
+use crate::refine;
 use crate::simd::Kernels;
 
 /// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured at head_dim 64 and 128: 20 to
@@ -85,22 +86,30 @@ fn estimated_pairs(parts: &Decomposition, budget: f64) -> f64 {
     dense + square
 }
 
-/// Keys and samples that a query meets, on average over the queries, under the method that the call takes. A
-/// sample counts also where it lies in the query's own block; halves of odd lengths count as equal.
+/// Keys and samples that a query meets, on average over the queries, under the method that the call takes, whose
+/// budget is not raised. A sample counts also where it lies in the query's own block; halves of odd lengths count as
+/// equal.
 pub fn keys_per_query(params: &Params, layouts: &Layouts<'_>) -> Result<f64> {
     // Which keys are met does not depend on the kernels.
-    let Plan { problem, parts, run, leaf, .. } = Plan::new(params, layouts, Kernels::scalar())?;
-    let dense_is_exact = parts.dense.as_ref().is_some_and(|dense| dense.keys.len() <= leaf);
-    let pairs = if run == Run::Exact {
-        exact_pairs(&parts)
-    } else if dense_is_exact {
-        let square = Decomposition { dense: None, ..parts.clone() };
-        exact_pairs(&Decomposition { square: None, ..parts })
-            + estimated_pairs(&square, budget(params, layouts.block_mask.as_ref()))
-    } else {
-        estimated_pairs(&parts, budget(params, layouts.block_mask.as_ref()))
+    let plan = Plan::new(params, layouts, Kernels::scalar())?;
+    Ok(planned_keys_per_query(params, layouts.block_mask.as_ref(), &plan))
+}
+
+/// [`keys_per_query`] of a plan.
+pub(crate) fn planned_keys_per_query(params: &Params, mask: Option<&BlockMask<'_>>, plan: &Plan) -> f64 {
+    let Plan { problem, parts, run, leaf, .. } = plan;
+    let dense_is_exact = parts.dense.as_ref().is_some_and(|dense| dense.keys.len() <= *leaf);
+    let pairs = match run {
+        Run::Refined => return refine::keys_per_query(params, problem, params.budget as usize),
+        Run::Exact => exact_pairs(parts),
+        Run::Paper if dense_is_exact => {
+            let square = Decomposition { dense: None, ..parts.clone() };
+            exact_pairs(&Decomposition { square: None, ..parts.clone() })
+                + estimated_pairs(&square, budget(params, mask))
+        }
+        Run::Paper => estimated_pairs(parts, budget(params, mask)),
     };
-    Ok(if problem.n_q == 0 { 0.0 } else { pairs / problem.n_q as f64 })
+    if problem.n_q == 0 { 0.0 } else { pairs / problem.n_q as f64 }
 }
 
 #[cfg(test)]
@@ -175,6 +184,7 @@ mod tests {
             lse: None,
             block_mask: None,
             error: None,
+            keys_per_query: None,
         };
         keys_per_query(&Params { method, mask, min_seq_len, ..Params::default() }, &layouts).unwrap()
     }

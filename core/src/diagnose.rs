@@ -233,6 +233,7 @@ mod tests {
             lse: None,
             block_mask: None,
             error: None,
+            keys_per_query: None,
         };
         let params = Params { mask, scale: 1.0, ..Params::default() };
         let mut memory = Memory([0; 80 << 10]);

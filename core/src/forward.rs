@@ -1,5 +1,6 @@
 //! The forward pass: checks the workspace and runs the method.
 
+use crate::cost;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exact;
 use crate::exec::Executor;
@@ -95,7 +96,14 @@ pub fn forward(
             return refined.run();
         }
     }
+    let keys = cost::planned_keys_per_query(params, tensors.block_mask.as_ref(), &plan);
     for batch in 0..plan.problem.batch {
+        if let Some(to) = &tensors.keys_per_query {
+            for head in 0..plan.problem.heads_q {
+                // SAFETY: this tensor is written here only, by one thread.
+                unsafe { to.write_row(batch, head, 0, &[keys as f32]) };
+            }
+        }
         if let Some(probes) = &plan.probes {
             probe::attend(&call, executor, &mut lanes, (batch, None), probes, shared.probe_exact)?;
         }

@@ -40,7 +40,8 @@ pub(crate) struct Plan {
     pub(crate) packed_tiles: usize,
     /// Rows that are computed exactly besides, to estimate errors.
     pub(crate) probes: Option<Probes>,
-    /// The largest budget that METHOD_REFINED may give to a head.
+    /// The smallest and the largest budget that METHOD_REFINED may give to a head.
+    pub(crate) least_budget: usize,
     pub(crate) most_budget: usize,
 }
 
@@ -84,6 +85,7 @@ impl Plan {
             heads_at_once: problem.heads_q,
             packed_tiles: 0,
             probes: probed.then(|| Probes::new(params.seed, params.offset, &problem, budget)),
+            least_budget: if target { (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget) } else { budget },
             most_budget,
             problem,
             parts,

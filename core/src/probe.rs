@@ -6,28 +6,31 @@ use crate::error::Result;
 use crate::exact::PackedKeys;
 use crate::exec::{Executor, for_each_chunk};
 use crate::problem::{MAX_HEAD_DIM, Problem};
-use crate::refine::QUERY_TILE;
+use crate::refine::query_tile;
 use crate::rng::{Purpose, Stream, below};
 use crate::scratch::{Carver, Lanes};
 use crate::tile::{Call, KeyOrder, Tile};
 use crate::tiling::TILE_ROWS;
 
 /// Rows of one tile.
-pub(crate) const ROWS: usize = 4;
+pub(crate) const ROWS: usize = 8;
 
 /// Tiles with probe rows in a head, at least and at most.
-const TILES: [usize; 2] = [8, 32];
+const TILES: [usize; 2] = [8, 16];
 
-/// Part of the estimator's work that exact probe rows may cost.
-const COST: f64 = 0.03;
+/// Part of the estimator's time that exact probe rows may cost, when the time of a pair of the estimator, selection
+/// included, is that of 1.6 exact pairs.
+const COST: f64 = 0.03 * 1.6;
 
-/// The probe rows of a call: [`ROWS`] of each of some tiles of [`QUERY_TILE`] queries, drawn in equal parts of
+/// The probe rows of a call: [`ROWS`] of each of some tiles of queries, drawn in equal parts of
 /// the sequence. The query heads of a KV head share them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Probes {
     seed: u64,
     offset: u64,
     n_q: usize,
+    /// Queries of a tile.
+    tile_rows: usize,
     /// Tiles with probe rows.
     pub(crate) tiles: usize,
 }
@@ -38,7 +41,8 @@ impl Probes {
         let n_q = problem.n_q;
         let affordable = COST * budget as f64 * n_q as f64 / problem.mean_visible_keys().max(1.0);
         let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]);
-        Probes { seed, offset, n_q, tiles: tiles.min(n_q.div_ceil(QUERY_TILE)) }
+        let tile_rows = query_tile(problem.n_k);
+        Probes { seed, offset, n_q, tile_rows, tiles: tiles.min(n_q.div_ceil(tile_rows)) }
     }
 
     /// Probe rows of a head.
@@ -68,10 +72,10 @@ impl Probes {
     pub(crate) fn tile(&self, kv_head: usize, index: usize) -> (Range<usize>, [usize; ROWS]) {
         let stream = Stream::new(self.seed, self.offset, kv_head, Purpose::ProbeRow);
         let draw = |number, len| below(stream.uniform(index, self.tiles, number), len);
-        let tiles = self.n_q.div_ceil(QUERY_TILE);
+        let tiles = self.n_q.div_ceil(self.tile_rows);
         let part = index * tiles / self.tiles..(index + 1) * tiles / self.tiles;
         let tile = part.start + draw(ROWS, part.len());
-        let queries = tile * QUERY_TILE..self.n_q.min((tile + 1) * QUERY_TILE);
+        let queries = tile * self.tile_rows..self.n_q.min((tile + 1) * self.tile_rows);
         let rows = core::array::from_fn(|row| {
             let [start, end] = [row, row + 1].map(|bound| bound * queries.len() / ROWS);
             // A tile of fewer queries than rows repeats some.
@@ -136,7 +140,7 @@ pub(crate) fn write_errors(
                 let rows = probes.tile(head / problem.group, index).1;
                 for (row, exact) in rows.into_iter().zip(outputs[place].chunks(problem.value_dim)) {
                     tensors.out.reborrow().read_row(call.kernels, batch, head, row, row_of_out);
-                    norms.add(row_of_out, exact);
+                    norms.add_group(row_of_out, exact);
                 }
             }
             error = norms.relative_error();
@@ -146,25 +150,43 @@ pub(crate) fn write_errors(
     }
 }
 
-/// Squared Frobenius norms of a difference and of what it is relative to.
+/// Squared Frobenius norms of a difference and of what it is relative to, summed over groups of rows.
 #[derive(Debug, Default)]
 pub(crate) struct Norms {
     difference: f64,
+    /// Sum of the squares of the groups' shares of `difference`.
+    squares: f64,
     whole: f64,
+    groups: f64,
 }
 
 impl Norms {
-    pub(crate) fn add(&mut self, estimate: &[f32], exact: &[f32]) {
+    /// Adds rows that were drawn together.
+    pub(crate) fn add_group(&mut self, estimate: &[f32], exact: &[f32]) {
+        let mut difference = 0.0;
         for (&estimate, &exact) in estimate.iter().zip(exact) {
             let (estimate, exact) = (f64::from(estimate), f64::from(exact));
-            self.difference += (estimate - exact) * (estimate - exact);
+            difference += (estimate - exact) * (estimate - exact);
             self.whole += exact * exact;
         }
+        self.difference += difference;
+        self.squares += difference * difference;
+        self.groups += 1.0;
     }
 
     /// 0 where there is no difference, whatever it is relative to.
     pub(crate) fn relative_error(&self) -> f32 {
-        if self.difference == 0.0 { 0.0 } else { libm::sqrt(self.difference / self.whole) as f32 }
+        self.relative(self.difference)
+    }
+
+    /// The relative error if the difference were larger by the standard error of its sum over the groups.
+    pub(crate) fn upper_relative_error(&self) -> f32 {
+        let variance = self.squares - self.difference * self.difference / self.groups;
+        self.relative(self.difference + libm::sqrt(variance.max(0.0)))
+    }
+
+    fn relative(&self, difference: f64) -> f32 {
+        if difference == 0.0 { 0.0 } else { libm::sqrt(difference / self.whole) as f32 }
     }
 }
 
@@ -193,7 +215,7 @@ mod tests {
     fn nothing_is_no_error() {
         let error = |estimate: &[f32], exact: &[f32]| {
             let mut norms = Norms::default();
-            norms.add(estimate, exact);
+            norms.add_group(estimate, exact);
             norms.relative_error()
         };
         assert_eq!(error(&[0.0], &[0.0]), 0.0);

@@ -32,6 +32,8 @@ pub struct Tensors<'a> {
     /// Frobenius norm of the error over that of the output, from rows that were computed exactly. 0 for
     /// exact heads.
     pub error: Option<TensorMut<'a>>,
+    /// Keys and columns that a query of each head met on average, f32 `[batch, heads_q, 1, 1]`, when wanted.
+    pub keys_per_query: Option<TensorMut<'a>>,
 }
 
 /// The layouts of one forward call: what planning needs.
@@ -51,6 +53,8 @@ pub struct Layouts<'a> {
     pub block_mask: Option<BlockMask<'a>>,
     /// See [`Tensors::error`].
     pub error: Option<TensorLayout>,
+    /// See [`Tensors::keys_per_query`].
+    pub keys_per_query: Option<TensorLayout>,
 }
 
 impl<'a> Tensors<'a> {
@@ -64,6 +68,7 @@ impl<'a> Tensors<'a> {
             lse: self.lse.as_ref().map(|lse| *lse.layout()),
             block_mask: self.block_mask,
             error: self.error.as_ref().map(|error| *error.layout()),
+            keys_per_query: self.keys_per_query.as_ref().map(|keys| *keys.layout()),
         }
     }
 
@@ -74,6 +79,7 @@ impl<'a> Tensors<'a> {
             ("out", Some(self.out.reborrow())),
             ("lse", self.lse.as_ref().map(TensorMut::reborrow)),
             ("error", self.error.as_ref().map(TensorMut::reborrow)),
+            ("keys_per_query", self.keys_per_query.as_ref().map(TensorMut::reborrow)),
         ];
         for (index, (name, view)) in outputs.iter().enumerate() {
             let Some(view) = view else { continue };
@@ -198,7 +204,7 @@ fn check_params(params: &Params) -> Result<()> {
 }
 
 fn check_layouts(layouts: &Layouts<'_>) -> Result<()> {
-    let Layouts { q, k, v, out, lse, error, .. } = layouts;
+    let Layouts { q, k, v, out, lse, error, keys_per_query, .. } = layouts;
     for (name, layout) in [("q", q), ("k", k), ("v", v), ("out", out)] {
         layout.check(name)?;
     }
@@ -241,12 +247,13 @@ fn check_layouts(layouts: &Layouts<'_>) -> Result<()> {
         same(("lse", lse, 1), ("q", q, 1))?;
         same(("lse", lse, 2), ("q", q, 2))?;
     }
-    if let Some(error) = error {
-        check_scalars("error", error)?;
-        same(("error", error, 0), ("q", q, 0))?;
-        same(("error", error, 1), ("q", q, 1))?;
-        if error.shape[2] != 1 {
-            invalid!("error.shape[2] = {} must be 1", error.shape[2]);
+    for (name, of_heads) in [("error", error), ("keys_per_query", keys_per_query)] {
+        let Some(of_heads) = of_heads else { continue };
+        check_scalars(name, of_heads)?;
+        same((name, of_heads, 0), ("q", q, 0))?;
+        same((name, of_heads, 1), ("q", q, 1))?;
+        if of_heads.shape[2] != 1 {
+            invalid!("{name}.shape[2] = {} must be 1", of_heads.shape[2]);
         }
     }
     Ok(())

@@ -6,17 +6,21 @@
 
 use core::ops::Range;
 
-use crate::params::{Mask, Params};
+use crate::params::{Mask, Params, Residual};
 use crate::problem::Problem;
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, LEAST_WEIGHING_ROWS, Packing};
 use crate::summary::{BLOCK, is_finite};
-use crate::tile::{Call, KeyOrder, Tile};
+use crate::tile::{Call, KeyOrder, Part, Tile};
+use crate::tiling::TILE_ROWS;
 use crate::view::TensorRef;
 
-/// Queries that share a list of keys.
-pub(crate) const QUERY_TILE: usize = 128;
+/// Queries that share a list of `n_k` keys. Selection costs a tile the more, the more keys there are; fewer queries
+/// are represented better.
+pub(crate) fn query_tile(n_k: usize) -> usize {
+    if n_k <= 32_768 { TILE_ROWS / 2 } else { TILE_ROWS }
+}
 
 /// Runs of queries whose means represent a tile.
 const REPRESENTATIVES: usize = LEAST_WEIGHING_ROWS;
@@ -70,27 +74,29 @@ impl Choice<'_> {
                 tile.attend_visible(order, near..n_k, Some(&keys.packed[from..]));
                 let columns =
                     columns.iter().map(|&position| Column { position: position as usize, log_weight: 0.0 });
-                tile.attend_columns(order, columns, false, crate::tile::Part::Both);
+                tile.attend_columns(order, columns, false, Part::Both);
                 if let Some((key, value, log_weight)) = rest {
                     tile.attend_column(key, value, log_weight);
                 }
             }
         }
     }
+}
 
-    /// Keys and columns that the queries `rows` meet, all together.
-    pub(crate) fn pairs(&self, problem: &Problem, rows: Range<usize>) -> usize {
-        let pairs_of = |row| {
-            let visible = problem.visible_keys(row);
-            match self {
-                Choice::Everything => visible,
-                Choice::Some { first, near, columns, rest } => {
-                    first + visible - near + columns.len() + usize::from(rest.is_some())
-                }
+/// Keys and columns that a query meets on average when each meets `budget`.
+pub(crate) fn keys_per_query(params: &Params, problem: &Problem, budget: usize) -> f64 {
+    let rows = query_tile(problem.n_k);
+    let tiles = (0..problem.n_q).step_by(rows).map(|first| first..problem.n_q.min(first + rows));
+    let pairs: usize = tiles
+        .map(|rows| {
+            let visible: usize = rows.clone().map(|row| problem.visible_keys(row)).sum();
+            match Frame::new(params, problem, &rows, budget) {
+                Some(frame) => visible + rows.len() * (frame.first + frame.wanted + 1) - rows.len() * frame.near,
+                None => visible,
             }
-        };
-        rows.map(pairs_of).sum()
-    }
+        })
+        .sum();
+    pairs as f64 / problem.n_q.max(1) as f64
 }
 
 /// Where the keys that are met without being chosen lie for some queries, and how many are chosen.
@@ -135,7 +141,6 @@ pub(crate) struct RefineScratch<'a> {
     ranked: &'a mut [u32],
     columns: &'a mut [u32],
     rest: &'a mut [f32],
-    row: &'a mut [f32],
 }
 
 /// Blocks whose keys are looked at one by one for `wanted` keys.
@@ -158,7 +163,6 @@ impl<'a> RefineScratch<'a> {
             ranked: carver.take(blocks.max(candidates * BLOCK)),
             columns: carver.take(budget.min(problem.n_k)),
             rest: carver.take(width),
-            row: carver.take(width),
         }
     }
 }
@@ -213,12 +217,13 @@ pub(crate) fn choose<'s>(
     }
     tile.clear();
 
-    let mut rest = Rest::new(call, keys, scratch.rest, scratch.row);
+    let mut rest = Rest::new(call, keys, scratch.rest);
     let mut found = 0;
     {
         let heaviest = Heaviest::new(key_weights, frame.wanted, scratch.ranked);
         let mut taken = heaviest.taker();
         for (&block, weights) in candidates.iter().zip(key_weights.chunks(BLOCK)) {
+            let mut left = 0.0;
             for (slot, &weight) in weights.iter().enumerate() {
                 let position = block as usize * BLOCK + slot;
                 if position < frame.first {
@@ -228,15 +233,16 @@ pub(crate) fn choose<'s>(
                     scratch.columns[found] = position as u32;
                     found += 1;
                 } else {
-                    rest.add_key(position, weight);
+                    left += weight;
                 }
             }
+            rest.add(block as usize, left);
         }
     }
     let mut next = candidates.iter().peekable();
     for block in blocks {
         if next.next_if(|&&candidate| candidate as usize == block).is_none() {
-            rest.add_block(block, block_weights[block]);
+            rest.add(block, block_weights[block] * BLOCK as f32);
         }
     }
     let log_weight = rest.finish(&start[..count], scratch.representatives);
@@ -245,7 +251,7 @@ pub(crate) fn choose<'s>(
         first: frame.first,
         near: frame.near,
         columns: &scratch.columns[..found],
-        rest: log_weight.map(|log_weight| (key, value, log_weight)),
+        rest: log_weight.filter(|_| call.params.residual != Residual::None).map(|log_weight| (key, value, log_weight)),
     }
 }
 
@@ -348,48 +354,26 @@ impl Heaviest {
     }
 }
 
-/// The weighted mean of the keys that are not met.
+/// The weighted mean of the keys that are not met, each taken for the mean of its block.
 struct Rest<'r, 'k> {
     call: &'r Call<'r>,
     keys: &'r HeadKeys<'k>,
     sum: &'r mut [f32],
-    row: &'r mut [f32],
     weight: f32,
 }
 
 impl<'r, 'k> Rest<'r, 'k> {
-    fn new(call: &'r Call<'_>, keys: &'r HeadKeys<'k>, sum: &'r mut [f32], row: &'r mut [f32]) -> Self {
+    fn new(call: &'r Call<'_>, keys: &'r HeadKeys<'k>, sum: &'r mut [f32]) -> Self {
         sum.fill(0.0);
-        Rest { call, keys, sum, row, weight: 0.0 }
+        Rest { call, keys, sum, weight: 0.0 }
     }
 
-    fn add_key(&mut self, position: usize, weight: f32) {
+    /// Adds the mean of a block with `weight`.
+    fn add(&mut self, block: usize, weight: f32) {
         // 0 times an infinity would spoil the sum.
         if weight == 0.0 {
             return;
         }
-        let Call { kernels, tensors, problem, .. } = self.call;
-        let (batch, kv_head) = (self.keys.batch, self.keys.kv_head);
-        self.weight += weight;
-        let (key_sum, value_sum) = self.sum.split_at_mut(problem.head_dim);
-        for (view, sum) in [(&tensors.k, key_sum), (&tensors.v, value_sum)] {
-            match view.words(Packing::F32, batch, kv_head, position) {
-                Some(words) => kernels.add_scaled(words, weight, sum),
-                None => {
-                    let row = &mut self.row[..sum.len()];
-                    view.read_row(kernels, batch, kv_head, position, row);
-                    sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += weight * *x);
-                }
-            }
-        }
-    }
-
-    /// `weight` is that of one key.
-    fn add_block(&mut self, block: usize, weight: f32) {
-        if weight == 0.0 {
-            return;
-        }
-        let weight = weight * BLOCK as f32;
         self.weight += weight;
         let mean = &self.keys.means[block * self.sum.len()..][..self.sum.len()];
         self.sum.iter_mut().zip(mean).for_each(|(sum, x)| *sum += weight * x);

@@ -6,7 +6,7 @@ use crate::exec::{Executor, for_each_chunk, for_each_item};
 use crate::pass::Pass;
 use crate::plan::Plan;
 use crate::probe::{self, Norms, Probes};
-use crate::refine::{self, Choice, HeadKeys, QUERY_TILE, RefineScratch};
+use crate::refine::{self, Choice, HeadKeys, RefineScratch, query_tile};
 use crate::scratch::{Carver, Lanes};
 use crate::select::Rectangle;
 use crate::summary;
@@ -56,6 +56,14 @@ impl Refined<'_, '_> {
             exact::attend(call, executor, lanes, batch..batch + 1, &heads, &pass, Some(&keys.packed))?;
         }
         attend(call, executor, lanes, &keys, budgets)?;
+        if let Some(to) = &call.tensors.keys_per_query {
+            for (head, &budget) in budgets.iter().enumerate() {
+                let budget = if budget == EXACT { problem.n_k } else { budget as usize };
+                let keys = refine::keys_per_query(call.params, problem, budget);
+                // SAFETY: this tensor is written here only, by one thread.
+                unsafe { to.write_row(batch, head, 0, &[keys as f32]) };
+            }
+        }
         let exact = |head: usize| budgets[head] == EXACT;
         probe::write_errors(call, batch, plan.probes.as_ref(), shared.probe_exact, exact);
         Ok(())
@@ -109,14 +117,15 @@ fn attend(
     budgets: &[u32],
 ) -> Result<()> {
     let problem = &call.problem;
-    let tiles = problem.n_q.div_ceil(QUERY_TILE);
+    let tile_rows = query_tile(problem.n_k);
+    let tiles = problem.n_q.div_ceil(tile_rows);
     for_each_item(executor, lanes, tiles * problem.heads_q, &|scratch, item| {
         // Neighbouring tasks share keys; later rows see more of them under a causal mask: these come first.
         let (head, index) = (item / tiles, tiles - 1 - item % tiles);
         if budgets[head] == EXACT {
             return;
         }
-        let queries = index * QUERY_TILE..problem.n_q.min((index + 1) * QUERY_TILE);
+        let queries = index * tile_rows..problem.n_q.min((index + 1) * tile_rows);
         let mut carver = Carver::new(scratch);
         let mut tile = Tile::carve(call, &mut carver);
         let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);
@@ -154,6 +163,7 @@ fn settle_budgets(
 ) -> Result<()> {
     let (probes, exact, estimate) = probed;
     settled.fill(0);
+    budgets.fill(keys.plan.least_budget as u32);
     while settled.contains(&0) {
         estimate_probes(call, executor, lanes, keys, (probes, &mut *estimate), (budgets, settled))?;
         for (head, (budget, settled)) in budgets.iter_mut().zip(settled.iter_mut()).enumerate() {
@@ -162,9 +172,11 @@ fn settle_budgets(
             }
             let mut norms = Norms::default();
             for place in probes.rows_of(head, &call.problem) {
-                norms.add(&estimate[place.clone()], &exact[place]);
+                norms.add_group(&estimate[place.clone()], &exact[place]);
             }
-            if norms.relative_error() <= call.params.target_error {
+            // A budget below the caller's must be beyond doubt.
+            let target = call.params.target_error * if *budget < call.params.budget { 0.5 } else { 1.0 };
+            if norms.upper_relative_error() <= target {
                 *settled = 1;
             } else if *budget as usize * 2 <= keys.plan.most_budget {
                 *budget *= 2;

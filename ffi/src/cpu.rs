@@ -45,6 +45,7 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
             // SAFETY: as above.
             block_mask: unsafe { block_mask::read(from.block_mask, &q, &k) }?,
             error: (!from.error.data.is_null()).then(|| tensor::layout("error", &from.error)).transpose()?,
+            keys_per_query: None,
         };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
@@ -99,6 +100,7 @@ pub unsafe extern "C" fn hyperattn_forward(
                 error: (!from.error.data.is_null())
                     .then(|| tensor::output("error", &from.error))
                     .transpose()?,
+                keys_per_query: None,
             }
         };
         // SAFETY: as above.

@@ -129,13 +129,14 @@ unsafe fn diagnose(
     let [batch, heads_q, n_q, _] = q.layout().shape;
     let value_dim = v.layout().shape[3];
     let heads = (batch * heads_q) as usize;
-    let (out_shape, error_shape) = ([batch, heads_q, n_q, value_dim], [batch, heads_q, 1, 1]);
+    let (out_shape, head_shape) = ([batch, heads_q, n_q, value_dim], [batch, heads_q, 1, 1]);
     let out_len = out_shape.iter().try_fold(1, |len: usize, &extent| len.checked_mul(extent as usize));
     let Some(out_len) = out_len else {
         return Err(Failure::invalid(format_args!("an output of shape {out_shape:?} overflows")));
     };
     let mut out = filled(out_len, 0f32)?;
     let mut errors = filled(heads, f32::NAN)?;
+    let mut keys = filled(heads, f32::NAN)?;
     let mut tensors = Tensors {
         q,
         k,
@@ -143,7 +144,8 @@ unsafe fn diagnose(
         out: TensorMut::contiguous(&mut out, out_shape)?,
         lse: None,
         block_mask: mask,
-        error: Some(TensorMut::contiguous(&mut errors, error_shape)?),
+        error: Some(TensorMut::contiguous(&mut errors, head_shape)?),
+        keys_per_query: Some(TensorMut::contiguous(&mut keys, head_shape)?),
     };
     let own_workspace = hyperattn_buffer { data: std::ptr::null_mut(), size: 0 };
     cpu::run(options, &mut tensors, chosen.executor(), own_workspace)?;
@@ -170,6 +172,7 @@ unsafe fn diagnose(
             out: TensorMut::contiguous(&mut exact, out_shape)?,
             block_mask: None,
             error: None,
+            keys_per_query: None,
             ..tensors
         };
         cpu::run(&options, &mut tensors, chosen.executor(), own_workspace)?;
@@ -178,7 +181,7 @@ unsafe fn diagnose(
     let mut found = filled(heads, NOTHING)?;
     for (head, diagnosis) in found.iter_mut().enumerate() {
         let place = head * of_head..(head + 1) * of_head;
-        let [kappa, captured_mass, keys_per_query] = figures.of_head(errors[head]);
+        let [kappa, captured_mass] = figures.of_head(keys[head]);
         *diagnosis = hyperattn_diagnosis {
             struct_size: size_of::<hyperattn_diagnosis>(),
             alpha: alphas[head],
@@ -190,7 +193,7 @@ unsafe fn diagnose(
             } else {
                 f64::NAN
             },
-            keys_per_query,
+            keys_per_query: keys[head].into(),
         };
     }
     Ok(found)
@@ -221,8 +224,6 @@ fn relative_error(out: &[f32], exact: &[f32]) -> f64 {
 /// What the method's selection of keys says about a head.
 struct SelectionFigures {
     method: Method,
-    /// Keys per query under [`SelectionFigures::method`], where they follow from the options.
-    keys: f64,
     /// Keys per query of exact attention.
     visible: f64,
 }
@@ -231,21 +232,16 @@ impl SelectionFigures {
     fn new(params: &Params, tensors: &Tensors<'_>, kernels: &Kernels) -> Result<Self> {
         let layouts = tensors.layouts();
         let exact = Layouts { block_mask: None, ..layouts };
-        let method = hyperattn_core::method_that_runs(params, &layouts, kernels)?;
-        let keys = match method {
-            Method::Paper => stages::keys_per_query(params, &layouts)?,
-            _ => f64::NAN,
-        };
-        let visible = stages::keys_per_query(&Params { method: Method::Exact, ..*params }, &exact)?;
-        Ok(SelectionFigures { method, keys, visible })
+        Ok(SelectionFigures {
+            method: hyperattn_core::method_that_runs(params, &layouts, kernels)?,
+            visible: stages::keys_per_query(&Params { method: Method::Exact, ..*params }, &exact)?,
+        })
     }
 
-    /// kappa, captured mass and keys per query of a head with this estimated error, which is 0 for the heads of
-    /// METHOD_REFINED that are exact.
-    fn of_head(&self, estimated_error: f32) -> [f64; 3] {
-        if self.method == Method::Exact || (self.method == Method::Refined && estimated_error == 0.0) {
-            return [1.0, 1.0, self.visible];
-        }
-        [f64::NAN, f64::NAN, self.keys]
+    /// kappa and captured mass of a head whose queries meet so many keys.
+    fn of_head(&self, keys_per_query: f32) -> [f64; 2] {
+        // METHOD_REFINED computes heads exactly that miss the target; no other head of it meets all keys.
+        let all_keys = self.method == Method::Refined && keys_per_query == self.visible as f32;
+        if self.method == Method::Exact || all_keys { [1.0, 1.0] } else { [f64::NAN, f64::NAN] }
     }
 }

@@ -193,7 +193,8 @@ typedef struct hyperattn_params {
     float approx_d_epsilon;
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     float approx_d_kappa;
-    /// Keys that a query meets under METHOD_REFINED, first keys and band included: at least 64. Default 1024.
+    /// About as many keys as a query meets under METHOD_REFINED, at least 64. The first keys and the band count, but are
+    /// met also where the budget is less. Default 1024.
     uint32_t budget;
     /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
     uint32_t num_first_keys;

@@ -20,12 +20,6 @@ macro_rules! kernel_table {
         }
 
         $(#[target_feature(enable = $features)])?
-        unsafe fn add_scaled(row: &[u32], weight: f32, sum: &mut [f32]) {
-            // SAFETY: as above.
-            unsafe { crate::simd::rows::add_scaled::<$vector>(row, weight, sum) }
-        }
-
-        $(#[target_feature(enable = $features)])?
         unsafe fn hash(rows: &[&[u32]], projections: &[f32], width: usize, codes: &mut [u32]) {
             // SAFETY: as above.
             unsafe { crate::simd::rows::hash::<$vector>(rows, projections, width, codes) }
@@ -65,7 +59,6 @@ macro_rules! kernel_table {
             attend,
             weigh,
             bf16: None,
-            add_scaled,
             hash,
             transpose,
             pack_queries,

@@ -191,7 +191,6 @@ pub struct Kernels {
     attend: unsafe fn(&mut Step<'_>),
     weigh: unsafe fn(&mut Weighing<'_>),
     bf16: Option<Bf16Kernels>,
-    add_scaled: unsafe fn(&[u32], f32, &mut [f32]),
     hash: Hash,
     transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
     pack_queries: PackQueries,
@@ -348,13 +347,6 @@ impl Kernels {
         };
         // SAFETY: as in `attend`.
         unsafe { weigh(task) }
-    }
-
-    /// Adds `weight` times a row of f32 words to `sum`, which is as long.
-    pub fn add_scaled(&self, row: &[u32], weight: f32, sum: &mut [f32]) {
-        assert!(row.len() == sum.len());
-        // SAFETY: as in `attend`.
-        unsafe { (self.add_scaled)(row, weight, sum) }
     }
 
     /// Sign codes of `rows` of f32 words under `projections` (`[head_dim][width]`, `width` a multiple of

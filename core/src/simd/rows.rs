@@ -137,26 +137,6 @@ pub(super) unsafe fn place<V: Vector, const VECTORS: usize>(
     }
 }
 
-/// Adds `weight` times a row of f32 words to `sum`.
-///
-/// # Safety
-/// The instructions of `V` are available; `sum` is as long as the row.
-#[inline(always)]
-pub(super) unsafe fn add_scaled<V: Vector>(row: &[u32], weight: f32, sum: &mut [f32]) {
-    let whole = row.len() / V::LANES * V::LANES;
-    let factor = V::splat(weight);
-    for first in (0..whole).step_by(V::LANES) {
-        // SAFETY: first + LANES <= row.len() == sum.len() (contract).
-        unsafe {
-            let to = sum.as_mut_ptr().add(first);
-            V::load(row.as_ptr().add(first).cast()).mul_add(factor, V::load(to)).store(to);
-        }
-    }
-    for (sum, word) in sum[whole..].iter_mut().zip(&row[whole..]) {
-        *sum += weight * f32::from_bits(*word);
-    }
-}
-
 /// Widens binary16 numbers.
 ///
 /// # Safety

@@ -179,6 +179,7 @@ fn tensors<'t>(inputs: &'t Inputs, out: &'t mut Tensor) -> hyperattn_core::Resul
         lse: None,
         block_mask: None,
         error: None,
+        keys_per_query: None,
     })
 }
 

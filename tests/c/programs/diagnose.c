@@ -115,7 +115,7 @@ static void exact_heads(random_source *source)
                     CHECK_NEAR(heads[h].captured_mass, 1.0, 0.0);
                     CHECK_NEAR(heads[h].estimated_error, 0.0, 0.0);
                     CHECK(flags == 0 ? isnan(heads[h].true_error) : heads[h].true_error == 0.0);
-                    CHECK_NEAR(heads[h].keys_per_query, visible_keys_per_query(mask, shape.n_q, shape.n_k), 1e-9);
+                    CHECK_NEAR(heads[h].keys_per_query, visible_keys_per_query(mask, shape.n_q, shape.n_k), 1e-5);
                 }
             }
         }
@@ -185,8 +185,9 @@ static void estimated_heads(random_source *source)
                         CHECK(flags == 0 ? isnan(heads[head].true_error)
                                          : fabs(heads[head].true_error - want) <= 1e-12 * want);
                     }
-                    if (method == HYPERATTN_METHOD_PAPER && mask == HYPERATTN_MASK_NONE) {
-                        CHECK_NEAR(heads[0].keys_per_query, 128.0, 1e-9);
+                    if (mask == HYPERATTN_MASK_NONE) {
+                        /* Blocks and samples, or first keys, chosen keys and what stands for the rest. */
+                        CHECK_NEAR(heads[0].keys_per_query, 128.0, method == HYPERATTN_METHOD_PAPER ? 1e-5 : 13.0);
                     }
                 }
             }

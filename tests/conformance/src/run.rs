@@ -129,6 +129,7 @@ impl<'a> Setup<'a> {
                 lse: Some(lse.view_mut()),
                 block_mask: self.block_mask,
                 error: self.error.then(|| error.view_mut()),
+                keys_per_query: None,
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), self.fill);

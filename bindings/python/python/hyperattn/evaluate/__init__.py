@@ -1,0 +1,1 @@
+"""Measures a method of hyperattn on real models: `python -m hyperattn.evaluate --help`."""

@@ -1,0 +1,114 @@
+"""The attention function that transformers calls for every layer."""
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import hyperattn
+
+if TYPE_CHECKING:
+    from ._replace import Layer
+
+# The attribute of an attention module that says how its layer is computed.
+LAYER_ATTRIBUTE = "_hyperattn_layer"
+
+# Arguments that change the softmax in ways the library does not have.
+_NOT_OFFERED = ("softcap", "s_aux")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a replaced layer's method: what an observer gets."""
+
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    mask: str
+    scale: float | None
+    threads: int
+    seconds: float
+    error: torch.Tensor | None
+
+
+def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    if is_causal is not None:
+        return is_causal
+    config = getattr(module, "config", None)
+    return getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
+    """The output, a view of [batch, tokens, heads, head_dim] memory, and the error estimate, if asked for."""
+    batch, heads, tokens, _ = q.shape
+    out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype).transpose(1, 2)
+    result = hyperattn.forward(q, k, v, out=out, **kwargs)
+    return (out, result[1]) if kwargs.get("return_error") else (out, None)
+
+
+def _why_not(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
+    if attention_mask is not None:
+        return "a mask that is neither causal nor full (padding, a window, a static cache)"
+    if kwargs.get("position_bias") is not None:
+        return "a position bias"
+    return None
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [batch, heads, n_q, d], key and value [batch, heads_kv, n_k, d] -> [batch, n_q, heads, d].
+
+    A single query, a layer that was not replaced and what the library cannot do are exact; the last through sdpa,
+    which is counted, or refused where `replace` was told to be strict.
+    """
+    for name in _NOT_OFFERED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"hyperattn has no {name}: choose another attn_implementation for this model")
+    if dropout:
+        raise ValueError("hyperattn has no dropout: call model.eval() first")
+    layer: Layer | None = getattr(module, LAYER_ATTRIBUTE, None)
+    causal = _is_causal(module, is_causal)
+
+    def sdpa() -> tuple[torch.Tensor, None]:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, is_causal=causal, **kwargs
+        )
+
+    reason = _why_not(attention_mask, kwargs)
+    if reason is not None:
+        if layer is not None:
+            layer.declined(reason)
+        return sdpa()
+
+    n_q, n_k = query.shape[2], key.shape[2]
+    common: dict[str, Any] = {
+        "mask": "causal" if causal and n_q > 1 else "none",
+        "scale": scaling,
+        "threads": 0 if layer is None else layer.threads,
+    }
+    if layer is None or not layer.replaced or n_q == 1:
+        # Without a mask, sdpa's causal pattern begins at the first key, ours ends at the last.
+        if layer is not None and layer.exact == "sdpa" and (n_q in (1, n_k) or not causal):
+            return sdpa()
+        out, _ = _forward(query, key, value, method="exact", **common)
+        return out.transpose(1, 2), None
+
+    started = time.perf_counter()
+    settings = {"return_error": True} if layer.estimate_errors else {}
+    out, error = _forward(query, key, value, method=layer.method, **layer.params, **common, **settings)
+    call = Call(layer.index, query, key, value, out, **common, seconds=time.perf_counter() - started, error=error)
+    layer.finished(call)
+    return out.transpose(1, 2), None
