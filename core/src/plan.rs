@@ -85,7 +85,11 @@ impl Plan {
             heads_at_once: problem.heads_q,
             packed_tiles: 0,
             probes: probed.then(|| Probes::new(params.seed, params.offset, &problem, budget)),
-            least_budget: if target { (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget) } else { budget },
+            least_budget: if target {
+                (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget)
+            } else {
+                budget
+            },
             most_budget,
             problem,
             parts,

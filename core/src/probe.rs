@@ -179,10 +179,10 @@ impl Norms {
         self.relative(self.difference)
     }
 
-    /// The relative error if the difference were larger by the standard error of its sum over the groups.
+    /// The relative error if the difference were larger by twice the standard error of its sum over the groups.
     pub(crate) fn upper_relative_error(&self) -> f32 {
         let variance = self.squares - self.difference * self.difference / self.groups;
-        self.relative(self.difference + libm::sqrt(variance.max(0.0)))
+        self.relative(self.difference + 2.0 * libm::sqrt(variance.max(0.0)))
     }
 
     fn relative(&self, difference: f64) -> f32 {

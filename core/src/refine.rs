@@ -91,7 +91,9 @@ pub(crate) fn keys_per_query(params: &Params, problem: &Problem, budget: usize) 
         .map(|rows| {
             let visible: usize = rows.clone().map(|row| problem.visible_keys(row)).sum();
             match Frame::new(params, problem, &rows, budget) {
-                Some(frame) => visible + rows.len() * (frame.first + frame.wanted + 1) - rows.len() * frame.near,
+                Some(frame) => {
+                    visible + rows.len() * (frame.first + frame.wanted + 1) - rows.len() * frame.near
+                }
                 None => visible,
             }
         })
@@ -251,7 +253,9 @@ pub(crate) fn choose<'s>(
         first: frame.first,
         near: frame.near,
         columns: &scratch.columns[..found],
-        rest: log_weight.filter(|_| call.params.residual != Residual::None).map(|log_weight| (key, value, log_weight)),
+        rest: log_weight
+            .filter(|_| call.params.residual != Residual::None)
+            .map(|log_weight| (key, value, log_weight)),
     }
 }
 

@@ -61,6 +61,7 @@ fn run(seed: u64) {
         offset: g.next_u64(),
         approx_d_epsilon: pick(g, &[0.5, 0.05, 10.0]),
         approx_d_kappa: pick(g, &[1e4, 1.0, 50.0]),
+        ..Params::default()
     };
     let given = (params.method == Method::Paper && g.below(4) == 0).then(|| {
         let patterns = pick(g, &[1, shape.batch * shape.heads_q]);
