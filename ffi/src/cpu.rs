@@ -16,7 +16,8 @@ use crate::{block_mask, params, sized, tensor};
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes.
+/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
+/// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };

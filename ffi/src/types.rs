@@ -60,11 +60,13 @@ pub const HYPERATTN_METHOD_EXACT: u32 = 1;
 pub const HYPERATTN_METHOD_PAPER: u32 = 2;
 /// Exact over the first keys, under a causal mask a band of the latest keys, and the keys that a tile of queries
 /// weighs most, about `budget` keys in all; one weighted column stands for the rest. With a target_error above 0
-/// the error of each head is estimated first, and a head that misses the target gets a larger budget, or in the
-/// end is computed exactly. Near-linear time, except for heads that come out exact.
+/// each head's error is estimated first: a head that stays well within the target may get by with less than its
+/// budget, one that misses the target gets more and in the end is computed exactly. Near-linear time, except
+/// for heads that come out exact. Up to min_seq_len or budget keys the whole call is exact.
 pub const HYPERATTN_METHOD_REFINED: u32 = 3;
 
-/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*.
+/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*. METHOD_REFINED knows NONE,
+/// which leaves the column for the rest out, and takes the others alike.
 pub type hyperattn_residual = u32;
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
@@ -118,7 +120,8 @@ pub struct hyperattn_params {
     pub sample_size: u32,
     /// HYPERATTN_FLAG_*. Default 0.
     pub flags: u32,
-    /// Sub-problems with at most this many keys are exact. At least 0, default 4096.
+    /// Sub-problems with at most this many keys are exact; under METHOD_REFINED, calls with so few. At least 0,
+    /// default 4096.
     pub min_seq_len: i64,
     /// Key of the counter-based random numbers: the same seed gives the same bits. Default 0.
     pub seed: u64,
@@ -129,14 +132,14 @@ pub struct hyperattn_params {
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     pub approx_d_kappa: f32,
     /// About as many keys as a query meets under METHOD_REFINED, at least 64. The first keys and the band count, but are
-    /// met also where the budget is less. Default 1024.
+    /// met also where the budget is less. With a target_error a head may get as little as a quarter, or more. Default 1024.
     pub budget: u32,
     /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
     pub num_first_keys: u32,
     /// Latest visible keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
     pub band: u32,
-    /// Estimated relative error of a head's output beyond which METHOD_REFINED raises the head's budget and in the end
-    /// computes the head exactly; finite, at least 0. Default 0.05. 0 keeps the budget, whatever the error.
+    /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
+    /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     pub target_error: f32,
 }
 

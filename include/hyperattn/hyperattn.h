@@ -85,8 +85,9 @@
 
 /// Exact over the first keys, under a causal mask a band of the latest keys, and the keys that a tile of queries
 /// weighs most, about `budget` keys in all; one weighted column stands for the rest. With a target_error above 0
-/// the error of each head is estimated first, and a head that misses the target gets a larger budget, or in the
-/// end is computed exactly. Near-linear time, except for heads that come out exact.
+/// each head's error is estimated first: a head that stays well within the target may get by with less than its
+/// budget, one that misses the target gets more and in the end is computed exactly. Near-linear time, except
+/// for heads that come out exact. Up to min_seq_len or budget keys the whole call is exact.
 #define HYPERATTN_METHOD_REFINED 3
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
@@ -154,7 +155,8 @@ typedef uint32_t hyperattn_method;
 /// Which keys a query sees: one of HYPERATTN_MASK_*. i counts queries and j keys, both from 0.
 typedef uint32_t hyperattn_mask;
 
-/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*.
+/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*. METHOD_REFINED knows NONE,
+/// which leaves the column for the rest out, and takes the others alike.
 typedef uint32_t hyperattn_residual;
 
 /// What to compute. Fill with hyperattn_params_init(), then override; that stays right when later
@@ -183,7 +185,8 @@ typedef struct hyperattn_params {
     uint32_t sample_size;
     /// HYPERATTN_FLAG_*. Default 0.
     uint32_t flags;
-    /// Sub-problems with at most this many keys are exact. At least 0, default 4096.
+    /// Sub-problems with at most this many keys are exact; under METHOD_REFINED, calls with so few. At least 0,
+    /// default 4096.
     int64_t min_seq_len;
     /// Key of the counter-based random numbers: the same seed gives the same bits. Default 0.
     uint64_t seed;
@@ -194,14 +197,14 @@ typedef struct hyperattn_params {
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     float approx_d_kappa;
     /// About as many keys as a query meets under METHOD_REFINED, at least 64. The first keys and the band count, but are
-    /// met also where the budget is less. Default 1024.
+    /// met also where the budget is less. With a target_error a head may get as little as a quarter, or more. Default 1024.
     uint32_t budget;
     /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
     uint32_t num_first_keys;
     /// Latest visible keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
     uint32_t band;
-    /// Estimated relative error of a head's output beyond which METHOD_REFINED raises the head's budget and in the end
-    /// computes the head exactly; finite, at least 0. Default 0.05. 0 keeps the budget, whatever the error.
+    /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
+    /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     float target_error;
 } hyperattn_params;
 
@@ -438,7 +441,8 @@ void hyperattn_params_init(struct hyperattn_params *params, size_t struct_size);
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes.
+/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
+/// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };

@@ -117,8 +117,8 @@ static void errors_are_small_and_known(random_source *source)
             array_destroy(&exact);
         }
     }
-    /* 32 rows of 8 tiles, and a head's error may sit in a few tiles: 9 of 144 heads were off by more over six seeds, so
-     * that more than 6 of 24 have a probability below 0.001. */
+    /* A few dozen rows of 8 tiles, and a head's error may sit in a few tiles: 12 of 192 heads were off by more over eight
+     * seeds, so that more than 6 of 24 have a probability below 0.001. */
     check_case("estimates within a factor of 2");
     printf("%d of %d estimates are off by more than a factor of 2\n", off_by_two, heads);
     CHECK(4 * off_by_two <= heads);

@@ -38,10 +38,10 @@ fn exact_heads_have_none() {
     }
 }
 
-/// Of four queries every one is a probe row, so the estimate is the truth up to the rounding of the exact rows.
+/// Of eight queries every one is a probe row, so the estimate is the truth up to the rounding of the exact rows.
 #[test]
-fn with_four_queries_the_estimate_is_the_error() {
-    let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..Shape::single(4, 700) };
+fn with_eight_queries_the_estimate_is_the_error() {
+    let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..Shape::single(8, 700) };
     let inputs = Inputs::clustered(shape, 1410);
     for mask in [Mask::None, Mask::CausalBottomRight] {
         let exact =
@@ -99,5 +99,31 @@ fn targets_out_of_reach_and_within() {
             assert_eq!(strict.error, vec![0.0; shape.heads_q]);
             assert!(relative_frobenius_error(&strict.out, &exact.out) < 5e-6);
         });
+    }
+}
+
+/// Fewer queries than probe rows in a tile: some are probed more than once.
+#[test]
+fn single_queries_can_be_estimated() {
+    for n_q in 1..8 {
+        let shape = Shape { heads_q: 4, heads_kv: 2, ..Shape::single(n_q, 700) };
+        let inputs = Inputs::normal(shape, 1430);
+        for mask in MASKS {
+            for target_error in [0.0, 0.01] {
+                let params = Params {
+                    method: Method::Refined,
+                    mask,
+                    min_seq_len: 0,
+                    budget: 64,
+                    band: 16,
+                    target_error,
+                    ..Params::default()
+                };
+                for_each_table(|kernels| {
+                    let outcome = Setup { error: true, ..Setup::new(kernels, &params, &inputs) }.run();
+                    assert!(outcome.out.iter().chain(&outcome.error).all(|x| x.is_finite()), "{params:?}");
+                });
+            }
+        }
     }
 }
