@@ -48,7 +48,7 @@ static hyperattn_params unusual_params(hyperattn_method method)
     params.method = method;
     params.mask = HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT;
     /* Under REFINED nearly equal weights, which a few keys and a column estimate within the default target. */
-    params.scale = method == HYPERATTN_METHOD_PAPER ? 0.3f : 0.01f;
+    params.scale = method == HYPERATTN_METHOD_PAPER ? 0.3f : 0.003f;
     params.residual = HYPERATTN_RESIDUAL_ROW_NORM;
     params.lsh_num_projs = 4;
     params.block_size = 100;
@@ -57,12 +57,12 @@ static hyperattn_params unusual_params(hyperattn_method method)
     params.min_seq_len = 1000;
     params.seed = 99;
     params.offset = 5;
-    params.approx_d_epsilon = 0.01f;
+    params.approx_d_epsilon = 0.003f;
     params.approx_d_kappa = 3.0f;
     params.budget = 300;
     params.num_first_keys = 40;
-    params.band = 20;
-    params.target_error = 0.0005f;
+    params.band = 300;
+    params.target_error = 1e-7f;
     return params;
 }
 
