@@ -28,6 +28,7 @@ mod probe;
 mod problem;
 mod refine;
 mod refined;
+mod represent;
 mod residual;
 mod rng;
 mod scratch;

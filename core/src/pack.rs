@@ -202,6 +202,6 @@ impl Packer<'_> {
 }
 
 /// Two numbers that are bf16 already.
-fn bf16_pair(first: f32, second: f32) -> u32 {
+pub(crate) fn bf16_pair(first: f32, second: f32) -> u32 {
     first.to_bits() >> 16 | (second.to_bits() & 0xffff_0000)
 }

@@ -1,6 +1,6 @@
 //! Selection of METHOD_REFINED: which keys one tile of queries meets, and what stands for the others.
 //!
-//! The tile is represented by the means of a few runs of its queries. They weigh the mean keys of all blocks, then
+//! A few representatives of the tile's queries weigh the mean keys of all blocks, then
 //! the keys of the heaviest blocks one by one. The heaviest keys are met exactly; all others become one column,
 //! their weighted mean: the tangent of the logarithm of their sum at the representatives.
 
@@ -8,10 +8,11 @@ use core::ops::Range;
 
 use crate::params::{Mask, Params, Residual};
 use crate::problem::Problem;
+use crate::represent::{Representatives, rounded};
 use crate::residual::Column;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, LEAST_WEIGHING_ROWS, Packing};
-use crate::summary::{BLOCK, is_finite};
+use crate::simd::{KEY_TILE, WEIGHING_QUERIES};
+use crate::summary::BLOCK;
 use crate::tile::{Call, KeyOrder, Part, Tile};
 use crate::tiling::TILE_ROWS;
 use crate::view::TensorRef;
@@ -22,14 +23,8 @@ pub(crate) fn query_tile(n_k: usize) -> usize {
     if n_k <= 32_768 { TILE_ROWS / 2 } else { TILE_ROWS }
 }
 
-/// Runs of queries whose means represent a tile.
-const REPRESENTATIVES: usize = LEAST_WEIGHING_ROWS;
-
 /// Keys are chosen among this many times as many, those of the heaviest blocks.
 const CANDIDATES: usize = 4;
-
-/// Representatives that any table weighs with, at most.
-const MOST_WEIGHING_ROWS: usize = 16;
 
 /// The keys of one KV head of one batch item.
 #[derive(Clone, Copy)]
@@ -135,7 +130,7 @@ impl Frame {
 
 /// Scratch of one selection.
 pub(crate) struct RefineScratch<'a> {
-    representatives: &'a mut [f32],
+    representatives: Representatives<'a>,
     block_weights: &'a mut [f32],
     candidates: &'a mut [u32],
     key_weights: &'a mut [f32],
@@ -158,7 +153,7 @@ impl<'a> RefineScratch<'a> {
         let candidates = candidate_blocks(budget).min(blocks);
         let width = problem.head_dim + problem.value_dim;
         RefineScratch {
-            representatives: carver.take(REPRESENTATIVES * problem.head_dim),
+            representatives: Representatives::carve(problem, carver),
             block_weights: carver.take(blocks),
             candidates: carver.take(candidates),
             key_weights: carver.take(candidates * BLOCK),
@@ -181,17 +176,26 @@ pub(crate) fn choose<'s>(
 ) -> Choice<'s> {
     let problem = &call.problem;
     let Some(frame) = Frame::new(call.params, problem, rows, budget) else { return Choice::Everything };
-    let count = represent(call, (keys.batch, head), rows, scratch.representatives);
-    if count == 0 {
+    let representatives = &mut scratch.representatives;
+    representatives.find(call, (keys.batch, head), rows);
+    if representatives.len == 0 {
         return Choice::Everything;
     }
-    let start = normalise(call, keys, &frame, count, tile, scratch.representatives);
+    let totals = totals(call, keys, &frame, tile, representatives);
+    // Each weighs as much as the queries that it stands for.
+    let mut start = [f32::INFINITY; WEIGHING_QUERIES];
+    let queries: f32 = representatives.counts[..representatives.len].iter().sum();
+    for ((start, total), count) in
+        start.iter_mut().zip(totals).zip(representatives.counts).take(representatives.len)
+    {
+        *start = total + crate::math::log2(queries / count);
+    }
     let blocks = frame.first / BLOCK..frame.near / BLOCK;
     let block_weights = &mut scratch.block_weights[..frame.near / BLOCK];
     for (index, weights) in block_weights.chunks_mut(KEY_TILE).enumerate() {
         let mut all = [0.0; KEY_TILE];
         let packed = &keys.packed_means[index * call.shape.keys_len()..];
-        tile.weigh(packed, weights.len(), &start, &mut all);
+        tile.weigh(representatives.packed, (packed, weights.len()), &start, &mut all);
         weights.copy_from_slice(&all[..weights.len()]);
     }
     if !frame.first.is_multiple_of(BLOCK) {
@@ -213,12 +217,10 @@ pub(crate) fn choose<'s>(
     let key_weights = &mut scratch.key_weights[..candidates.len() * BLOCK];
     for (&block, weights) in candidates.iter().zip(key_weights.chunks_mut(BLOCK)) {
         let packed = &keys.packed[block as usize * call.shape.tile_len()..];
-        tile.weigh(packed, BLOCK, &start, weights);
+        tile.weigh(representatives.packed, (packed, BLOCK), &start, weights);
         let met = frame.first.saturating_sub(block as usize * BLOCK).min(BLOCK);
         weights[..met].fill(0.0);
     }
-    tile.clear();
-
     let mut rest = Rest::new(call, keys, scratch.rest);
     let mut found = 0;
     {
@@ -247,7 +249,7 @@ pub(crate) fn choose<'s>(
             rest.add(block, block_weights[block] * BLOCK as f32);
         }
     }
-    let log_weight = rest.finish(&start[..count], scratch.representatives);
+    let log_weight = rest.finish(&totals, &scratch.representatives);
     let (key, value) = scratch.rest.split_at(problem.head_dim);
     Choice::Some {
         first: frame.first,
@@ -259,65 +261,26 @@ pub(crate) fn choose<'s>(
     }
 }
 
-/// Fills `to` with the means of runs of the queries `rows`, and returns how many there are. Queries that are not
-/// finite are passed over.
-fn represent(call: &Call<'_>, (batch, head): (usize, usize), rows: &Range<usize>, to: &mut [f32]) -> usize {
-    let head_dim = call.problem.head_dim;
-    let mut query = [0.0; crate::problem::MAX_HEAD_DIM as usize];
-    let query = &mut query[..head_dim];
-    let mut count = 0;
-    for run in 0..REPRESENTATIVES {
-        let bound = |run| rows.start + run * rows.len() / REPRESENTATIVES;
-        let mean = &mut to[count * head_dim..][..head_dim];
-        mean.fill(0.0);
-        let mut weight = 0.0;
-        for row in bound(run)..bound(run + 1) {
-            call.tensors.q.read_row(call.kernels, batch, head, row, query);
-            if is_finite(query) {
-                mean.iter_mut().zip(&*query).for_each(|(sum, x)| *sum += x);
-                weight += 1.0;
-            }
-        }
-        if weight > 0.0 {
-            mean.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
-            count += 1;
-        }
-    }
-    count
-}
-
-/// The number that packing makes of `x`.
-fn rounded(call: &Call<'_>, x: f32) -> f32 {
-    match call.shape.packing {
-        Packing::F32 => x,
-        Packing::Bf16Pairs => half::bf16::from_f32(x).to_f32(),
-    }
-}
-
-/// Loads the representatives into `tile` and returns what each gives to all keys together, estimated from the mean
-/// keys (base 2); infinity for absent ones.
-fn normalise(
+/// What each representative gives to all keys together, estimated from the mean keys (base 2).
+fn totals(
     call: &Call<'_>,
     keys: &HeadKeys<'_>,
     frame: &Frame,
-    count: usize,
     tile: &mut Tile<'_>,
-    representatives: &[f32],
-) -> [f32; MOST_WEIGHING_ROWS] {
+    representatives: &Representatives<'_>,
+) -> [f32; WEIGHING_QUERIES] {
     let (shape, head_dim) = (&call.shape, call.problem.head_dim);
     tile.clear();
-    (0..count).for_each(|row| tile.push(0, row, 0));
-    tile.load_rows(&TensorRef::of_rows(&representatives[..count * head_dim], head_dim, head_dim), 0);
+    (0..representatives.len).for_each(|row| tile.push(0, row, 0));
+    tile.load_rows(&TensorRef::of_rows(representatives.means(), head_dim, head_dim), 0);
     tile.sum_packed(0..frame.first, (keys.packed, shape.tile_len()), 0.0);
     let near = &keys.packed[frame.near / BLOCK * shape.tile_len()..];
     tile.sum_packed(frame.near..frame.seen_by_all, (near, shape.tile_len()), 0.0);
     let log_block = crate::math::log2(BLOCK as f32);
     tile.sum_packed(0..frame.near / BLOCK, (keys.packed_means, shape.keys_len()), log_block);
-    let mut start = [f32::INFINITY; MOST_WEIGHING_ROWS];
-    for (row, start) in start[..count].iter_mut().enumerate() {
-        *start = tile.log2_sum(row);
-    }
-    start
+    let totals = core::array::from_fn(|row| if row < representatives.len { tile.log2_sum(row) } else { 0.0 });
+    tile.clear();
+    totals
 }
 
 /// The largest of some weights.
@@ -384,22 +347,23 @@ impl<'r, 'k> Rest<'r, 'k> {
     }
 
     /// Makes the sums means, and returns the log weight that gives them the weight of what they stand for, on average
-    /// over the representatives; none when there is nothing.
-    fn finish(self, start: &[f32], representatives: &[f32]) -> Option<f32> {
+    /// over the queries; none when there is nothing.
+    fn finish(self, totals: &[f32; WEIGHING_QUERIES], representatives: &Representatives<'_>) -> Option<f32> {
         let Rest { call, sum, weight, .. } = self;
         if weight == 0.0 {
             return None;
         }
         sum.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
-        let count = start.len() as f32;
         let head_dim = call.problem.head_dim;
         let key = &sum[..head_dim];
-        let mut mean_logit = 0.0;
-        for query in representatives.chunks(head_dim).take(start.len()) {
-            mean_logit += query.iter().zip(key).map(|(x, y)| x * y).sum::<f32>();
+        let (mut queries, mut mean) = (0.0, 0.0);
+        let means = representatives.means().chunks(head_dim);
+        for ((query, &count), &total) in means.zip(&representatives.counts).zip(totals) {
+            let logit = query.iter().zip(key).map(|(x, y)| x * y).sum::<f32>() * call.problem.scale_log2;
+            queries += count;
+            mean += count * (total - logit);
         }
-        mean_logit *= call.problem.scale_log2 / count;
-        let log_weight = crate::math::log2(weight / count) + start.iter().sum::<f32>() / count - mean_logit;
+        let log_weight = crate::math::log2(weight) + mean / queries;
         // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
         log_weight.is_finite().then_some(log_weight)
     }

@@ -5,6 +5,7 @@ use core::ops::Range;
 use crate::error::Result;
 use crate::exec::{Executor, for_each_chunk};
 use crate::pack::PackScratch;
+use crate::represent::is_finite;
 use crate::scratch::{Carver, Lanes};
 use crate::simd::KEY_TILE;
 use crate::tile::Call;
@@ -60,11 +61,6 @@ fn add(mean: &mut [f32], key: &[f32], value: &[f32]) {
     let (mean_key, mean_value) = mean.split_at_mut(key.len());
     mean_key.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
     mean_value.iter_mut().zip(value).for_each(|(sum, x)| *sum += x);
-}
-
-/// Whether every element is finite: x - x is 0 for these alone.
-pub(crate) fn is_finite(row: &[f32]) -> bool {
-    row.iter().map(|x| x - x).sum::<f32>() == 0.0
 }
 
 /// Packs the mean keys of the KV heads `kv_heads`, `[heads][packed_tiles]`.

@@ -345,15 +345,20 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// How much weight the first rows give together to each of `key_count` packed keys, relative to `start` (base 2)
-    /// of each; as many rows as `start` is long. See [`crate::simd::Weighing`].
-    pub(crate) fn weigh(&mut self, keys: &[u32], key_count: usize, start: &[f32], weights: &mut [f32]) {
+    /// How much weight the packed queries give to each of some packed keys, see [`Weighing`].
+    pub(crate) fn weigh(
+        &mut self,
+        query: &[u32],
+        (keys, key_count): (&[u32], usize),
+        start: &[f32],
+        weights: &mut [f32],
+    ) {
         let Call { kernels, problem, shape, .. } = self.call;
         kernels.weigh(&mut Weighing {
             packing: shape.packing,
             head_dim: problem.head_dim,
             scale: problem.scale_log2,
-            query: self.memory.query,
+            query,
             keys,
             key_count,
             start,

@@ -76,7 +76,7 @@ unsafe fn attend_bf16(step: &mut Step<'_>) {
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn weigh_bf16(task: &mut Weighing<'_>) {
     // SAFETY: as above.
-    unsafe { generic::weigh::<Bf16Pairs, 12, 4, 2>(task) }
+    unsafe { generic::weigh::<Bf16Pairs, 8, 2>(task) }
 }
 
 const BF16: Bf16Kernels = Bf16Kernels { attend: attend_bf16, weigh: weigh_bf16 };

@@ -1,22 +1,19 @@
 //! A table: the generic kernels, compiled for one vector type and its instructions.
 
-/// Defines the entry points for a vector, with ROWS, VECTORS and TAIL of a register tile, under the target features
-/// that it needs, and the table of them.
+/// Defines the entry points for a vector, with ROWS, VECTORS and TAIL of a register tile, and the queries that weigh keys
+/// together, under the target features that it needs; and the table of them.
 macro_rules! kernel_table {
-    ($isa:ident, $vector:ty, $rows:literal, $vectors:literal, $tail:literal $(, $features:literal)?) => {
+    ($isa:ident, $vector:ty, $rows:literal, $vectors:literal, $tail:literal, $weighing:literal $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         unsafe fn attend(step: &mut crate::simd::Step<'_>) {
             // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
             unsafe { crate::simd::generic::attend::<crate::simd::product::F32<$vector>, $rows, $vectors, $tail>(step) }
         }
 
-        /// Queries that weigh keys together: at least [`crate::simd::LEAST_WEIGHING_ROWS`].
-        const WEIGHING_ROWS: usize = if $tail >= crate::simd::LEAST_WEIGHING_ROWS { $tail } else { $rows };
-
         $(#[target_feature(enable = $features)])?
         unsafe fn weigh(task: &mut crate::simd::Weighing<'_>) {
             // SAFETY: as above.
-            unsafe { crate::simd::generic::weigh::<crate::simd::product::F32<$vector>, $rows, WEIGHING_ROWS, $vectors>(task) }
+            unsafe { crate::simd::generic::weigh::<crate::simd::product::F32<$vector>, $weighing, $vectors>(task) }
         }
 
         $(#[target_feature(enable = $features)])?
@@ -53,7 +50,6 @@ macro_rules! kernel_table {
             isa: crate::simd::Isa::$isa,
             query_rows: $rows,
             row_multiple: $tail,
-            weighing_rows: WEIGHING_ROWS,
             panel: $vectors * <$vector as crate::simd::vector::Vector>::LANES,
             lanes: <$vector as crate::simd::vector::Vector>::LANES,
             attend,

@@ -2,7 +2,7 @@
 
 use super::product::Product;
 use super::vector::Vector;
-use super::{KEY_TILE, Step, Weighing};
+use super::{KEY_TILE, Step, WEIGHING_QUERIES, Weighing};
 
 /// A logit may exceed the number that its row's weights are relative to by this much (base 2) before the
 /// row is rescaled: weights stay below 256, far from overflow, and rescaling becomes rare.
@@ -209,40 +209,39 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
     all
 }
 
-/// Sums, for each key of a [`Weighing`], the weights that `ROWS` queries give it.
+/// Sums, for each key of a [`Weighing`], the weights that its queries give it, `ROWS` queries at a time.
 ///
 /// # Safety
 /// The instructions of `P` are available, and the slices have the lengths that [`Weighing`] states for
-/// `query_rows == GROUP`, `weighing_rows == ROWS`, `lanes == P::Vector::LANES` and `panel == VECTORS * lanes`.
+/// `lanes == P::Vector::LANES` and `panel == VECTORS * lanes`; there is room for the logits of `ROWS` queries.
 #[inline(always)]
-pub(super) unsafe fn weigh<P: Product, const GROUP: usize, const ROWS: usize, const VECTORS: usize>(
-    task: &mut Weighing<'_>,
-) {
+pub(super) unsafe fn weigh<P: Product, const ROWS: usize, const VECTORS: usize>(task: &mut Weighing<'_>) {
+    const { assert!(WEIGHING_QUERIES.is_multiple_of(ROWS)) };
     let lanes = P::Vector::LANES;
     let panel = VECTORS * lanes;
     let words = task.head_dim.div_ceil(P::DEPTH);
-    let mut start = [0.0; ROWS];
-    start.copy_from_slice(&task.start[..ROWS]);
     let most = P::Vector::splat(MOST_WEIGHT);
     for p in 0..task.key_count.div_ceil(panel) {
-        // SAFETY: as in `weigh_keys`; a tile of weights.
+        let mut totals = [P::Vector::splat(0.0); VECTORS];
+        // SAFETY: panel p holds words * panel words, every word of the queries is followed by those of the other
+        // queries, and there is room for ROWS rows of a panel of logits and a tile of weights (contract).
         unsafe {
             let keys = task.keys.as_ptr().add(p * panel * words);
             let logits = task.logits.as_mut_ptr();
-            score::<P, ROWS, VECTORS>(
-                (words, task.scale),
-                (task.query.as_ptr(), GROUP),
-                keys,
-                &start,
-                logits,
-            );
-            for v in 0..VECTORS {
-                let mut total = P::Vector::splat(0.0);
-                for r in 0..ROWS {
-                    let logit = P::Vector::load(logits.add((r * VECTORS + v) * lanes));
-                    // A NaN becomes the largest weight: such a key must not be overlooked.
-                    total = total.add(logit.min(most).exp2());
+            for first in (0..WEIGHING_QUERIES).step_by(ROWS) {
+                let mut start = [0.0; ROWS];
+                start.copy_from_slice(&task.start[first..first + ROWS]);
+                let query = (task.query.as_ptr().add(first), WEIGHING_QUERIES);
+                score::<P, ROWS, VECTORS>((words, task.scale), query, keys, &start, logits);
+                for (v, total) in totals.iter_mut().enumerate() {
+                    for r in 0..ROWS {
+                        let logit = P::Vector::load(logits.add((r * VECTORS + v) * lanes));
+                        // A NaN becomes the largest weight: such a key must not be overlooked.
+                        *total = total.add(logit.min(most).exp2());
+                    }
                 }
+            }
+            for (v, total) in totals.iter().enumerate() {
                 total.store(task.weights.as_mut_ptr().add(p * panel + v * lanes));
             }
         }

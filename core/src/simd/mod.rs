@@ -30,8 +30,8 @@ pub(crate) use prefetch::prefetch;
 /// Keys in one packed tile.
 pub const KEY_TILE: usize = 64;
 
-/// Queries that any table lets weigh keys together, at least.
-pub const LEAST_WEIGHING_ROWS: usize = 4;
+/// Queries of a [`Weighing`].
+pub const WEIGHING_QUERIES: usize = 8;
 
 /// Rows hashed at once: enough independent chains to hide the latency of a fused multiply-add.
 pub const HASH_ROWS: usize = 8;
@@ -144,7 +144,7 @@ pub struct Step<'a> {
 
 /// A few queries against one packed tile of keys: how much weight they give to each key.
 ///
-/// With the names of [`Step`], for T = `weighing_rows` queries.
+/// With the names of [`Step`], for [`WEIGHING_QUERIES`] queries.
 pub struct Weighing<'a> {
     /// What the words are.
     pub packing: Packing,
@@ -152,15 +152,15 @@ pub struct Weighing<'a> {
     pub head_dim: usize,
     /// As in [`Step`].
     pub scale: f32,
-    /// The first T queries of a group, `[W][R]`.
+    /// `[W][WEIGHING_QUERIES]`.
     pub query: &'a [u32],
     /// `[KEY_TILE / P][W][P]`.
     pub keys: &'a [u32],
     /// Keys in this tile, at most [`KEY_TILE`].
     pub key_count: usize,
-    /// What the logits of each query are relative to (base 2, `[T]`); with infinity the query gives no weight.
+    /// What the logits of each query are relative to (base 2, `[WEIGHING_QUERIES]`); with infinity the query gives no weight.
     pub start: &'a [f32],
-    /// Room for the logits of the queries against a panel: `[T][P]`.
+    /// Room for logits, as in [`Step`].
     pub logits: &'a mut [f32],
     /// The sum over the queries of 2^(logit - start), at most 2^60 from each, NaN counting as that (`[KEY_TILE]`);
     /// unspecified beyond the last key.
@@ -185,7 +185,6 @@ pub struct Kernels {
     isa: Isa,
     query_rows: usize,
     row_multiple: usize,
-    weighing_rows: usize,
     panel: usize,
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
@@ -271,11 +270,6 @@ impl Kernels {
         self.row_multiple
     }
 
-    /// Queries in a [`Weighing`], at least [`LEAST_WEIGHING_ROWS`].
-    pub fn weighing_rows(&self) -> usize {
-        self.weighing_rows
-    }
-
     /// Keys in a panel (P).
     pub fn panel(&self) -> usize {
         self.panel
@@ -328,17 +322,17 @@ impl Kernels {
         self.bf16.expect("this table has no kernels for bf16 pairs")
     }
 
-    /// How much weight [`Self::weighing_rows`] queries give to each key of a tile.
+    /// How much weight [`WEIGHING_QUERIES`] queries give to each key of a tile.
     ///
     /// Panics as [`Self::attend`] does.
     pub fn weigh(&self, task: &mut Weighing<'_>) {
         let words = task.head_dim.div_ceil(task.packing.depth());
         assert!(
             task.key_count <= KEY_TILE
-                && task.query.len() >= self.query_rows * words
+                && task.query.len() >= WEIGHING_QUERIES * words
                 && task.keys.len() >= KEY_TILE * words
-                && task.start.len() >= self.weighing_rows
-                && task.logits.len() >= self.weighing_rows * self.panel
+                && task.start.len() >= WEIGHING_QUERIES
+                && task.logits.len() >= self.query_rows * self.panel
                 && task.weights.len() >= KEY_TILE
         );
         let weigh = match task.packing {

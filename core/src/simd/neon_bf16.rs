@@ -83,7 +83,7 @@ unsafe fn attend_bf16(step: &mut Step<'_>) {
 #[target_feature(enable = "bf16")]
 unsafe fn weigh_bf16(task: &mut Weighing<'_>) {
     // SAFETY: as above.
-    unsafe { generic::weigh::<Bf16Pairs, 6, 6, 4>(task) }
+    unsafe { generic::weigh::<Bf16Pairs, 4, 4>(task) }
 }
 
 const BF16: Bf16Kernels = Bf16Kernels { attend: attend_bf16, weigh: weigh_bf16 };
