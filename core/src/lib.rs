@@ -8,6 +8,7 @@
 mod approx_d;
 mod causal;
 mod cost;
+mod diagnose;
 mod element;
 mod error;
 mod exact;
@@ -53,6 +54,7 @@ pub mod stages {
     pub use crate::sort::{counter_len, needs_spare, sort_by_rank, split};
 }
 
+pub use diagnose::{DIAGNOSIS_ROWS, alpha, alpha_workspace, diagnosis_row, method_that_runs};
 pub use element::{DType, Element};
 pub use error::{Error, ErrorKind, Result};
 pub use exec::{Executor, Serial};

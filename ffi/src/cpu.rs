@@ -3,7 +3,7 @@
 use std::alloc;
 use std::ptr;
 
-use hyperattn_core::{Layout, Layouts, Tensors};
+use hyperattn_core::{Executor, Layout, Layouts, Tensors};
 
 use crate::boundary::{check_pointer, guard, required};
 use crate::error::{Failure, Result};
@@ -16,7 +16,8 @@ use crate::{block_mask, params, sized, tensor};
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes.
+/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
+/// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
@@ -105,11 +106,7 @@ pub unsafe extern "C" fn hyperattn_forward(
         };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
-        let executor = chosen.executor();
-        let layouts = tensors.layouts();
-        let need = hyperattn_core::forward_workspace(&options.params, &layouts, kernels(), executor)?;
-        let mut workspace = Workspace::new(exec.workspace, need, options.may_allocate)?;
-        hyperattn_core::forward(&options.params, &mut tensors, kernels(), executor, workspace.bytes())?;
+        run(&options, &mut tensors, chosen.executor(), exec.workspace)?;
         Ok(())
     })
 }
@@ -168,21 +165,34 @@ pub unsafe extern "C" fn hyperattn_backward(
     guard(|| Err(no_backward("hyperattn_backward")))
 }
 
+/// The forward pass with `workspace`, or with memory of its own where that is empty.
+pub(crate) fn run(
+    options: &params::Options,
+    tensors: &mut Tensors<'_>,
+    executor: &dyn Executor,
+    workspace: hyperattn_buffer,
+) -> Result<()> {
+    let need = hyperattn_core::forward_workspace(&options.params, &tensors.layouts(), kernels(), executor)?;
+    let mut workspace = Workspace::new(workspace, need, options.may_allocate)?;
+    hyperattn_core::forward(&options.params, tensors, kernels(), executor, workspace.bytes())?;
+    Ok(())
+}
+
 fn no_backward(entry: &str) -> Failure {
     Failure::new(HYPERATTN_STATUS_UNSUPPORTED, format_args!("{entry}: this version has no backward pass"))
 }
 
 /// The structs of a call, read but for the tensors' contents.
-struct Arguments {
-    options: params::Options,
-    from: hyperattn_tensors,
-    exec: hyperattn_cpu_exec,
+pub(crate) struct Arguments {
+    pub(crate) options: params::Options,
+    pub(crate) from: hyperattn_tensors,
+    pub(crate) exec: hyperattn_cpu_exec,
 }
 
 impl Arguments {
     /// # Safety
     /// Each pointer is NULL or points to as many readable bytes as its struct_size says.
-    unsafe fn read(
+    pub(crate) unsafe fn read(
         params: *const hyperattn_params,
         tensors: *const hyperattn_tensors,
         exec: *const hyperattn_cpu_exec,
@@ -243,14 +253,14 @@ unsafe fn read_exec(pointer: *const hyperattn_cpu_exec) -> Result<hyperattn_cpu_
 }
 
 /// The caller's scratch memory, or our own for the length of a call.
-struct Workspace {
+pub(crate) struct Workspace {
     data: *mut u8,
     size: usize,
     owned: Option<alloc::Layout>,
 }
 
 impl Workspace {
-    fn new(given: hyperattn_buffer, need: Layout, may_allocate: bool) -> Result<Self> {
+    pub(crate) fn new(given: hyperattn_buffer, need: Layout, may_allocate: bool) -> Result<Self> {
         if !given.data.is_null() {
             return Ok(Workspace { data: given.data.cast(), size: given.size, owned: None });
         }
@@ -278,7 +288,7 @@ impl Workspace {
         Ok(Workspace { data, size: need.size, owned: Some(layout) })
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: `size` bytes are ours for the length of the call: allocated above, or lent by the caller.
         // The core writes every byte of it before reading it.
         unsafe { std::slice::from_raw_parts_mut(self.data, self.size) }

@@ -11,6 +11,7 @@ mod block_mask;
 mod boundary;
 mod cpu;
 mod cuda;
+mod diagnose;
 mod error;
 mod executor;
 mod params;

@@ -53,6 +53,7 @@ pub unsafe extern "C" fn hyperattn_params_init(params: *mut hyperattn_params, st
 }
 
 /// The options of a call, and whether it may allocate.
+#[derive(Clone, Copy)]
 pub(crate) struct Options {
     pub(crate) params: Params,
     pub(crate) may_allocate: bool,

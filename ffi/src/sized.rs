@@ -1,4 +1,4 @@
-//! Structs that begin with `struct_size`: read across versions of the header.
+//! Structs that begin with `struct_size`: read and written across versions of the header.
 
 use std::mem::{MaybeUninit, offset_of, size_of};
 
@@ -21,11 +21,12 @@ pub(crate) unsafe trait Sized_: Copy {
     const NAME: &'static str;
 }
 
-/// Reads the struct at `pointer`; fields beyond its struct_size come from `defaults`.
+/// The struct_size of the struct at `pointer`, checked: the size of this or an older version, or a larger
+/// one with zeros beyond what is known here.
 ///
 /// # Safety
 /// `pointer` is NULL or readable for a `usize` and then for as many bytes as that says.
-pub(crate) unsafe fn read<T: Sized_>(pointer: *const T, name: &str, defaults: T) -> Result<T> {
+pub(crate) unsafe fn size<T: Sized_>(pointer: *const T, name: &str) -> Result<usize> {
     check_pointer(pointer, name)?;
     // SAFETY: struct_size is the first field (trait), and readable (contract).
     let size = unsafe { pointer.cast::<usize>().read() };
@@ -50,6 +51,16 @@ pub(crate) unsafe fn read<T: Sized_>(pointer: *const T, name: &str, defaults: T)
             )));
         }
     }
+    Ok(size)
+}
+
+/// Reads the struct at `pointer`; fields beyond its struct_size come from `defaults`.
+///
+/// # Safety
+/// As for [`size`].
+pub(crate) unsafe fn read<T: Sized_>(pointer: *const T, name: &str, defaults: T) -> Result<T> {
+    // SAFETY: the caller's contract.
+    let size = unsafe { size(pointer, name) }?;
     let mut value = MaybeUninit::new(defaults);
     // SAFETY: min(size, sizeof) bytes are readable, and T has that many; whole fields of plain data are replaced.
     unsafe {
@@ -59,6 +70,22 @@ pub(crate) unsafe fn read<T: Sized_>(pointer: *const T, name: &str, defaults: T)
             size.min(size_of::<T>()),
         );
         Ok(value.assume_init())
+    }
+}
+
+/// Writes the fields of `value` that a struct of `size` bytes has, but for struct_size.
+///
+/// # Safety
+/// `size` bytes are writable at `pointer`, and [`size`] has checked them.
+pub(crate) unsafe fn write<T: Sized_>(pointer: *mut T, size: usize, value: &T) {
+    let start = size_of::<usize>();
+    // SAFETY: min(size, sizeof) bytes are writable, and value has that many readable ones.
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            std::ptr::from_ref(value).cast::<u8>().add(start),
+            pointer.cast::<u8>().add(start),
+            size.min(size_of::<T>()) - start,
+        );
     }
 }
 
@@ -113,6 +140,7 @@ sized!(hyperattn_block_mask {
 sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error });
 sized!(hyperattn_threadpool { ctx, num_threads, parallel_for });
 sized!(hyperattn_cpu_exec { workspace, num_threads, reserved, pool });
+sized!(hyperattn_diagnosis { alpha, kappa, captured_mass, estimated_error, true_error, keys_per_query });
 
 #[cfg(test)]
 mod tests {
@@ -131,6 +159,7 @@ mod tests {
         check::<hyperattn_tensors>();
         check::<hyperattn_threadpool>();
         check::<hyperattn_cpu_exec>();
+        check::<hyperattn_diagnosis>();
     }
 
     #[test]

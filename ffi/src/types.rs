@@ -49,8 +49,8 @@ pub const HYPERATTN_MASK_CAUSAL_TOP_LEFT: u32 = 2;
 /// How the output is computed: one of HYPERATTN_METHOD_*.
 pub type hyperattn_method = u32;
 
-/// Exact while that is the faster choice for the shape on this machine, else the library's best
-/// estimator, which in this version is PAPER: see there what that costs in accuracy.
+/// Exact while that is the faster choice for the shape on this machine, else REFINED; else PAPER where a
+/// block_mask is given.
 pub const HYPERATTN_METHOD_AUTO: u32 = 0;
 /// Softmax attention without approximation, any length. Time grows with n_q * n_k.
 pub const HYPERATTN_METHOD_EXACT: u32 = 1;
@@ -58,12 +58,15 @@ pub const HYPERATTN_METHOD_EXACT: u32 = 1;
 /// time. On the attention of trained language models the published estimator is often far off (relative
 /// errors of 0.2 to 0.8 of the output were measured): check it on your model before you rely on it.
 pub const HYPERATTN_METHOD_PAPER: u32 = 2;
-/// Exact over the first keys, a local band and the keys that a tile of queries weighs most, with one column for all
-/// that is left. With a target_error the error of each head is estimated first, and a head that misses
-/// it gets more keys, or is computed exactly.
+/// Exact over the first keys, under a causal mask a band of the latest keys, and the keys that a tile of queries
+/// weighs most, about `budget` keys in all; one weighted column stands for the rest. With a target_error above 0
+/// each head's error is estimated first: a head that stays well within the target may get by with less than its
+/// budget, one that misses the target gets more and in the end is computed exactly. Near-linear time, except
+/// for heads that come out exact. Up to min_seq_len or budget keys the whole call is exact.
 pub const HYPERATTN_METHOD_REFINED: u32 = 3;
 
-/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*.
+/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*. METHOD_REFINED knows NONE,
+/// which leaves the column for the rest out, and takes the others alike.
 pub type hyperattn_residual = u32;
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
@@ -117,7 +120,8 @@ pub struct hyperattn_params {
     pub sample_size: u32,
     /// HYPERATTN_FLAG_*. Default 0.
     pub flags: u32,
-    /// Sub-problems with at most this many keys are exact. At least 0, default 4096.
+    /// Sub-problems with at most this many keys are exact; under METHOD_REFINED, calls with so few. At least 0,
+    /// default 4096.
     pub min_seq_len: i64,
     /// Key of the counter-based random numbers: the same seed gives the same bits. Default 0.
     pub seed: u64,
@@ -127,14 +131,15 @@ pub struct hyperattn_params {
     pub approx_d_epsilon: f32,
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     pub approx_d_kappa: f32,
-    /// Keys that a query meets under METHOD_REFINED, at least 64. Default 1024.
+    /// About as many keys as a query meets under METHOD_REFINED, at least 64. The first keys and the band count, but are
+    /// met also where the budget is less. With a target_error a head may get as little as a quarter, or more. Default 1024.
     pub budget: u32,
-    /// Leading keys that every query meets under METHOD_REFINED. Default 16.
+    /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
     pub num_first_keys: u32,
-    /// Latest keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
+    /// Latest visible keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
     pub band: u32,
-    /// Relative error of a head's output beyond which METHOD_REFINED raises the head's budget and finally computes the
-    /// head exactly. Default 0.05. 0 keeps the budget, whatever the error.
+    /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
+    /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     pub target_error: f32,
 }
 
@@ -214,9 +219,9 @@ pub struct hyperattn_tensors {
     pub lse: hyperattn_tensor,
     /// Exact blocks for METHOD_PAPER; NULL = sortLSH chooses.
     pub block_mask: *const hyperattn_block_mask,
-    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1]: the Frobenius norm of the error
-    /// over that of the output, from some rows that are computed exactly besides. 0 where the head is exact. With
-    /// data NULL it is not wanted.
+    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1], for every method: the Frobenius norm
+    /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
+    /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
     pub error: hyperattn_tensor,
 }
 
@@ -234,6 +239,42 @@ pub struct hyperattn_grads {
     pub dk: hyperattn_tensor,
     /// Gradient by v: an output.
     pub dv: hyperattn_tensor,
+}
+
+/// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
+pub const HYPERATTN_DIAGNOSE_TRUE_ERROR: u32 = 1;
+
+/// What hyperattn_diagnose() finds out about one head. A figure that was not asked for or does not exist is NaN; a NaN
+/// in the inputs may make any figure of its heads NaN.
+///
+/// The sampled rows of a head are min(n_q, 64) evenly spaced queries: the i-th of 64 is query
+/// (2 i + 1) n_q / 128, rounded down.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct hyperattn_diagnosis {
+    /// sizeof(hyperattn_diagnosis), set by the caller in every entry.
+    pub struct_size: usize,
+    /// The paper's alpha: n_q times the largest squared norm of a column of softmax(scale * q k^T) under the mask. Without a
+    /// mask and with n_q = n_k it lies between 1 (all weights are equal) and n_q^2 (all queries look at one key only).
+    ///
+    /// With HYPERATTN_DIAGNOSE_TRUE_ERROR it comes from every row. Else it is an estimate: each column's sum of squares
+    /// over the sampled rows times n_q over their number, and the largest of these. Good where the heaviest
+    /// columns are heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own; too
+    /// low where rows between the sampled ones alone weigh a column.
+    pub alpha: f64,
+    /// The paper's kappa over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
+    /// keys that a row does not meet exactly. 1 for a head that is computed exactly.
+    pub kappa: f64,
+    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows: 1 for a head that
+    /// is computed exactly.
+    pub captured_mass: f64,
+    /// What hyperattn_tensors.error gets for this head.
+    pub estimated_error: f64,
+    /// Frobenius norm of (out - exact) over that of exact, over all rows, with both outputs in f32. NaN without
+    /// HYPERATTN_DIAGNOSE_TRUE_ERROR; infinite where exact is 0 and out is not.
+    pub true_error: f64,
+    /// Keys and weighted columns that a query meets, on average over the queries.
+    pub keys_per_query: f64,
 }
 
 /// Size and alignment of a workspace, in bytes.
@@ -351,6 +392,10 @@ mod tests {
             struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416
         });
         layout!(hyperattn_grads, 328, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248 });
+        layout!(hyperattn_diagnosis, 56, {
+            struct_size: 0, alpha: 8, kappa: 16, captured_mass: 24, estimated_error: 32, true_error: 40,
+            keys_per_query: 48
+        });
         layout!(hyperattn_layout, 16, { size: 0, align: 8 });
         layout!(hyperattn_buffer, 16, { data: 0, size: 8 });
         layout!(hyperattn_threadpool, 32, { struct_size: 0, ctx: 8, num_threads: 16, parallel_for: 24 });

@@ -71,8 +71,8 @@
 /// Key j is visible to query i when j <= i.
 #define HYPERATTN_MASK_CAUSAL_TOP_LEFT 2
 
-/// Exact while that is the faster choice for the shape on this machine, else the library's best
-/// estimator, which in this version is PAPER: see there what that costs in accuracy.
+/// Exact while that is the faster choice for the shape on this machine, else REFINED; else PAPER where a
+/// block_mask is given.
 #define HYPERATTN_METHOD_AUTO 0
 
 /// Softmax attention without approximation, any length. Time grows with n_q * n_k.
@@ -83,9 +83,11 @@
 /// errors of 0.2 to 0.8 of the output were measured): check it on your model before you rely on it.
 #define HYPERATTN_METHOD_PAPER 2
 
-/// Exact over the first keys, a local band and the keys that a tile of queries weighs most, with one column for all
-/// that is left. With a target_error the error of each head is estimated first, and a head that misses
-/// it gets more keys, or is computed exactly.
+/// Exact over the first keys, under a causal mask a band of the latest keys, and the keys that a tile of queries
+/// weighs most, about `budget` keys in all; one weighted column stands for the rest. With a target_error above 0
+/// each head's error is estimated first: a head that stays well within the target may get by with less than its
+/// budget, one that misses the target gets more and in the end is computed exactly. Near-linear time, except
+/// for heads that come out exact. Up to min_seq_len or budget keys the whole call is exact.
 #define HYPERATTN_METHOD_REFINED 3
 
 /// One uniform sample of keys serves the row sums and the product with V: the paper's practical variant.
@@ -111,6 +113,9 @@
 
 /// hyperattn_params.flags: fail with HYPERATTN_STATUS_WORKSPACE_TOO_SMALL rather than allocate scratch.
 #define HYPERATTN_FLAG_NO_ALLOC 1
+
+/// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
+#define HYPERATTN_DIAGNOSE_TRUE_ERROR 1
 
 /// Something that a build may have: one of HYPERATTN_FEATURE_*.
 typedef uint32_t hyperattn_feature;
@@ -150,7 +155,8 @@ typedef uint32_t hyperattn_method;
 /// Which keys a query sees: one of HYPERATTN_MASK_*. i counts queries and j keys, both from 0.
 typedef uint32_t hyperattn_mask;
 
-/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*.
+/// How METHOD_PAPER treats what its blocks do not cover: one of HYPERATTN_RESIDUAL_*. METHOD_REFINED knows NONE,
+/// which leaves the column for the rest out, and takes the others alike.
 typedef uint32_t hyperattn_residual;
 
 /// What to compute. Fill with hyperattn_params_init(), then override; that stays right when later
@@ -179,7 +185,8 @@ typedef struct hyperattn_params {
     uint32_t sample_size;
     /// HYPERATTN_FLAG_*. Default 0.
     uint32_t flags;
-    /// Sub-problems with at most this many keys are exact. At least 0, default 4096.
+    /// Sub-problems with at most this many keys are exact; under METHOD_REFINED, calls with so few. At least 0,
+    /// default 4096.
     int64_t min_seq_len;
     /// Key of the counter-based random numbers: the same seed gives the same bits. Default 0.
     uint64_t seed;
@@ -189,14 +196,15 @@ typedef struct hyperattn_params {
     float approx_d_epsilon;
     /// Kappa of Algorithm 2, positive. Default 1e4. Used by RESIDUAL_ROW_NORM only.
     float approx_d_kappa;
-    /// Keys that a query meets under METHOD_REFINED, at least 64. Default 1024.
+    /// About as many keys as a query meets under METHOD_REFINED, at least 64. The first keys and the band count, but are
+    /// met also where the budget is less. With a target_error a head may get as little as a quarter, or more. Default 1024.
     uint32_t budget;
-    /// Leading keys that every query meets under METHOD_REFINED. Default 16.
+    /// Leading keys that every query meets under METHOD_REFINED, as far as it sees them. Default 16.
     uint32_t num_first_keys;
-    /// Latest keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
+    /// Latest visible keys that every query meets under METHOD_REFINED and a causal mask. Default 128.
     uint32_t band;
-    /// Relative error of a head's output beyond which METHOD_REFINED raises the head's budget and finally computes the
-    /// head exactly. Default 0.05. 0 keeps the budget, whatever the error.
+    /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
+    /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     float target_error;
 } hyperattn_params;
 
@@ -249,9 +257,9 @@ typedef struct hyperattn_tensors {
     struct hyperattn_tensor lse;
     /// Exact blocks for METHOD_PAPER; NULL = sortLSH chooses.
     const struct hyperattn_block_mask *block_mask;
-    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1]: the Frobenius norm of the error
-    /// over that of the output, from some rows that are computed exactly besides. 0 where the head is exact. With
-    /// data NULL it is not wanted.
+    /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1], for every method: the Frobenius norm
+    /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
+    /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
     struct hyperattn_tensor error;
 } hyperattn_tensors;
 
@@ -323,6 +331,37 @@ typedef struct hyperattn_grads {
     /// Gradient by v: an output.
     struct hyperattn_tensor dv;
 } hyperattn_grads;
+
+/// What hyperattn_diagnose() finds out about one head. A figure that was not asked for or does not exist is NaN; a NaN
+/// in the inputs may make any figure of its heads NaN.
+///
+/// The sampled rows of a head are min(n_q, 64) evenly spaced queries: the i-th of 64 is query
+/// (2 i + 1) n_q / 128, rounded down.
+typedef struct hyperattn_diagnosis {
+    /// sizeof(hyperattn_diagnosis), set by the caller in every entry.
+    size_t struct_size;
+    /// The paper's alpha: n_q times the largest squared norm of a column of softmax(scale * q k^T) under the mask. Without a
+    /// mask and with n_q = n_k it lies between 1 (all weights are equal) and n_q^2 (all queries look at one key only).
+    ///
+    /// With HYPERATTN_DIAGNOSE_TRUE_ERROR it comes from every row. Else it is an estimate: each column's sum of squares
+    /// over the sampled rows times n_q over their number, and the largest of these. Good where the heaviest
+    /// columns are heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own; too
+    /// low where rows between the sampled ones alone weigh a column.
+    double alpha;
+    /// The paper's kappa over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
+    /// keys that a row does not meet exactly. 1 for a head that is computed exactly.
+    double kappa;
+    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows: 1 for a head that
+    /// is computed exactly.
+    double captured_mass;
+    /// What hyperattn_tensors.error gets for this head.
+    double estimated_error;
+    /// Frobenius norm of (out - exact) over that of exact, over all rows, with both outputs in f32. NaN without
+    /// HYPERATTN_DIAGNOSE_TRUE_ERROR; infinite where exact is 0 and out is not.
+    double true_error;
+    /// Keys and weighted columns that a query meets, on average over the queries.
+    double keys_per_query;
+} hyperattn_diagnosis;
 
 /// How to run on CUDA: enqueue on a stream of the calling thread's current context.
 typedef struct hyperattn_cuda_exec {
@@ -402,7 +441,8 @@ void hyperattn_params_init(struct hyperattn_params *params, size_t struct_size);
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes.
+/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
+/// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
@@ -465,6 +505,29 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
                                     const struct hyperattn_tensors *tensors,
                                     const struct hyperattn_grads *grads,
                                     const struct hyperattn_cpu_exec *exec);
+
+/// Runs the method that params asks for into memory of its own and reports about each head: how hard its attention is
+/// to estimate, and how well it was estimated. A tool for choosing methods, budgets and layers, not for inference.
+///
+/// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
+/// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
+/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
+///
+/// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), and for every thread some
+/// 260 bytes for each key; exec->workspace is not used. With HYPERATTN_FLAG_NO_ALLOC it answers
+/// HYPERATTN_STATUS_WORKSPACE_TOO_SMALL.
+///
+///     hyperattn_diagnosis heads[8];
+///     for (int h = 0; h < 8; h += 1)
+///         heads[h].struct_size = sizeof heads[h];
+///     if (hyperattn_diagnose(&params, &tensors, NULL, HYPERATTN_DIAGNOSE_TRUE_ERROR, heads, 8) == HYPERATTN_STATUS_OK)
+///         printf("head 0: alpha %g, error %g\n", heads[0].alpha, heads[0].true_error);
+hyperattn_status hyperattn_diagnose(const struct hyperattn_params *params,
+                                    const struct hyperattn_tensors *tensors,
+                                    const struct hyperattn_cpu_exec *exec,
+                                    uint32_t flags,
+                                    struct hyperattn_diagnosis *heads,
+                                    size_t count);
 
 /// Size and alignment of the device workspace that hyperattn_cuda_forward() needs.
 /// HYPERATTN_STATUS_UNSUPPORTED when hyperattn_has_feature(HYPERATTN_FEATURE_CUDA) is false, as in this version.

@@ -1,7 +1,10 @@
 /* With a workspace given, a forward call allocates nothing. Linked with --wrap for the functions below, so that calls
  * from the library come here. */
 #define _POSIX_C_SOURCE 200809L
+#include <errno.h>
 #include <hyperattn/hyperattn.h>
+#include <limits.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,10 +26,14 @@ int __wrap_posix_memalign(void **memory, size_t align, size_t size);
 void *__wrap_aligned_alloc(size_t align, size_t size);
 
 static long allocations;
+/* Allocations that still succeed; after these, none does. */
+static long left = LONG_MAX;
 
-static void count(void)
+/* Counts one allocation; false when it is to fail. */
+static bool count(void)
 {
     __atomic_fetch_add(&allocations, 1, __ATOMIC_RELAXED);
+    return __atomic_fetch_sub(&left, 1, __ATOMIC_RELAXED) > 0;
 }
 
 static long counted(void)
@@ -36,35 +43,30 @@ static long counted(void)
 
 void *__wrap_malloc(size_t size)
 {
-    count();
-    return __real_malloc(size);
+    return count() ? __real_malloc(size) : NULL;
 }
 
 void *__wrap_calloc(size_t number, size_t size)
 {
-    count();
-    return __real_calloc(number, size);
+    return count() ? __real_calloc(number, size) : NULL;
 }
 
 void *__wrap_realloc(void *memory, size_t size)
 {
-    count();
-    return __real_realloc(memory, size);
+    return count() ? __real_realloc(memory, size) : NULL;
 }
 
 int __wrap_posix_memalign(void **memory, size_t align, size_t size)
 {
-    count();
-    return __real_posix_memalign(memory, align, size);
+    return count() ? __real_posix_memalign(memory, align, size) : ENOMEM;
 }
 
 void *__wrap_aligned_alloc(size_t align, size_t size)
 {
-    count();
-    return __real_aligned_alloc(align, size);
+    return count() ? __real_aligned_alloc(align, size) : NULL;
 }
 
-static const problem_shape SHAPE = {1, 4, 2, 70, 90, 32, 24};
+static const problem_shape SHAPE = {1, 4, 2, 200, 240, 32, 24};
 
 static hyperattn_params estimator_params(hyperattn_method method, hyperattn_mask mask, hyperattn_residual residual)
 {
@@ -73,6 +75,8 @@ static hyperattn_params estimator_params(hyperattn_method method, hyperattn_mask
     params.min_seq_len = 30;
     params.block_size = 32;
     params.sample_size = 32;
+    params.budget = 64;
+    params.band = 16;
     return params;
 }
 
@@ -114,8 +118,9 @@ static void nothing_with_a_workspace(random_source *source)
     hyperattn_threadpool interface = worker_pool_interface(workers);
     for (hyperattn_dtype t = HYPERATTN_DTYPE_F32; t <= HYPERATTN_DTYPE_BF16; t += 1) {
         problem p = problem_create(&SHAPE, t, t, ARRAY_BSHD, source);
+        problem_want_error(&p);
         counter_sees_the_library(&p);
-        for (hyperattn_method method = HYPERATTN_METHOD_AUTO; method <= HYPERATTN_METHOD_PAPER; method += 1) {
+        for (hyperattn_method method = HYPERATTN_METHOD_AUTO; method <= HYPERATTN_METHOD_REFINED; method += 1) {
             for (uint32_t mask = 0; mask < 3; mask += 1) {
                 for (uint32_t residual = 0; residual < 3; residual += 1) {
                     hyperattn_params params = estimator_params(method, mask, residual);
@@ -141,7 +146,7 @@ static void at_most_one_a_call_with_own_threads(random_source *source)
 {
     enum { CALLS = 100 };
     problem p = problem_create(&SHAPE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
-    for (hyperattn_method method = HYPERATTN_METHOD_EXACT; method <= HYPERATTN_METHOD_PAPER; method += 1) {
+    for (hyperattn_method method = HYPERATTN_METHOD_EXACT; method <= HYPERATTN_METHOD_REFINED; method += 1) {
         for (uint32_t threads = 0; threads <= 2; threads += 2) {
             check_case("method %u, %u library threads", method, threads);
             hyperattn_params params = estimator_params(method, HYPERATTN_MASK_NONE, HYPERATTN_RESIDUAL_UNIFORM);
@@ -169,11 +174,53 @@ static void nothing_for_an_error(random_source *source)
     problem_destroy(&p);
 }
 
+/* Where memory runs out, whichever allocation that is: a status, and outputs as they were. */
+static void out_of_memory_is_a_status(random_source *source)
+{
+    enum { HEADS = 4, MOST = 200 };
+    problem p = problem_create(&SHAPE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    hyperattn_cpu_exec exec = problem_exec(1);
+    for (hyperattn_method method = HYPERATTN_METHOD_EXACT; method <= HYPERATTN_METHOD_REFINED; method += 1) {
+        hyperattn_params params = estimator_params(method, HYPERATTN_MASK_NONE, HYPERATTN_RESIDUAL_UNIFORM);
+        check_case("method %u, no memory for a workspace", method);
+        problem_poison_outputs(&p);
+        left = 0;
+        int32_t status = hyperattn_forward(&params, &p.tensors, &exec);
+        left = LONG_MAX;
+        CHECK_STATUS(status, HYPERATTN_STATUS_OUT_OF_MEMORY);
+        CHECK(array_untouched(&p.out));
+
+        hyperattn_diagnosis heads[HEADS], before[HEADS];
+        memset(heads, 0, sizeof heads);
+        for (int h = 0; h < HEADS; h += 1) {
+            heads[h].struct_size = sizeof heads[h];
+        }
+        memcpy(before, heads, sizeof heads);
+        long granted = 0;
+        for (; granted < MOST; granted += 1) {
+            check_case("method %u, hyperattn_diagnose with %ld allocations", method, granted);
+            left = granted;
+            status = hyperattn_diagnose(&params, &p.tensors, &exec, HYPERATTN_DIAGNOSE_TRUE_ERROR, heads, HEADS);
+            left = LONG_MAX;
+            if (status == HYPERATTN_STATUS_OK) {
+                break;
+            }
+            CHECK_STATUS(status, HYPERATTN_STATUS_OUT_OF_MEMORY);
+            CHECK_CONTAINS(hyperattn_last_error(), "could not be allocated");
+            CHECK_BYTES(heads, before, sizeof heads);
+        }
+        /* Outputs, errors, figures, workspaces. */
+        CHECK(granted >= 5 && granted < MOST);
+    }
+    problem_destroy(&p);
+}
+
 int main(int argc, char **argv)
 {
     random_source source = {check_start("allocation", argc, argv)};
     nothing_with_a_workspace(&source);
     at_most_one_a_call_with_own_threads(&source);
     nothing_for_an_error(&source);
+    out_of_memory_is_a_status(&source);
     return check_finish();
 }

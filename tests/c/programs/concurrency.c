@@ -30,11 +30,15 @@ static void job_create(job *j, uint32_t index, random_source *source)
     memset(j, 0, sizeof *j);
     j->index = index;
     j->p = problem_create(&shape, dtype, dtype, (array_layout)(index % 3), source);
-    j->params = problem_params(index % 4 == 0 ? HYPERATTN_METHOD_EXACT : HYPERATTN_METHOD_PAPER, index % 3);
-    j->params.residual = index % 3;
+    static const hyperattn_method methods[] = {HYPERATTN_METHOD_EXACT, HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_REFINED};
+    j->params = problem_params(methods[index % 3], index / 2 % 3);
+    j->params.residual = index / 3 % 3;
     j->params.min_seq_len = 40;
     j->params.block_size = 32;
     j->params.sample_size = 32;
+    j->params.budget = 64;
+    j->params.band = 16;
+    j->params.target_error = index < 4 ? 0.0f : 0.5f;
     j->params.seed = index;
     j->expected_out = array_create(dtype, ARRAY_BHSD, shape.batch, 4, shape.n_q, shape.d_v);
     j->expected_lse = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, shape.batch, 4, shape.n_q, 1);

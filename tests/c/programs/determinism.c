@@ -13,14 +13,18 @@ typedef struct variant {
     const char *name;
     hyperattn_method method;
     hyperattn_residual residual;
+    float target_error;
 } variant;
 
 static const variant VARIANTS[] = {
-    {"exact", HYPERATTN_METHOD_EXACT, HYPERATTN_RESIDUAL_UNIFORM},
-    {"auto", HYPERATTN_METHOD_AUTO, HYPERATTN_RESIDUAL_UNIFORM},
-    {"paper uniform", HYPERATTN_METHOD_PAPER, HYPERATTN_RESIDUAL_UNIFORM},
-    {"paper row-norm", HYPERATTN_METHOD_PAPER, HYPERATTN_RESIDUAL_ROW_NORM},
-    {"paper blocks", HYPERATTN_METHOD_PAPER, HYPERATTN_RESIDUAL_NONE},
+    {"exact", HYPERATTN_METHOD_EXACT, HYPERATTN_RESIDUAL_UNIFORM, 0.05f},
+    {"auto", HYPERATTN_METHOD_AUTO, HYPERATTN_RESIDUAL_UNIFORM, 0.05f},
+    {"paper uniform", HYPERATTN_METHOD_PAPER, HYPERATTN_RESIDUAL_UNIFORM, 0.0f},
+    {"paper row-norm", HYPERATTN_METHOD_PAPER, HYPERATTN_RESIDUAL_ROW_NORM, 0.0f},
+    {"paper blocks", HYPERATTN_METHOD_PAPER, HYPERATTN_RESIDUAL_NONE, 0.0f},
+    {"refined", HYPERATTN_METHOD_REFINED, HYPERATTN_RESIDUAL_UNIFORM, 0.0f},
+    /* About where the heads of these inputs lie, so that some keep their budget and others do not. */
+    {"refined to a target", HYPERATTN_METHOD_REFINED, HYPERATTN_RESIDUAL_UNIFORM, 0.6f},
 };
 enum { VARIANT_COUNT = sizeof VARIANTS / sizeof VARIANTS[0] };
 
@@ -33,6 +37,10 @@ static hyperattn_params variant_params(const variant *v, hyperattn_mask mask)
     params.min_seq_len = 60;
     params.block_size = 32;
     params.sample_size = 48;
+    params.budget = 64;
+    params.num_first_keys = 4;
+    params.band = 16;
+    params.target_error = v->target_error;
     params.seed = 11;
     return params;
 }
@@ -98,6 +106,7 @@ static void expect_same(problem *p, const problem *expected, const hyperattn_par
     CHECK_OK(hyperattn_forward(params, &p->tensors, &exec));
     CHECK(tensor_same_bits(&p->out.view, &expected->out.view));
     CHECK(tensor_same_bits(&p->lse.view, &expected->lse.view));
+    CHECK(tensor_same_bits(&p->error.view, &expected->error.view));
     if (fill >= 0) {
         CHECK(workspace_surroundings_unchanged(&w));
         workspace_destroy(&w);
@@ -114,11 +123,14 @@ static void same_bits_however_it_runs(random_source *source)
 
     for (hyperattn_dtype t = HYPERATTN_DTYPE_F32; t <= HYPERATTN_DTYPE_BF16; t += 1) {
         problem p = problem_create(&SHAPE, t, t, ARRAY_BSHD, source);
+        problem_want_error(&p);
         problem expected = p; /* the same inputs, its own outputs */
         expected.out = array_create(t, ARRAY_BHSD, SHAPE.batch, SHAPE.heads_q, SHAPE.n_q, SHAPE.d_v);
         expected.lse = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, SHAPE.batch, SHAPE.heads_q, SHAPE.n_q, 1);
+        expected.error = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, SHAPE.batch, SHAPE.heads_q, 1, 1);
         expected.tensors.out = expected.out.view;
         expected.tensors.lse = expected.lse.view;
+        expected.tensors.error = expected.error.view;
         for (int v = 0; v < VARIANT_COUNT; v += 1) {
             for (uint32_t mask = 0; mask < 3; mask += 1) {
                 hyperattn_params params = variant_params(&VARIANTS[v], mask);
@@ -159,6 +171,7 @@ static void same_bits_however_it_runs(random_source *source)
         }
         array_destroy(&expected.out);
         array_destroy(&expected.lse);
+        array_destroy(&expected.error);
         problem_destroy(&p);
     }
     worker_pool_destroy(workers);

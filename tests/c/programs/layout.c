@@ -33,6 +33,10 @@ int main(void)
     FIELD(hyperattn_params, offset);
     FIELD(hyperattn_params, approx_d_epsilon);
     FIELD(hyperattn_params, approx_d_kappa);
+    FIELD(hyperattn_params, budget);
+    FIELD(hyperattn_params, num_first_keys);
+    FIELD(hyperattn_params, band);
+    FIELD(hyperattn_params, target_error);
 
     WHOLE(hyperattn_tensor);
     FIELD(hyperattn_tensor, data);
@@ -59,6 +63,7 @@ int main(void)
     FIELD(hyperattn_tensors, out);
     FIELD(hyperattn_tensors, lse);
     FIELD(hyperattn_tensors, block_mask);
+    FIELD(hyperattn_tensors, error);
 
     WHOLE(hyperattn_grads);
     FIELD(hyperattn_grads, struct_size);
@@ -66,6 +71,15 @@ int main(void)
     FIELD(hyperattn_grads, dq);
     FIELD(hyperattn_grads, dk);
     FIELD(hyperattn_grads, dv);
+
+    WHOLE(hyperattn_diagnosis);
+    FIELD(hyperattn_diagnosis, struct_size);
+    FIELD(hyperattn_diagnosis, alpha);
+    FIELD(hyperattn_diagnosis, kappa);
+    FIELD(hyperattn_diagnosis, captured_mass);
+    FIELD(hyperattn_diagnosis, estimated_error);
+    FIELD(hyperattn_diagnosis, true_error);
+    FIELD(hyperattn_diagnosis, keys_per_query);
 
     WHOLE(hyperattn_layout);
     FIELD(hyperattn_layout, size);

@@ -33,17 +33,22 @@ static const struct boundary {
     {"offset", END(offset)},
     {"approx_d_epsilon", END(approx_d_epsilon)},
     {"approx_d_kappa", END(approx_d_kappa)},
+    {"budget", END(budget)},
+    {"num_first_keys", END(num_first_keys)},
+    {"band", END(band)},
+    {"target_error", END(target_error)},
 };
 enum { BOUNDARY_COUNT = sizeof BOUNDARIES / sizeof BOUNDARIES[0] };
 
-/* No field has its default, and every one changes the result. */
-static hyperattn_params unusual_params(void)
+/* No field has its default, and every one changes the result of PAPER or of REFINED. */
+static hyperattn_params unusual_params(hyperattn_method method)
 {
     hyperattn_params params;
     hyperattn_params_init(&params, sizeof params);
-    params.method = HYPERATTN_METHOD_PAPER;
+    params.method = method;
     params.mask = HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT;
-    params.scale = 0.3f;
+    /* Under REFINED nearly equal weights, which a few keys and a column estimate within the default target. */
+    params.scale = method == HYPERATTN_METHOD_PAPER ? 0.3f : 0.003f;
     params.residual = HYPERATTN_RESIDUAL_ROW_NORM;
     params.lsh_num_projs = 4;
     params.block_size = 100;
@@ -52,8 +57,12 @@ static hyperattn_params unusual_params(void)
     params.min_seq_len = 1000;
     params.seed = 99;
     params.offset = 5;
-    params.approx_d_epsilon = 0.01f;
+    params.approx_d_epsilon = 0.003f;
     params.approx_d_kappa = 3.0f;
+    params.budget = 300;
+    params.num_first_keys = 40;
+    params.band = 300;
+    params.target_error = 1e-7f;
     return params;
 }
 
@@ -71,7 +80,8 @@ static hyperattn_params *old_params(const hyperattn_params *full, size_t size)
 
 /* A short struct gives what the full struct gives with defaults in the fields it lacks. Sets has_effect[i] when the field
  * before boundary i changed the result: without that the comparison would show nothing. */
-static void missing_parameters_have_defaults(const problem_shape *shape, bool *has_effect, random_source *source)
+static void missing_parameters_have_defaults(const problem_shape *shape, hyperattn_method method, bool *has_effect,
+                                             random_source *source)
 {
     problem p = problem_create(shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
     array expected = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, shape->batch, shape->heads_q, shape->n_q, shape->d_v);
@@ -79,9 +89,9 @@ static void missing_parameters_have_defaults(const problem_shape *shape, bool *h
     hyperattn_tensors into_expected = p.tensors;
     into_expected.out = expected.view;
     memset(&into_expected.lse, 0, sizeof into_expected.lse);
-    const hyperattn_params unusual = unusual_params();
+    const hyperattn_params unusual = unusual_params(method);
     for (int i = 0; i < BOUNDARY_COUNT; i += 1) {
-        check_case("%d keys, params end after %s", (int)shape->n_k, BOUNDARIES[i].last);
+        check_case("method %u, %d keys, params end after %s", method, (int)shape->n_k, BOUNDARIES[i].last);
         hyperattn_params full;
         hyperattn_params_init(&full, sizeof full);
         memcpy(&full, &unusual, BOUNDARIES[i].size);
@@ -107,11 +117,12 @@ static void missing_parameters_have_defaults(const problem_shape *shape, bool *h
 static void every_field_is_read(random_source *source)
 {
     bool has_effect[BOUNDARY_COUNT] = {false};
-    missing_parameters_have_defaults(&SHAPES[0], has_effect, source);
-    missing_parameters_have_defaults(&SHAPES[1], has_effect, source);
+    missing_parameters_have_defaults(&SHAPES[0], HYPERATTN_METHOD_PAPER, has_effect, source);
+    missing_parameters_have_defaults(&SHAPES[1], HYPERATTN_METHOD_PAPER, has_effect, source);
+    missing_parameters_have_defaults(&SHAPES[0], HYPERATTN_METHOD_REFINED, has_effect, source);
     for (int i = 0; i < BOUNDARY_COUNT; i += 1) {
         check_case("effect of %s", BOUNDARIES[i].last);
-        /* AUTO may be PAPER already, and no value of flags changes a result. */
+        /* No value of flags changes a result, and AUTO may be what the method asks for. */
         size_t end = BOUNDARIES[i].size;
         CHECK(has_effect[i] || end == END(method) || end == END(flags));
     }
@@ -157,6 +168,12 @@ static void other_structs_may_be_short(random_source *source)
     problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
     hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_NONE);
 
+    check_case("the first release's params and tensors");
+    if (sizeof(void *) == 8) {
+        CHECK_INT(offsetof(hyperattn_params, budget), 72);
+        CHECK_INT(offsetof(hyperattn_tensors, error), 416);
+    }
+
     check_case("tensors without block_mask");
     hyperattn_tensors tensors = p.tensors;
     tensors.struct_size = offsetof(hyperattn_tensors, block_mask);
@@ -170,6 +187,16 @@ static void other_structs_may_be_short(random_source *source)
     CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
     CHECK(tensor_all_finite(&p.out.view));
     CHECK(array_untouched(&p.lse));
+
+    check_case("tensors without error");
+    problem_poison_outputs(&p);
+    problem_want_error(&p);
+    tensors = p.tensors;
+    tensors.struct_size = offsetof(hyperattn_tensors, error);
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    CHECK(array_untouched(&p.error));
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    CHECK(!array_untouched(&p.error));
 
     check_case("exec without pool");
     hyperattn_cpu_exec exec = problem_exec(1);
@@ -200,6 +227,43 @@ static void other_structs_may_be_short(random_source *source)
     params.method = HYPERATTN_METHOD_PAPER;
     params.min_seq_len = 0;
     CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    problem_destroy(&p);
+}
+
+/* Entries of hyperattn_diagnosis from an older or a newer header: each gets the fields it has, and no more. */
+static void diagnoses_of_any_size(random_source *source)
+{
+    enum { HEADS = 6 };
+    const problem_shape shape = {2, 3, 1, 20, 30, 8, 8};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_NONE);
+    hyperattn_diagnosis full[HEADS];
+    memset(full, 0, sizeof full);
+    for (int h = 0; h < HEADS; h += 1) {
+        full[h].struct_size = sizeof full[h];
+    }
+    CHECK_OK(hyperattn_diagnose(&params, &p.tensors, NULL, HYPERATTN_DIAGNOSE_TRUE_ERROR, full, HEADS));
+    for (size_t size = sizeof(size_t); size <= sizeof(hyperattn_diagnosis) + 16; size += sizeof(double)) {
+        check_case("entries of %zu bytes", size);
+        /* On the heap and as long as the entries, where a sanitizer sees a step beyond. */
+        unsigned char *entries = (unsigned char *)malloc(HEADS * size);
+        if (entries == NULL) {
+            exit(EXIT_FAILURE);
+        }
+        memset(entries, 0, HEADS * size);
+        for (size_t h = 0; h < HEADS; h += 1) {
+            memcpy(entries + h * size, &size, sizeof size);
+        }
+        CHECK_OK(hyperattn_diagnose(&params, &p.tensors, NULL, HYPERATTN_DIAGNOSE_TRUE_ERROR,
+                                    (hyperattn_diagnosis *)entries, HEADS));
+        for (size_t h = 0; h < HEADS; h += 1) {
+            unsigned char expected[sizeof full[0] + 16] = {0};
+            memcpy(expected, &full[h], size < sizeof full[h] ? size : sizeof full[h]);
+            memcpy(expected, &size, sizeof size);
+            CHECK_BYTES(entries + h * size, expected, size);
+        }
+        free(entries);
+    }
     problem_destroy(&p);
 }
 
@@ -264,6 +328,7 @@ int main(int argc, char **argv)
     every_field_is_read(&source);
     params_init_respects_the_size();
     other_structs_may_be_short(&source);
+    diagnoses_of_any_size(&source);
     newer_structs(&source);
     return check_finish();
 }

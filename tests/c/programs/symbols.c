@@ -28,6 +28,7 @@ static const symbol symbols[] = {
     SYMBOL(hyperattn_backward_workspace),
     SYMBOL(hyperattn_backward),
     SYMBOL(hyperattn_merge),
+    SYMBOL(hyperattn_diagnose),
     SYMBOL(hyperattn_cuda_forward_workspace),
     SYMBOL(hyperattn_cuda_forward),
     SYMBOL(hyperattn_cuda_backward_workspace),

@@ -23,6 +23,7 @@ problem problem_create_mixed(const problem_shape *shape, problem_dtypes dtypes, 
     p.v = array_create(dtypes.kv, layout, s.batch, s.heads_kv, s.n_k, s.d_v);
     p.out = array_create(dtypes.out, own, s.batch, s.heads_q, s.n_q, s.d_v);
     p.lse = array_create(HYPERATTN_DTYPE_F32, own, s.batch, s.heads_q, s.n_q, 1);
+    p.error = array_create(HYPERATTN_DTYPE_F32, own, s.batch, s.heads_q, 1, 1);
     tensor_fill_gaussian(&p.q.view, source, 1.0, 0.0);
     tensor_fill_gaussian(&p.k.view, source, 1.0, 0.0);
     tensor_fill_gaussian(&p.v.view, source, 1.0, 0.0);
@@ -50,12 +51,19 @@ void problem_destroy(problem *p)
     array_destroy(&p->v);
     array_destroy(&p->out);
     array_destroy(&p->lse);
+    array_destroy(&p->error);
+}
+
+void problem_want_error(problem *p)
+{
+    p->tensors.error = p->error.view;
 }
 
 void problem_poison_outputs(problem *p)
 {
     array_poison(&p->out);
     array_poison(&p->lse);
+    array_poison(&p->error);
 }
 
 hyperattn_params problem_params(hyperattn_method method, hyperattn_mask mask)

@@ -1,4 +1,4 @@
-/* The five tensors of one attention problem. */
+/* The tensors of one attention problem. */
 #ifndef PROBLEM_H
 #define PROBLEM_H
 
@@ -18,18 +18,20 @@ enum { LEGAL_DTYPES = 7 };
 extern const problem_dtypes legal_dtypes[LEGAL_DTYPES];
 
 typedef struct problem {
-    array q, k, v, out, lse;
-    hyperattn_tensors tensors; /* views of the five */
+    array q, k, v, out, lse, error;
+    hyperattn_tensors tensors; /* views of all but error, which is not asked for */
 } problem;
 
-/* Q, K and V are standard normal, out and lse poisoned. ARRAY_BROADCAST_BATCH applies to K and V only. */
+/* Q, K and V are standard normal, out, lse and error poisoned. ARRAY_BROADCAST_BATCH applies to K and V only. */
 problem problem_create_mixed(const problem_shape *shape, problem_dtypes dtypes, array_layout layout,
                              random_source *source);
 /* The same with one dtype for q, k and v. */
 problem problem_create(const problem_shape *shape, hyperattn_dtype dtype, hyperattn_dtype out_dtype,
                        array_layout layout, random_source *source);
 void problem_destroy(problem *p);
-/* Poisons out and lse, for the next call. */
+/* Asks for the error tensor from the next call on. */
+void problem_want_error(problem *p);
+/* Poisons out, lse and error, for the next call. */
 void problem_poison_outputs(problem *p);
 /* A shorter way to default parameters with one method and mask. */
 hyperattn_params problem_params(hyperattn_method method, hyperattn_mask mask);

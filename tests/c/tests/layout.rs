@@ -50,6 +50,10 @@ contract! {
         offset: u64,
         approx_d_epsilon: f32,
         approx_d_kappa: f32,
+        budget: u32,
+        num_first_keys: u32,
+        band: u32,
+        target_error: f32,
     }
     struct hyperattn_tensor {
         data: *mut c_void,
@@ -76,6 +80,7 @@ contract! {
         out: hyperattn_tensor,
         lse: hyperattn_tensor,
         block_mask: *const hyperattn_block_mask,
+        error: hyperattn_tensor,
     }
     struct hyperattn_grads {
         struct_size: usize,
@@ -83,6 +88,15 @@ contract! {
         dq: hyperattn_tensor,
         dk: hyperattn_tensor,
         dv: hyperattn_tensor,
+    }
+    struct hyperattn_diagnosis {
+        struct_size: usize,
+        alpha: f64,
+        kappa: f64,
+        captured_mass: f64,
+        estimated_error: f64,
+        true_error: f64,
+        keys_per_query: f64,
     }
     struct hyperattn_layout {
         size: usize,
@@ -138,9 +152,10 @@ fn sizes_on_64_bit_machines() {
         size_of::<hyperattn_block_mask>(),
         size_of::<hyperattn_tensors>(),
         size_of::<hyperattn_grads>(),
+        size_of::<hyperattn_diagnosis>(),
         size_of::<hyperattn_threadpool>(),
         size_of::<hyperattn_cpu_exec>(),
         size_of::<hyperattn_cuda_exec>(),
     ];
-    assert_eq!(sizes, [72, 80, 56, 416, 328, 32, 40, 32]);
+    assert_eq!(sizes, [88, 80, 56, 496, 328, 56, 32, 40, 32]);
 }

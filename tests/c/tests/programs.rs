@@ -35,6 +35,16 @@ fn paper() {
 }
 
 #[test]
+fn refined() {
+    run_c("refined");
+}
+
+#[test]
+fn diagnose() {
+    run_c("diagnose");
+}
+
+#[test]
 fn block_mask() {
     run_c("block_mask");
 }

@@ -84,6 +84,16 @@ fn paper() {
 }
 
 #[test]
+fn refined() {
+    run_sanitized("refined");
+}
+
+#[test]
+fn diagnose() {
+    run_sanitized("diagnose");
+}
+
+#[test]
 fn block_mask() {
     run_sanitized("block_mask");
 }

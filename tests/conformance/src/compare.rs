@@ -110,7 +110,7 @@ pub fn check_setup<'a>(
         let rounded = Storage::new(&wide.out, inputs.dtypes.q).widened();
         assert_eq!(
             narrow.bits(),
-            Outcome { out: rounded, lse: wide.lse }.bits(),
+            Outcome { out: rounded, ..wide }.bits(),
             "{:?} output is not the rounded f32 output",
             inputs.dtypes.q
         );

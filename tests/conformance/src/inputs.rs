@@ -55,6 +55,11 @@ impl Shape {
         [self.batch, self.heads_q, self.n_q, 1].map(|extent| extent as i64)
     }
 
+    /// Extents of the error tensor.
+    pub fn error(&self) -> [i64; 4] {
+        [self.batch, self.heads_q, 1, 1].map(|extent| extent as i64)
+    }
+
     /// Query heads per KV head.
     pub fn group(&self) -> usize {
         self.heads_q / self.heads_kv

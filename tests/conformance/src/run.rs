@@ -14,12 +14,14 @@ pub struct Outcome {
     pub out: Vec<f32>,
     /// `[batch, heads_q, n_q]`
     pub lse: Vec<f32>,
+    /// `[batch, heads_q]`, empty where it was not asked for.
+    pub error: Vec<f32>,
 }
 
 impl Outcome {
     /// Everything, bit by bit.
     pub fn bits(&self) -> Vec<u32> {
-        self.out.iter().chain(&self.lse).map(|x| x.to_bits()).collect()
+        self.out.iter().chain(&self.lse).chain(&self.error).map(|x| x.to_bits()).collect()
     }
 }
 
@@ -75,6 +77,8 @@ pub struct Setup<'a> {
     pub executor: &'a dyn Executor,
     /// Element type of the output.
     pub out: DType,
+    /// Whether the error of each head is asked for.
+    pub error: bool,
     /// How q, k, v and out lie in memory.
     pub arrangements: [Arrangement; 4],
     /// What the workspace holds at first.
@@ -82,7 +86,7 @@ pub struct Setup<'a> {
 }
 
 impl<'a> Setup<'a> {
-    /// Packed tensors, an f32 output, the calling thread, and a workspace of 0xFF (as f32 numbers: NaN).
+    /// Packed tensors, an f32 output, no error tensor, the calling thread, and a workspace of 0xFF (as f32 numbers: NaN).
     pub fn new(kernels: &'a Kernels, params: &'a Params, inputs: &'a Inputs) -> Self {
         Setup {
             kernels,
@@ -91,6 +95,7 @@ impl<'a> Setup<'a> {
             block_mask: None,
             executor: &Serial,
             out: DType::F32,
+            error: false,
             arrangements: [Arrangement::Packed; 4],
             fill: |_| 0xFF,
         }
@@ -113,7 +118,8 @@ impl<'a> Setup<'a> {
         let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
         let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], -77.0);
         let mut lse = Tensor::new(&[], shape.lse(), DType::F32, Arrangement::Padded, -77.0);
-        let (out_before, lse_before) = (out.gaps(), lse.gaps());
+        let mut error = Tensor::new(&[], shape.error(), DType::F32, Arrangement::Padded, -77.0);
+        let gaps = [out.gaps(), lse.gaps(), error.gaps()];
         let (result, layout, workspace) = {
             let mut tensors = Tensors {
                 q: q.view(),
@@ -122,7 +128,7 @@ impl<'a> Setup<'a> {
                 out: out.view_mut(),
                 lse: Some(lse.view_mut()),
                 block_mask: self.block_mask,
-                error: None,
+                error: self.error.then(|| error.view_mut()),
                 keys_per_query: None,
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
@@ -131,8 +137,12 @@ impl<'a> Setup<'a> {
             (result, layout, workspace)
         };
         assert!(workspace.guards_are_intact(), "a workspace of {layout:?} was overrun");
-        assert!(out.gaps() == out_before && lse.gaps() == lse_before, "written beyond an output");
-        let outcome = Outcome { out: out.values(), lse: lse.values() };
+        assert!([out.gaps(), lse.gaps(), error.gaps()] == gaps, "written beyond an output");
+        if !self.error || result.is_err() {
+            assert!(error.values().iter().all(|&x| x == -77.0), "the error tensor changed");
+        }
+        let errors = if self.error { error.values() } else { Vec::new() };
+        let outcome = Outcome { out: out.values(), lse: lse.values(), error: errors };
         if result.is_err() {
             assert!(outcome.out.iter().chain(&outcome.lse).all(|&x| x == -77.0), "an output changed");
         }

@@ -26,6 +26,10 @@ fn all_params() -> Vec<Params> {
             let paper = Params { method: Method::Paper, mask, residual, block_size, ..exact };
             all.push(Params { lsh_num_projs, sample_size: 20, min_seq_len: 30, ..paper });
         }
+        for target_error in [0.0, 0.2] {
+            let refined = Params { method: Method::Refined, mask, min_seq_len: 30, ..exact };
+            all.push(Params { budget: 64, band: 10, target_error, ..refined });
+        }
     }
     all
 }
@@ -50,7 +54,8 @@ fn exactly_what_is_asked_for_suffices_and_one_byte_less_is_refused() {
             for_each_table(|kernels| {
                 for lanes in [1, 4] {
                     let executor = Threads { lanes, threads: 1, order: Order::Forward };
-                    let setup = Setup { executor: &executor, ..Setup::new(kernels, &params, &inputs) };
+                    let setup =
+                        Setup { executor: &executor, error: true, ..Setup::new(kernels, &params, &inputs) };
                     setup.run();
                     let refused = setup.attempt(|Layout { size, align }| Layout { size: size - 1, align });
                     assert_eq!(refused.unwrap_err().kind(), ErrorKind::WorkspaceTooSmall);
@@ -137,7 +142,8 @@ fn the_size_grows_linearly() {
     }
 }
 
-/// Twice the bytes of k and v, some bytes per row, and what the tiles take, whatever the lengths.
+/// Twice the bytes of k and v, some bytes per row, and what the tiles take, whatever the lengths. METHOD_REFINED has
+/// the means of blocks of 64 keys, weights of keys, and the outputs of probe rows besides.
 #[test]
 fn the_workspace_is_bounded_by_keys_values_and_rows() {
     let shapes = [
@@ -167,12 +173,14 @@ fn the_workspace_is_bounded_by_keys_values_and_rows() {
                 let keys_and_values = bytes * heads_kv * n_k * (head_dim + value_dim);
                 let rows = heads_q * n_q + heads_kv * n_k;
                 let bound = 2 * keys_and_values + most_per_row * rows + tiles_of_a_lane;
+                let refined = keys_and_values / 20 + 13 * n_k + 1024 * heads_q * value_dim;
                 for params in all_params()
                     .into_iter()
                     .flat_map(|params| [30, 1024, 4096].map(|min_seq_len| Params { min_seq_len, ..params }))
                 {
                     for_each_table(|kernels| {
                         let need = forward_workspace(&params, &layouts, kernels, &Serial).unwrap().size;
+                        let bound = bound + if params.method == Method::Refined { refined } else { 0 };
                         assert!(
                             need <= bound,
                             "{need} > {bound} for {shape:?} {n_q} {n_k} {dtype:?} {params:?}"

@@ -94,6 +94,7 @@ void bad_call_expect_forward(const char *name, const bad_call *call, hyperattn_s
     bad_call_expect_error(name, actual, status, count, parts, line);
     CHECK(array_untouched(&bad_call_problem.out));
     CHECK(array_untouched(&bad_call_problem.lse));
+    CHECK(array_untouched(&bad_call_problem.error));
 }
 
 void bad_call_expect(const char *name, const bad_call *call, hyperattn_status status, int count,
@@ -123,6 +124,7 @@ static void fresh_calls_succeed(void)
         makers[i](&c);
         CHECK_OK(hyperattn_forward(c.params_argument, c.tensors_argument, c.exec_argument));
         CHECK(!array_untouched(&bad_call_problem.out));
+        CHECK(!array_untouched(&bad_call_problem.error));
         c.exec.pool = &c.pool;
         CHECK_OK(hyperattn_forward(c.params_argument, c.tensors_argument, c.exec_argument));
         CHECK_OK(hyperattn_forward(c.params_argument, c.tensors_argument, NULL));
@@ -134,12 +136,14 @@ int main(int argc, char **argv)
     random_source source = {check_start("bad_calls", argc, argv)};
     const problem_shape shape = {2, 4, 2, 5, 7, 16, 8};
     bad_call_problem = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, &source);
+    problem_want_error(&bad_call_problem);
     fresh_calls_succeed();
     bad_params();
     bad_tensors();
     bad_exec();
     bad_block_masks();
     bad_merges();
+    bad_diagnoses();
     unsupported_calls();
     /* Mistakes leave nothing behind. */
     fresh_calls_succeed();

@@ -30,8 +30,8 @@ void bad_call_fresh_estimator(bad_call *call);
 /* The same with a block mask, 3 query blocks of 2 and 2 key blocks of 4: rows {0}, {0, 1}, {1}. */
 void bad_call_fresh_block_mask(bad_call *call);
 
-/* hyperattn_forward must answer `status`, its sentence must contain every one of the `count` parts, and no byte of out
- * and lse may change. */
+/* hyperattn_forward must answer `status`, its sentence must contain every one of the `count` parts, and no byte of out,
+ * lse and error may change. */
 void bad_call_expect_forward(const char *name, const bad_call *call, hyperattn_status status, int count,
                              const char *const *parts, int line);
 /* The same, and hyperattn_forward_workspace must answer alike. */
@@ -49,6 +49,7 @@ void bad_tensors(void);
 void bad_exec(void);
 void bad_block_masks(void);
 void bad_merges(void);
+void bad_diagnoses(void);
 void unsupported_calls(void);
 
 /* The last arguments are the parts of the sentence. */

@@ -37,6 +37,14 @@ void bad_params(void)
     BAD_ESTIMATOR(c.params.lsh_num_projs = UINT32_MAX, INVALID, "lsh_num_projs", "4294967295");
     BAD_ESTIMATOR(c.params.min_seq_len = INT64_MIN, INVALID, "min_seq_len", "-9223372036854775808");
 
+    BAD(c.params.budget = 0, INVALID, "budget", "0", "64");
+    BAD(c.params.budget = 63, INVALID, "budget", "63", "64");
+    BAD(c.params.target_error = -0.01f, INVALID, "target_error", "-0.01");
+    BAD(c.params.target_error = NAN, INVALID, "target_error", "NaN");
+    BAD(c.params.target_error = INFINITY, INVALID, "target_error", "inf");
+    BAD((c.params.method = HYPERATTN_METHOD_REFINED, c.params.budget = 1), INVALID, "budget", "1", "64");
+    BAD((c.params.method = HYPERATTN_METHOD_REFINED, c.params.target_error = -INFINITY), INVALID, "target_error", "-inf");
+
     BAD_ESTIMATOR((c.params.block_size = 0, c.params.sample_size = 0), INVALID, "block_size", "sample_size", "0");
     BAD_ESTIMATOR((c.params.block_size = 0, c.params.residual = HYPERATTN_RESIDUAL_NONE), INVALID, "block_size",
                   "residual");

@@ -32,10 +32,13 @@ static void pointers_and_types(void)
     BAD(c.tensors.q.reserved = 1, INVALID, "q.reserved", "1");
     BAD(c.tensors.v.reserved = 5, INVALID, "v.reserved", "5");
     BAD(c.tensors.lse.reserved = 2, INVALID, "lse.reserved", "2");
+    BAD(c.tensors.error.reserved = 3, INVALID, "error.reserved", "3");
     BAD(c.tensors.q.dtype = 0, INVALID, "q.dtype", "0");
     BAD(c.tensors.k.dtype = 4, INVALID, "k.dtype", "4");
     BAD(c.tensors.out.dtype = 99, INVALID, "out.dtype", "99");
     BAD(c.tensors.lse.dtype = HYPERATTN_DTYPE_F16, INVALID, "lse.dtype");
+    BAD(c.tensors.error.dtype = HYPERATTN_DTYPE_BF16, INVALID, "error.dtype");
+    BAD(c.tensors.error.dtype = 0, INVALID, "error.dtype", "0");
 }
 
 static bool is_legal(problem_dtypes dtypes)
@@ -117,6 +120,12 @@ static void extents(void)
     BAD(c.tensors.lse.shape[1] = 3, INVALID, "lse.shape[1]", "3", "q.shape[1]", "4");
     BAD(c.tensors.lse.shape[2] = 4, INVALID, "lse.shape[2]", "4", "q.shape[2]", "5");
     BAD(c.tensors.lse.shape[3] = 2, INVALID, "lse.shape[3]", "2", "1");
+    BAD(c.tensors.error.shape[0] = 1, INVALID, "error.shape[0]", "1", "q.shape[0]", "2");
+    BAD(c.tensors.error.shape[1] = 2, INVALID, "error.shape[1]", "2", "q.shape[1]", "4");
+    BAD((c.tensors.error.shape[2] = 5, c.tensors.error.stride[1] = 5, c.tensors.error.stride[0] = 20), INVALID,
+        "error.shape[2]", "5", "1");
+    BAD(c.tensors.error.shape[2] = 0, INVALID, "error.shape[2]", "0", "1");
+    BAD(c.tensors.error.shape[3] = 8, INVALID, "error.shape[3]", "8", "1");
     BAD((c.tensors.k.shape[1] = 3, c.tensors.v.shape[1] = 3, c.tensors.k.stride[1] = 0, c.tensors.v.stride[1] = 0), INVALID,
         "q.shape[1]", "4", "k.shape[1]", "3");
 }
@@ -156,6 +165,8 @@ static void strides_and_overlaps(void)
     BAD(c.tensors.out.stride[2] = 4, INVALID, "out", "overlap");
     BAD(c.tensors.lse.stride[2] = 0, INVALID, "lse", "overlap");
     BAD(c.tensors.lse.stride[1] = 4, INVALID, "lse", "overlap");
+    BAD(c.tensors.error.stride[0] = 0, INVALID, "error", "overlap");
+    BAD(c.tensors.error.stride[1] = 0, INVALID, "error", "overlap");
 
     /* Overlaps of two tensors depend on addresses, which the workspace does not. */
     static const struct {
@@ -164,8 +175,9 @@ static void strides_and_overlaps(void)
     } others[] = {{"q", offsetof(hyperattn_tensors, q)},
                   {"k", offsetof(hyperattn_tensors, k)},
                   {"v", offsetof(hyperattn_tensors, v)},
-                  {"lse", offsetof(hyperattn_tensors, lse)}};
-    for (int i = 0; i < 4; i += 1) {
+                  {"lse", offsetof(hyperattn_tensors, lse)},
+                  {"error", offsetof(hyperattn_tensors, error)}};
+    for (int i = 0; i < 5; i += 1) {
         bad_call c;
         bad_call_fresh(&c);
         hyperattn_tensor other;
@@ -184,7 +196,14 @@ static void strides_and_overlaps(void)
         memcpy(&other, (const char *)&c.tensors + others[i].offset, sizeof other);
         c.tensors.lse.data = other.data;
         bad_call_expect_forward("lse on an input", &c, INVALID, PARTS("lse", others[i].name, "overlap"));
+        bad_call_fresh(&c);
+        c.tensors.error.data = other.data;
+        bad_call_expect_forward("error on an input", &c, INVALID, PARTS("error", others[i].name, "overlap"));
     }
+    bad_call c;
+    bad_call_fresh(&c);
+    c.tensors.error.data = (float *)c.tensors.lse.data + 1;
+    bad_call_expect_forward("error on lse", &c, INVALID, PARTS("error", "lse", "overlap"));
 }
 
 void bad_tensors(void)

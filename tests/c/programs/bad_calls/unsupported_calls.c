@@ -1,4 +1,4 @@
-/* Entry points and options that this version declares but does not have. */
+/* Entry points that this version declares but does not have. */
 #include "bad_calls.h"
 
 /* 1 when the build has the entry point's body, and the cases below do not apply. */
@@ -62,7 +62,6 @@ static void cuda(void)
 
 void unsupported_calls(void)
 {
-    BAD(c.params.method = HYPERATTN_METHOD_REFINED, HYPERATTN_STATUS_UNSUPPORTED, "method", "REFINED");
     problem_poison_outputs(&bad_call_problem);
     backward();
     if (!has_cuda()) {
