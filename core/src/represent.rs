@@ -180,13 +180,13 @@ fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
-/// Whether every element is finite: x - x is 0 for these alone.
+/// Whether every element is finite: their products with 0 are 0 for these alone.
 pub(crate) fn is_finite(row: &[f32]) -> bool {
     let mut sums = [0.0; LANES];
     let chunks = row.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().map(|x| x - x).sum();
+    let rest: f32 = chunks.remainder().iter().map(|x| x * 0.0).sum();
     for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += x - x);
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += x * 0.0);
     }
     sums.iter().sum::<f32>() + rest == 0.0
 }

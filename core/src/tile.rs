@@ -6,11 +6,12 @@ use core::ops::Range;
 use crate::math;
 use crate::pack::{PackScratch, PackedShape, Packer};
 use crate::params::Params;
+use crate::probe;
 use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, Kernels, Step, Weighing};
-use crate::tiling::{HeadTiling, TILE_ROWS};
+use crate::tiling::TILE_ROWS;
 use crate::view::{Rows, TensorRef};
 
 /// What every task of a call reads.
@@ -103,7 +104,8 @@ impl<'a> TileMemory<'a> {
         shape: &PackedShape,
         carver: &mut Carver<'a>,
     ) -> Self {
-        let most = problem.n_q.saturating_mul(problem.group.min(HeadTiling::MOST_HEADS));
+        // Where there are fewer queries than probe rows of a tile, some are probed more than once.
+        let most = problem.n_q.max(probe::ROWS).saturating_mul(problem.group);
         let rows = TILE_ROWS.min(most).next_multiple_of(kernels.row_multiple());
         TileMemory {
             head_of: carver.take(rows),
