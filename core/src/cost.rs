@@ -209,6 +209,6 @@ mod tests {
     #[test]
     fn auto_counts_the_method_it_takes() {
         assert_eq!(count(Method::Auto, Mask::None, [600, 600], 512), 600.0);
-        assert_eq!(count(Method::Auto, Mask::None, [65_536, 65_536], 512), 512.0);
+        assert_eq!(count(Method::Auto, Mask::None, [65_536, 65_536], 512), 1024.0);
     }
 }

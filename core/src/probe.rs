@@ -129,8 +129,16 @@ pub(crate) fn draw(
     })
 }
 
-/// Draws rows in proportion to the cubes of their distances, plus a tenth of the mean; `phase` is in [0, 1).
+/// Draws rows in proportion to the cubes of their distances, plus a tenth of the mean; `phase` is in [0, 1). All of
+/// them, once, where they are no more than `rows`.
 fn draw_rows(squared_distances: &[f32], phase: f32, rows: &mut [u32], weights: &mut [f32]) {
+    if squared_distances.len() <= rows.len() {
+        for (i, (row, weight)) in rows.iter_mut().zip(weights).enumerate() {
+            let last = squared_distances.len() - 1;
+            (*row, *weight) = (i.min(last) as u32, if i <= last { 1.0 } else { 0.0 });
+        }
+        return;
+    }
     let cube = |squared: f32| f64::from(squared) * libm::sqrt(f64::from(squared));
     let len = squared_distances.len() as f64;
     let mut mean = squared_distances.iter().map(|&squared| cube(squared)).sum::<f64>() / len;
@@ -176,9 +184,9 @@ pub(crate) fn attend(
             let kv_head = first / of_kv_head;
             let count = ((kv_head + 1) * of_kv_head - first).min(to.len() / value_dim - done);
             tile.clear();
-            for number in first..first + count {
+            for (number, &row) in rows.iter().enumerate().skip(first).take(count) {
                 let (_, _, head) = probes.place(number / ROWS, problem);
-                let row = rows[number] as usize;
+                let row = row as usize;
                 tile.push(head, row, problem.visible_keys(row));
             }
             tile.load_queries(batch);
@@ -334,7 +342,11 @@ mod tests {
             let (mut rows, mut weights) = ([0; ROWS], [0.0; ROWS]);
             draw_rows(&squared, 0.5, &mut rows, &mut weights);
             assert_eq!(weights, [2.0; ROWS]);
-            assert_eq!(rows, [1, 3, 5, 7, 9, 11, 13, 15]);
+            assert!(rows.windows(2).all(|pair| (1..=3).contains(&(pair[1] - pair[0]))), "{rows:?}");
         }
+        let (mut rows, mut weights) = ([9; ROWS], [9.0; ROWS]);
+        draw_rows(&[1.0, 5.0, 2.0], 0.3, &mut rows, &mut weights);
+        assert_eq!((&rows[..3], &weights[..3]), (&[0, 1, 2][..], &[1.0; 3][..]));
+        assert_eq!(weights[3..], [0.0; 5]);
     }
 }
