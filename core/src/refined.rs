@@ -95,17 +95,23 @@ impl Keys<'_> {
     }
 }
 
-/// Runs of neighbouring heads of one KV head whose budget is [`EXACT`].
+/// The heads whose budget is [`EXACT`]: as many whole groups in a row as there are, else neighbours of one KV head.
 fn exact_heads(group: usize, budgets: &[u32]) -> impl Iterator<Item = HeadSet> {
-    budgets.chunks(group).enumerate().flat_map(move |(kv_head, budgets)| {
-        let mut next = 0;
-        core::iter::from_fn(move || {
-            let start = next + budgets[next..].iter().position(|&budget| budget == EXACT)?;
-            let length = budgets[start..].iter().take_while(|&&budget| budget == EXACT).count();
-            next = start + length;
-            let first = kv_head * group + start;
-            Some(HeadSet { query: first..first + length, kv: kv_head..kv_head + 1 })
-        })
+    let exact = |head: usize| budgets[head] == EXACT;
+    let whole = move |kv_head: usize| (kv_head * group..(kv_head + 1) * group).all(exact);
+    let kv_heads = budgets.len() / group;
+    let mut next = 0;
+    core::iter::from_fn(move || {
+        let start = next + budgets[next..].iter().position(|&budget| budget == EXACT)?;
+        let kv_head = start / group;
+        if start.is_multiple_of(group) && whole(kv_head) {
+            let end = (kv_head..kv_heads).find(|&kv_head| !whole(kv_head)).unwrap_or(kv_heads);
+            next = end * group;
+            return Some(HeadSet { query: start..next, kv: kv_head..end });
+        }
+        let end = (start..(kv_head + 1) * group).find(|&head| !exact(head)).unwrap_or((kv_head + 1) * group);
+        next = end;
+        Some(HeadSet { query: start..end, kv: kv_head..kv_head + 1 })
     })
 }
 
@@ -185,9 +191,12 @@ fn settle_budgets(
             }
             // A budget below the caller's must be beyond doubt.
             let target = call.params.target_error * if *budget < call.params.budget { 0.5 } else { 1.0 };
+            // No error seen falls faster than the budget grows.
+            let within_reach = norms.relative_error() * (*budget as f32)
+                <= call.params.target_error * keys.plan.most_budget as f32;
             if norms.upper_relative_error() <= target {
                 *settled = 1;
-            } else if *budget as usize * 2 <= keys.plan.most_budget {
+            } else if within_reach && *budget as usize * 2 <= keys.plan.most_budget {
                 *budget *= 2;
             } else {
                 (*budget, *settled) = (EXACT, 1);
@@ -224,4 +233,30 @@ fn estimate_probes(
         attend_rows(call, &mut tile, &of_head, head, rows, &choice);
         tile.finish_into(to);
     })
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use std::vec::Vec;
+
+    #[test]
+    fn exact_heads_are_all_found_once() {
+        for group in [1, 2, 4] {
+            for bits in 0..1u32 << 8 {
+                let budgets: Vec<u32> =
+                    (0..8).map(|head| if bits >> head & 1 == 1 { EXACT } else { 64 }).collect();
+                let sets: Vec<HeadSet> = exact_heads(group, &budgets).collect();
+                let heads: Vec<usize> = sets.iter().flat_map(|set| set.query.clone()).collect();
+                let expected: Vec<usize> = (0..8).filter(|&head| budgets[head] == EXACT).collect();
+                assert_eq!(heads, expected);
+                for set in sets {
+                    assert!(set.kv.len() * group == set.query.len() || set.kv.len() == 1, "{set:?}");
+                    assert_eq!(set.kv.start, set.query.start / group);
+                    assert_eq!(set.kv.end, (set.query.end - 1) / group + 1);
+                }
+            }
+        }
+    }
 }
