@@ -4,6 +4,7 @@
 //! [`forward`] is the entry point; [`merge`] joins partial results.
 #![no_std]
 #![doc = include_str!("../docs/algorithms.md")]
+#![doc = include_str!("../docs/refined.md")]
 
 mod approx_d;
 mod causal;

@@ -17,7 +17,8 @@ pub enum Mask {
 /// How the output is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Method {
-    /// Exact while that is the faster choice for the shape, else [`Method::Refined`].
+    /// Exact while that is the faster choice for the shape, else [`Method::Refined`]; [`Method::Paper`] where a block mask
+    /// is given.
     #[default]
     Auto,
     /// Softmax attention without approximation, any length. Cost n_q * n_k.
