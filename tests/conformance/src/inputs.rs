@@ -55,6 +55,11 @@ impl Shape {
         [self.batch, self.heads_q, self.n_q, 1].map(|extent| extent as i64)
     }
 
+    /// Extents of what each query head has one number of.
+    pub fn of_heads(&self) -> [i64; 4] {
+        [self.batch as i64, self.heads_q as i64, 1, 1]
+    }
+
     /// Query heads per KV head.
     pub fn group(&self) -> usize {
         self.heads_q / self.heads_kv

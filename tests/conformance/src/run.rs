@@ -14,14 +14,34 @@ pub struct Outcome {
     pub out: Vec<f32>,
     /// `[batch, heads_q, n_q]`
     pub lse: Vec<f32>,
+    /// `[batch, heads_q]`; empty unless [`Setup::estimates`] asks for it.
+    pub error: Vec<f32>,
+    /// `[batch, heads_q]`; empty unless [`Setup::estimates`] asks for it.
+    pub keys_per_query: Vec<f32>,
 }
 
 impl Outcome {
     /// Everything, bit by bit.
     pub fn bits(&self) -> Vec<u32> {
-        self.out.iter().chain(&self.lse).map(|x| x.to_bits()).collect()
+        self.all().into_iter().flatten().map(|x| x.to_bits()).collect()
+    }
+
+    /// What belongs to batch item `batch` of `batches`.
+    pub fn batch_item(&self, batch: usize, batches: usize) -> Self {
+        let [out, lse, error, keys_per_query] = self.all().map(|values| {
+            let len = values.len() / batches;
+            values[batch * len..][..len].to_vec()
+        });
+        Outcome { out, lse, error, keys_per_query }
+    }
+
+    fn all(&self) -> [&[f32]; 4] {
+        [&self.out, &self.lse, &self.error, &self.keys_per_query]
     }
 }
+
+/// What outputs hold before the call: a number of every element type, and no result of the tests' problems.
+const POISON: f32 = -61440.0;
 
 /// Memory with a stretch of a given size that begins at a given alignment, and guard bytes around it.
 #[derive(Debug)]
@@ -77,6 +97,8 @@ pub struct Setup<'a> {
     pub out: DType,
     /// How q, k, v and out lie in memory.
     pub arrangements: [Arrangement; 4],
+    /// Whether the call receives tensors for its error and its keys per query.
+    pub estimates: bool,
     /// What the workspace holds at first.
     pub fill: fn(usize) -> u8,
 }
@@ -92,6 +114,7 @@ impl<'a> Setup<'a> {
             executor: &Serial,
             out: DType::F32,
             arrangements: [Arrangement::Packed; 4],
+            estimates: false,
             fill: |_| 0xFF,
         }
     }
@@ -111,9 +134,11 @@ impl<'a> Setup<'a> {
         let mut q = tensor(&inputs.q, shape.q(), inputs.dtypes.q, 0);
         let mut k = tensor(&inputs.k, shape.k(), inputs.dtypes.kv, 1);
         let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
-        let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], -77.0);
-        let mut lse = Tensor::new(&[], shape.lse(), DType::F32, Arrangement::Padded, -77.0);
-        let (out_before, lse_before) = (out.gaps(), lse.gaps());
+        let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], POISON);
+        let scalars = |shape| Tensor::new(&[], shape, DType::F32, Arrangement::Padded, POISON);
+        let (mut lse, mut error, mut keys) =
+            (scalars(shape.lse()), scalars(shape.of_heads()), scalars(shape.of_heads()));
+        let before = [&out, &lse, &error, &keys].map(Tensor::gaps);
         let (result, layout, workspace) = {
             let mut tensors = Tensors {
                 q: q.view(),
@@ -122,8 +147,8 @@ impl<'a> Setup<'a> {
                 out: out.view_mut(),
                 lse: Some(lse.view_mut()),
                 block_mask: self.block_mask,
-                error: None,
-                keys_per_query: None,
+                error: self.estimates.then(|| error.view_mut()),
+                keys_per_query: self.estimates.then(|| keys.view_mut()),
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), self.fill);
@@ -131,10 +156,20 @@ impl<'a> Setup<'a> {
             (result, layout, workspace)
         };
         assert!(workspace.guards_are_intact(), "a workspace of {layout:?} was overrun");
-        assert!(out.gaps() == out_before && lse.gaps() == lse_before, "written beyond an output");
-        let outcome = Outcome { out: out.values(), lse: lse.values() };
+        assert!([&out, &lse, &error, &keys].map(Tensor::gaps) == before, "written beyond an output");
+        let of_heads = |tensor: &Tensor| if self.estimates { tensor.values() } else { Vec::new() };
+        let outcome = Outcome {
+            out: out.values(),
+            lse: lse.values(),
+            error: of_heads(&error),
+            keys_per_query: of_heads(&keys),
+        };
+        let numbers = outcome.all().into_iter().flatten();
+        let written: Vec<bool> = numbers.map(|&x| x != POISON).collect();
         if result.is_err() {
-            assert!(outcome.out.iter().chain(&outcome.lse).all(|&x| x == -77.0), "an output changed");
+            assert!(!written.contains(&true), "an output changed");
+        } else {
+            assert!(!written.contains(&false), "an output was not written");
         }
         result.map(|()| outcome)
     }
