@@ -58,6 +58,12 @@ fn assert_within(
     println!("{what}: error {worst:.1e}");
 }
 
+/// The relative Frobenius error of every head's output.
+pub fn head_errors(out: &[f32], truth: &[f64], shape: &Shape) -> Vec<f64> {
+    let heads = out.chunks(head_len(shape)).zip(truth.chunks(head_len(shape)));
+    heads.map(|(out, truth)| relative_frobenius_error(out, truth)).collect()
+}
+
 /// Numbers of one head's output.
 fn head_len(shape: &Shape) -> usize {
     (shape.n_q * shape.value_dim).max(1)

@@ -10,7 +10,7 @@ use hyperattn_reference::{
     masked_partials, row_norm, row_norm_probabilities, sorted_order, uniform,
 };
 
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, Shape};
 use crate::random_mask;
 
 /// The oracle's name of a mask.
@@ -20,6 +20,22 @@ pub fn oracle_mask(mask: Mask) -> hyperattn_reference::Mask {
         Mask::CausalBottomRight => hyperattn_reference::Mask::CausalBottomRight,
         Mask::CausalTopLeft => hyperattn_reference::Mask::CausalTopLeft,
     }
+}
+
+/// How many keys each query sees.
+pub fn visible_keys(mask: Mask, shape: &Shape) -> Vec<usize> {
+    let visible = |i, j| oracle_mask(mask).visible(shape.n_q, shape.n_k, i, j);
+    (0..shape.n_q).map(|i| (0..shape.n_k).filter(|&j| visible(i, j)).count()).collect()
+}
+
+/// How many keys a query sees on average: what exact attention meets.
+pub fn mean_visible_keys(mask: Mask, shape: &Shape) -> f64 {
+    visible_keys(mask, shape).iter().sum::<usize>() as f64 / shape.n_q as f64
+}
+
+/// The output of exact attention, whatever the method of `params`.
+pub fn exact_output(params: &Params, inputs: &Inputs) -> Output {
+    expected(&Params { method: Method::Exact, ..*params }, inputs, None)
 }
 
 /// The softmax scale of a call.

@@ -55,9 +55,9 @@ impl Shape {
         [self.batch, self.heads_q, self.n_q, 1].map(|extent| extent as i64)
     }
 
-    /// Extents of the error tensor.
-    pub fn error(&self) -> [i64; 4] {
-        [self.batch, self.heads_q, 1, 1].map(|extent| extent as i64)
+    /// Extents of what each query head has one number of.
+    pub fn of_heads(&self) -> [i64; 4] {
+        [self.batch as i64, self.heads_q as i64, 1, 1]
     }
 
     /// Query heads per KV head.

@@ -6,6 +6,7 @@ pub mod executors;
 pub mod expected;
 pub mod inputs;
 pub mod packing;
+pub mod patterns;
 pub mod random_mask;
 pub mod real_data;
 pub mod run;

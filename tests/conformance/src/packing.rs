@@ -1,8 +1,8 @@
-//! One [`Step`] of a kernel from plain rows, packed as its documentation says.
+//! One [`Step`] or one [`Weighing`] of a kernel from plain rows, packed as its documentation says.
 
 use hyperattn_core::Kernels;
 use hyperattn_core::bf16;
-use hyperattn_core::simd::{KEY_TILE, Packing, Step};
+use hyperattn_core::simd::{KEY_TILE, Packing, Step, WEIGHING_QUERIES, Weighing};
 
 /// The state of some query rows.
 #[derive(Clone, Debug)]
@@ -58,6 +58,70 @@ fn words(packing: Packing, row: &[f32]) -> Vec<u32> {
     row.chunks(packing.depth()).map(word).collect()
 }
 
+/// Groups of packed queries with room for `padded` rows.
+fn pack_queries(
+    kernels: &Kernels,
+    packing: Packing,
+    query: &[f32],
+    head_dim: usize,
+    padded: usize,
+) -> Vec<u32> {
+    let (group, width) = (kernels.query_rows(), head_dim.div_ceil(packing.depth()));
+    let mut packed = vec![0; padded.next_multiple_of(group) * width];
+    for (row, query) in query.chunks(head_dim).enumerate() {
+        for (i, word) in words(packing, query).into_iter().enumerate() {
+            packed[row / group * group * width + i * group + row % group] = word;
+        }
+    }
+    packed
+}
+
+/// A NaN in every packing, for what no kernel may look at.
+const NAN: u32 = 0x7fff_7fff;
+
+/// A tile of packed keys.
+fn pack_keys(kernels: &Kernels, packing: Packing, keys: &[f32], head_dim: usize) -> Vec<u32> {
+    let (panel, width) = (kernels.panel(), head_dim.div_ceil(packing.depth()));
+    let mut packed = vec![NAN; KEY_TILE * width];
+    for (key, row) in keys.chunks(head_dim).enumerate() {
+        for (i, word) in words(packing, row).into_iter().enumerate() {
+            packed[key / panel * panel * width + i * panel + key % panel] = word;
+        }
+    }
+    packed
+}
+
+/// How much weight the queries (`[WEIGHING_QUERIES][head_dim]`, in base-2 logits) give to each of the keys
+/// (`[count][head_dim]`), relative to `start`.
+pub fn weigh(
+    kernels: &Kernels,
+    packing: Packing,
+    (query, keys): (&[f32], &[f32]),
+    head_dim: usize,
+    start: &[f32],
+) -> Vec<f32> {
+    let mut weights = vec![f32::NAN; KEY_TILE];
+    let mut packed = vec![NAN; WEIGHING_QUERIES * head_dim.div_ceil(packing.depth())];
+    for (row, query) in query.chunks(head_dim).enumerate() {
+        for (i, word) in words(packing, query).into_iter().enumerate() {
+            packed[i * WEIGHING_QUERIES + row] = word;
+        }
+    }
+    kernels.weigh(&mut Weighing {
+        packing,
+        head_dim,
+        scale: 1.0,
+        query: &packed,
+        keys: &pack_keys(kernels, packing, keys, head_dim),
+        key_count: keys.len() / head_dim,
+        start,
+        logits: &mut vec![f32::NAN; kernels.query_rows() * kernels.panel()],
+        weights: &mut weights,
+    });
+    weights.truncate(keys.len() / head_dim);
+    weights
+}
+
 impl State {
     /// Empty rows for `query` (`[rows][head_dim]`, in base-2 logits).
     pub fn new(
@@ -68,15 +132,8 @@ impl State {
         value_dim: usize,
     ) -> Self {
         let rows = query.len() / head_dim;
-        let group = kernels.query_rows();
         let padded = rows.next_multiple_of(kernels.row_multiple());
-        let width = head_dim.div_ceil(packing.depth());
-        let mut packed = vec![0; padded.next_multiple_of(group) * width];
-        for (row, query) in query.chunks(head_dim).enumerate() {
-            for (i, word) in words(packing, query).into_iter().enumerate() {
-                packed[row / group * group * width + i * group + row % group] = word;
-            }
-        }
+        let packed = pack_queries(kernels, packing, query, head_dim, padded);
         let value_dim = value_dim.next_multiple_of(kernels.lanes());
         State {
             kernels,
@@ -112,18 +169,12 @@ impl State {
     /// Attends to `keys`. Beyond the last key everything is NaN, as scratch memory may be: no kernel may
     /// let it through.
     pub fn attend(&mut self, keys: Keys<'_>) {
-        const NAN: u32 = 0x7fff_7fff;
         let (panel, lanes, d) = (self.kernels.panel(), self.kernels.lanes(), self.head_dim);
         let depth = self.packing.depth();
-        let (width, slots) = (d.div_ceil(depth), KEY_TILE / depth);
+        let slots = KEY_TILE / depth;
         let count = keys.keys.len() / d;
         let value_width = keys.values.len() / count;
-        let mut packed_keys = vec![NAN; KEY_TILE * width];
-        for (key, row) in keys.keys.chunks(d).enumerate() {
-            for (i, word) in words(self.packing, row).into_iter().enumerate() {
-                packed_keys[key / panel * panel * width + i * panel + key % panel] = word;
-            }
-        }
+        let packed_keys = pack_keys(self.kernels, self.packing, keys.keys, d);
         let mut packed_values = vec![NAN; slots * self.value_dim];
         // Columns in whole panels, the rest in panels of one vector.
         let whole = self.value_dim / panel * panel;

@@ -14,16 +14,34 @@ pub struct Outcome {
     pub out: Vec<f32>,
     /// `[batch, heads_q, n_q]`
     pub lse: Vec<f32>,
-    /// `[batch, heads_q]`, empty where it was not asked for.
+    /// `[batch, heads_q]`; empty unless [`Setup::estimates`] asks for it.
     pub error: Vec<f32>,
+    /// `[batch, heads_q]`; empty unless [`Setup::estimates`] asks for it.
+    pub keys_per_query: Vec<f32>,
 }
 
 impl Outcome {
     /// Everything, bit by bit.
     pub fn bits(&self) -> Vec<u32> {
-        self.out.iter().chain(&self.lse).chain(&self.error).map(|x| x.to_bits()).collect()
+        self.all().into_iter().flatten().map(|x| x.to_bits()).collect()
+    }
+
+    /// What belongs to batch item `batch` of `batches`.
+    pub fn batch_item(&self, batch: usize, batches: usize) -> Self {
+        let [out, lse, error, keys_per_query] = self.all().map(|values| {
+            let len = values.len() / batches;
+            values[batch * len..][..len].to_vec()
+        });
+        Outcome { out, lse, error, keys_per_query }
+    }
+
+    fn all(&self) -> [&[f32]; 4] {
+        [&self.out, &self.lse, &self.error, &self.keys_per_query]
     }
 }
+
+/// What outputs hold before the call: a number of every element type, and no result of the tests' problems.
+const POISON: f32 = -61440.0;
 
 /// Memory with a stretch of a given size that begins at a given alignment, and guard bytes around it.
 #[derive(Debug)]
@@ -77,16 +95,16 @@ pub struct Setup<'a> {
     pub executor: &'a dyn Executor,
     /// Element type of the output.
     pub out: DType,
-    /// Whether the error of each head is asked for.
-    pub error: bool,
     /// How q, k, v and out lie in memory.
     pub arrangements: [Arrangement; 4],
+    /// Whether the call receives tensors for its error and its keys per query.
+    pub estimates: bool,
     /// What the workspace holds at first.
     pub fill: fn(usize) -> u8,
 }
 
 impl<'a> Setup<'a> {
-    /// Packed tensors, an f32 output, no error tensor, the calling thread, and a workspace of 0xFF (as f32 numbers: NaN).
+    /// Packed tensors, an f32 output, the calling thread, and a workspace of 0xFF (as f32 numbers: NaN).
     pub fn new(kernels: &'a Kernels, params: &'a Params, inputs: &'a Inputs) -> Self {
         Setup {
             kernels,
@@ -95,8 +113,8 @@ impl<'a> Setup<'a> {
             block_mask: None,
             executor: &Serial,
             out: DType::F32,
-            error: false,
             arrangements: [Arrangement::Packed; 4],
+            estimates: false,
             fill: |_| 0xFF,
         }
     }
@@ -116,10 +134,11 @@ impl<'a> Setup<'a> {
         let mut q = tensor(&inputs.q, shape.q(), inputs.dtypes.q, 0);
         let mut k = tensor(&inputs.k, shape.k(), inputs.dtypes.kv, 1);
         let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
-        let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], -77.0);
-        let mut lse = Tensor::new(&[], shape.lse(), DType::F32, Arrangement::Padded, -77.0);
-        let mut error = Tensor::new(&[], shape.error(), DType::F32, Arrangement::Padded, -77.0);
-        let gaps = [out.gaps(), lse.gaps(), error.gaps()];
+        let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], POISON);
+        let scalars = |shape| Tensor::new(&[], shape, DType::F32, Arrangement::Padded, POISON);
+        let (mut lse, mut error, mut keys) =
+            (scalars(shape.lse()), scalars(shape.of_heads()), scalars(shape.of_heads()));
+        let before = [&out, &lse, &error, &keys].map(Tensor::gaps);
         let (result, layout, workspace) = {
             let mut tensors = Tensors {
                 q: q.view(),
@@ -128,8 +147,8 @@ impl<'a> Setup<'a> {
                 out: out.view_mut(),
                 lse: Some(lse.view_mut()),
                 block_mask: self.block_mask,
-                error: self.error.then(|| error.view_mut()),
-                keys_per_query: None,
+                error: self.estimates.then(|| error.view_mut()),
+                keys_per_query: self.estimates.then(|| keys.view_mut()),
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), self.fill);
@@ -137,14 +156,25 @@ impl<'a> Setup<'a> {
             (result, layout, workspace)
         };
         assert!(workspace.guards_are_intact(), "a workspace of {layout:?} was overrun");
-        assert!([out.gaps(), lse.gaps(), error.gaps()] == gaps, "written beyond an output");
-        if !self.error || result.is_err() {
-            assert!(error.values().iter().all(|&x| x == -77.0), "the error tensor changed");
-        }
-        let errors = if self.error { error.values() } else { Vec::new() };
-        let outcome = Outcome { out: out.values(), lse: lse.values(), error: errors };
+        assert!([&out, &lse, &error, &keys].map(Tensor::gaps) == before, "written beyond an output");
+        let of_heads = |tensor: &Tensor| if self.estimates { tensor.values() } else { Vec::new() };
+        let outcome = Outcome {
+            out: out.values(),
+            lse: lse.values(),
+            error: of_heads(&error),
+            keys_per_query: of_heads(&keys),
+        };
         if result.is_err() {
-            assert!(outcome.out.iter().chain(&outcome.lse).all(|&x| x == -77.0), "an output changed");
+            assert!(outcome.all().into_iter().flatten().all(|&x| x == POISON), "an output changed");
+        } else {
+            // A single number may be the poison by chance, a row is not.
+            let rows = outcome.out.chunks(8);
+            assert!(
+                rows.into_iter().all(|row| row.iter().any(|&x| x != POISON)),
+                "an output was not written"
+            );
+            let scalars = [&outcome.lse, &outcome.error, &outcome.keys_per_query];
+            assert!(scalars.into_iter().flatten().all(|&x| x != POISON), "an output was not written");
         }
         result.map(|()| outcome)
     }

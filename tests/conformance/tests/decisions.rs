@@ -503,21 +503,22 @@ fn logits_of_minus_infinity_are_legal_in_the_estimator() {
     }
 }
 
-/// The default method is always one of the two others: exact where there is nothing to estimate or nothing to
-/// gain, the estimator where it is much less work.
+/// The default method is exact where there is nothing to estimate or little to gain, METHOD_REFINED where queries see
+/// many times its budget, and METHOD_PAPER where that gains and the caller gives blocks.
 #[test]
-fn auto_is_exact_or_paper() {
+fn auto_is_one_of_the_others() {
     for_each_table(|kernels| {
         let run = |params: &Params, method: Method, n: usize| {
             let inputs = Inputs::normal(Shape::single(n, n), 1295);
             Setup::new(kernels, &Params { method, ..*params }, &inputs).run().bits()
         };
-        let small = Params { min_seq_len: 200, ..paper(Residual::Uniform) };
-        assert_eq!(run(&small, Method::Auto, 200), run(&small, Method::Exact, 200));
-        let expensive = Params { block_size: 200, sample_size: 400, ..paper(Residual::Uniform) };
-        assert_eq!(run(&expensive, Method::Auto, 500), run(&expensive, Method::Exact, 500));
-        assert_ne!(run(&expensive, Method::Auto, 500), run(&expensive, Method::Paper, 500));
-        let cheap = paper(Residual::Uniform);
-        assert_eq!(run(&cheap, Method::Auto, 3000), run(&cheap, Method::Paper, 3000));
+        let small = Params { min_seq_len: 2000, budget: 64, ..Params::default() };
+        assert!(run(&small, Method::Auto, 2000) == run(&small, Method::Exact, 2000));
+        let little_to_gain = Params { min_seq_len: 0, budget: 300, target_error: 0.0, ..Params::default() };
+        assert!(run(&little_to_gain, Method::Auto, 2000) == run(&little_to_gain, Method::Exact, 2000));
+        assert!(run(&little_to_gain, Method::Auto, 2000) != run(&little_to_gain, Method::Refined, 2000));
+        let much_to_gain = Params { min_seq_len: 0, budget: 64, target_error: 0.0, ..Params::default() };
+        assert!(run(&much_to_gain, Method::Auto, 2000) == run(&much_to_gain, Method::Refined, 2000));
+        assert!(run(&much_to_gain, Method::Auto, 2000) != run(&much_to_gain, Method::Exact, 2000));
     });
 }

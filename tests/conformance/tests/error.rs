@@ -28,7 +28,7 @@ fn exact_heads_have_none() {
                     let params = Params { method, mask, ..Params::default() };
                     for_each_table(|kernels| {
                         let setup = Setup::new(kernels, &params, &inputs);
-                        let with_error = Setup { error: true, ..setup }.run();
+                        let with_error = Setup { estimates: true, ..setup }.run();
                         assert_eq!(with_error.error, vec![0.0; shape.batch * shape.heads_q], "{params:?}");
                         assert_eq!(with_error.out, setup.run().out, "{params:?}: the output depends on it");
                     });
@@ -59,7 +59,7 @@ fn with_eight_queries_the_estimate_is_the_error() {
                 ..Params::default()
             };
             for_each_table(|kernels| {
-                let outcome = Setup { error: true, ..Setup::new(kernels, &params, &inputs) }.run();
+                let outcome = Setup { estimates: true, ..Setup::new(kernels, &params, &inputs) }.run();
                 let len = shape.n_q * shape.value_dim;
                 let heads = outcome.out.chunks(len).zip(exact.out.chunks(len)).zip(&outcome.error);
                 for (head, ((out, exact), &estimate)) in heads.enumerate() {
@@ -92,7 +92,7 @@ fn targets_out_of_reach_and_within() {
         let loose = Params { target_error: 100.0, ..refined };
         let exact = expected::expected(&Params { method: Method::Exact, ..refined }, &inputs, None);
         for_each_table(|kernels| {
-            let run = |params| Setup { error: true, ..Setup::new(kernels, params, &inputs) }.run();
+            let run = |params| Setup { estimates: true, ..Setup::new(kernels, params, &inputs) }.run();
             let (plain, strict, loose) = (run(&refined), run(&strict), run(&loose));
             assert!(plain.error.iter().all(|&error| error > 0.01 && error.is_finite()), "{:?}", plain.error);
             assert_eq!(loose.bits(), plain.bits());
@@ -120,7 +120,7 @@ fn single_queries_can_be_estimated() {
                     ..Params::default()
                 };
                 for_each_table(|kernels| {
-                    let outcome = Setup { error: true, ..Setup::new(kernels, &params, &inputs) }.run();
+                    let outcome = Setup { estimates: true, ..Setup::new(kernels, &params, &inputs) }.run();
                     assert!(outcome.out.iter().chain(&outcome.error).all(|x| x.is_finite()), "{params:?}");
                 });
             }

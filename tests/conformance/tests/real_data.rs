@@ -1,6 +1,6 @@
 //! The estimator's error on Q, K and V of a real model: layer 12, query heads 1 and 5, 8,192 tokens.
 
-use hyperattn_conformance::compare::{F32_TOLERANCE, assert_near};
+use hyperattn_conformance::compare::{F32_TOLERANCE, assert_near, head_errors};
 use hyperattn_conformance::expected::expected;
 use hyperattn_conformance::for_each_table;
 use hyperattn_conformance::inputs::Inputs;
@@ -15,12 +15,6 @@ fn params(method: Method, min_seq_len: usize) -> Params {
 
 fn inputs() -> Inputs {
     from_folder(&folder()).expect("the data are in the repository")
-}
-
-/// The relative Frobenius error of each head.
-fn errors(out: &[f32], truth: &[f64], inputs: &Inputs) -> Vec<f64> {
-    let len = inputs.shape.n_q * inputs.shape.value_dim;
-    out.chunks(len).zip(truth.chunks(len)).map(|(out, truth)| relative_frobenius_error(out, truth)).collect()
 }
 
 fn mean(values: &[f64]) -> f64 {
@@ -42,7 +36,7 @@ fn error_at_8192_tokens_is_the_recorded_one() {
     for seed in 0..4 {
         let paper = Params { seed, ..params(Method::Paper, 1024) };
         let out = Setup::new(kernels, &paper, &inputs).run().out;
-        let errors = errors(&out, &truth, &inputs);
+        let errors = head_errors(&out, &truth, &inputs.shape);
         println!("seed {seed}: errors of the heads {errors:.4?}");
         all.extend(errors);
     }
@@ -70,7 +64,7 @@ fn error_on_a_prefix_is_the_oracle_s() {
         for_each_table(|kernels| {
             let outcome = Setup::new(kernels, &paper, &inputs).run();
             assert_near(&outcome, &estimate, &inputs.shape, F32_TOLERANCE, "estimate");
-            let errors = errors(&outcome.out, &truth.out, &inputs);
+            let errors = head_errors(&outcome.out, &truth.out, &inputs.shape);
             println!("{residual:?}: errors of the heads {errors:.4?}, of the oracle {oracle:.4?}");
             assert!(errors.iter().zip(&oracle).all(|(a, b)| (a / b - 1.0).abs() < 1e-3));
         });

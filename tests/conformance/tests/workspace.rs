@@ -54,8 +54,11 @@ fn exactly_what_is_asked_for_suffices_and_one_byte_less_is_refused() {
             for_each_table(|kernels| {
                 for lanes in [1, 4] {
                     let executor = Threads { lanes, threads: 1, order: Order::Forward };
-                    let setup =
-                        Setup { executor: &executor, error: true, ..Setup::new(kernels, &params, &inputs) };
+                    let setup = Setup {
+                        executor: &executor,
+                        estimates: true,
+                        ..Setup::new(kernels, &params, &inputs)
+                    };
                     setup.run();
                     let refused = setup.attempt(|Layout { size, align }| Layout { size: size - 1, align });
                     assert_eq!(refused.unwrap_err().kind(), ErrorKind::WorkspaceTooSmall);
