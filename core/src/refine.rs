@@ -12,7 +12,7 @@ use crate::represent::{Representatives, rounded};
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, WEIGHING_QUERIES};
-use crate::summary::BLOCK;
+use crate::summary::{self, BLOCK};
 use crate::tile::{Call, KeyOrder, Part, Tile};
 use crate::tiling::TILE_ROWS;
 use crate::view::TensorRef;
@@ -26,6 +26,12 @@ pub(crate) fn query_tile(n_k: usize) -> usize {
 /// Keys are chosen among this many times as many, those of the heaviest blocks.
 const CANDIDATES: usize = 4;
 
+/// Blocks that are looked into at least, however few keys are chosen.
+const LEAST_BLOCKS: usize = 8;
+
+/// One key in so many of the budget is chosen even where the first keys and the band fill it.
+const LEAST_CHOSEN: usize = 8;
+
 /// The keys of one KV head of one batch item.
 #[derive(Clone, Copy)]
 pub(crate) struct HeadKeys<'r> {
@@ -33,10 +39,10 @@ pub(crate) struct HeadKeys<'r> {
     pub(crate) kv_head: usize,
     /// Packed tiles of keys and values, one for each block.
     pub(crate) packed: &'r [u32],
-    /// `[blocks][head_dim + value_dim]`.
-    pub(crate) means: &'r [f32],
-    /// Packed tiles of the mean keys.
-    pub(crate) packed_means: &'r [u32],
+    /// One of each block, [`crate::summary`].
+    pub(crate) summaries: &'r [f32],
+    /// Packed tiles of their mean keys and outliers.
+    pub(crate) packed_summaries: &'r [u32],
 }
 
 /// What a tile of queries meets.
@@ -123,7 +129,7 @@ impl Frame {
         let first = (params.num_first_keys as usize).min(near);
         let visible: usize = rows.clone().map(|row| problem.visible_keys(row)).sum();
         let met = first + (visible / rows.len() - near);
-        let wanted = budget.saturating_sub(met + 1);
+        let wanted = budget.saturating_sub(met + 1).max(budget / LEAST_CHOSEN);
         (near - first > wanted).then_some(Frame { first, near, seen_by_all: least, wanted })
     }
 }
@@ -131,7 +137,9 @@ impl Frame {
 /// Scratch of one selection.
 pub(crate) struct RefineScratch<'a> {
     representatives: Representatives<'a>,
+    /// Weights of the mean keys of blocks, and of their outliers.
     block_weights: &'a mut [f32],
+    outlier_weights: &'a mut [f32],
     candidates: &'a mut [u32],
     key_weights: &'a mut [f32],
     /// Room to find the m-th largest of some weights.
@@ -143,7 +151,7 @@ pub(crate) struct RefineScratch<'a> {
 /// Blocks whose keys are looked at one by one for `wanted` keys.
 fn candidate_blocks(wanted: usize) -> usize {
     // One more: the block that the first keys cut is always among them.
-    (CANDIDATES * wanted).div_ceil(BLOCK) + 1
+    (CANDIDATES * wanted).div_ceil(BLOCK).max(LEAST_BLOCKS) + 1
 }
 
 impl<'a> RefineScratch<'a> {
@@ -155,6 +163,7 @@ impl<'a> RefineScratch<'a> {
         RefineScratch {
             representatives: Representatives::carve(problem, carver),
             block_weights: carver.take(blocks),
+            outlier_weights: carver.take(blocks),
             candidates: carver.take(candidates),
             key_weights: carver.take(candidates * BLOCK),
             ranked: carver.take(blocks.max(candidates * BLOCK)),
@@ -191,23 +200,32 @@ pub(crate) fn choose<'s>(
         *start = total + crate::math::log2(queries / count);
     }
     let blocks = frame.first / BLOCK..frame.near / BLOCK;
-    let block_weights = &mut scratch.block_weights[..frame.near / BLOCK];
-    for (index, weights) in block_weights.chunks_mut(KEY_TILE).enumerate() {
-        let mut all = [0.0; KEY_TILE];
-        let packed = &keys.packed_means[index * call.shape.keys_len()..];
-        tile.weigh(representatives.packed, (packed, weights.len()), &start, &mut all);
-        weights.copy_from_slice(&all[..weights.len()]);
+    let tiles = blocks.end.div_ceil(KEY_TILE);
+    let block_weights = &mut scratch.block_weights[..tiles * KEY_TILE];
+    let outlier_weights = &mut scratch.outlier_weights[..tiles * KEY_TILE];
+    for tile_index in 0..tiles {
+        let first = tile_index * KEY_TILE;
+        let count = KEY_TILE.min(blocks.end - first);
+        let packed = &keys.packed_summaries[tile_index * 2 * call.shape.keys_len()..];
+        let (packed_means, packed_outliers) = packed.split_at(call.shape.keys_len());
+        let (means, outliers) = (&mut block_weights[first..], &mut outlier_weights[first..]);
+        tile.weigh(representatives.packed, (packed_means, count), &start, means);
+        tile.weigh(representatives.packed, (packed_outliers, count), &start, outliers);
+        for (mean, outlier) in means.iter_mut().zip(outliers).take(count) {
+            *mean *= BLOCK as f32;
+            *outlier += *mean;
+        }
     }
     if !frame.first.is_multiple_of(BLOCK) {
-        block_weights[blocks.start] = f32::MAX;
+        outlier_weights[blocks.start] = f32::MAX;
     }
     let candidates = {
         let wanted = candidate_blocks(frame.wanted).min(blocks.len());
-        let heaviest = Heaviest::new(&block_weights[blocks.clone()], wanted, scratch.ranked);
+        let heaviest = Heaviest::new(&outlier_weights[blocks.clone()], wanted, scratch.ranked);
         let mut taken = heaviest.taker();
         let mut found = 0;
         for block in blocks.clone() {
-            if taken(block_weights[block]) {
+            if taken(outlier_weights[block]) {
                 scratch.candidates[found] = block as u32;
                 found += 1;
             }
@@ -246,7 +264,7 @@ pub(crate) fn choose<'s>(
     let mut next = candidates.iter().peekable();
     for block in blocks {
         if next.next_if(|&&candidate| candidate as usize == block).is_none() {
-            rest.add(block, block_weights[block] * BLOCK as f32);
+            rest.add(block, block_weights[block]);
         }
     }
     let log_weight = rest.finish(&totals, &scratch.representatives);
@@ -272,12 +290,12 @@ fn totals(
     let (shape, head_dim) = (&call.shape, call.problem.head_dim);
     tile.clear();
     (0..representatives.len).for_each(|row| tile.push(0, row, 0));
-    tile.load_rows(&TensorRef::of_rows(representatives.means(), head_dim, head_dim), 0);
+    tile.load_rows(&TensorRef::of_rows(representatives.means(), head_dim, 0..head_dim), 0);
     tile.sum_packed(0..frame.first, (keys.packed, shape.tile_len()), 0.0);
     let near = &keys.packed[frame.near / BLOCK * shape.tile_len()..];
     tile.sum_packed(frame.near..frame.seen_by_all, (near, shape.tile_len()), 0.0);
     let log_block = crate::math::log2(BLOCK as f32);
-    tile.sum_packed(0..frame.near / BLOCK, (keys.packed_means, shape.keys_len()), log_block);
+    tile.sum_packed(0..frame.near / BLOCK, (keys.packed_summaries, 2 * shape.keys_len()), log_block);
     let totals = core::array::from_fn(|row| if row < representatives.len { tile.log2_sum(row) } else { 0.0 });
     tile.clear();
     totals
@@ -342,7 +360,7 @@ impl<'r, 'k> Rest<'r, 'k> {
             return;
         }
         self.weight += weight;
-        let mean = &self.keys.means[block * self.sum.len()..][..self.sum.len()];
+        let mean = &self.keys.summaries[block * summary::width(&self.call.problem)..][..self.sum.len()];
         self.sum.iter_mut().zip(mean).for_each(|(sum, x)| *sum += weight * x);
     }
 

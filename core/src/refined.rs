@@ -38,9 +38,10 @@ impl Refined<'_, '_> {
         let pass = Pass { rectangle: &|_| Some(whole.clone()), count: 1, states: None, last: true };
         let kv_heads = 0..problem.heads_kv;
         let packed = exact::pack(call, executor, lanes, (batch, kv_heads.clone()), &pass, shared.packed)?;
-        summary::average(call, executor, lanes, batch, shared.means)?;
-        summary::pack(call, executor, lanes, kv_heads, shared.means, shared.packed_means)?;
-        let keys = Keys { plan, batch, packed, means: shared.means, packed_means: shared.packed_means };
+        let (summaries, packed_summaries) = (&mut *shared.summaries, &mut *shared.packed_summaries);
+        summary::summarise(call, executor, lanes, batch, summaries)?;
+        summary::pack(call, executor, lanes, kv_heads, summaries, packed_summaries)?;
+        let keys = Keys { plan, batch, packed, summaries, packed_summaries };
 
         let budgets = &mut *shared.budgets;
         budgets.fill(call.params.budget);
@@ -76,21 +77,21 @@ struct Keys<'r> {
     plan: &'r Plan,
     batch: usize,
     packed: PackedKeys<'r>,
-    means: &'r [f32],
-    packed_means: &'r [u32],
+    summaries: &'r [f32],
+    packed_summaries: &'r [u32],
 }
 
 impl Keys<'_> {
     fn of_head(&self, call: &Call<'_>, kv_head: usize) -> HeadKeys<'_> {
         let problem = &self.plan.problem;
-        let means_len = summary::means_len(problem.n_k, problem.head_dim, problem.value_dim);
-        let packed_len = summary::packed_tiles(problem.n_k) * call.shape.keys_len();
+        let summaries_len = summary::summaries_len(problem);
+        let packed_len = summary::packed_len(problem, call.shape.keys_len());
         HeadKeys {
             batch: self.batch,
             kv_head,
             packed: self.packed.tiles(kv_head, 0),
-            means: &self.means[kv_head * means_len..][..means_len],
-            packed_means: &self.packed_means[kv_head * packed_len..][..packed_len],
+            summaries: &self.summaries[kv_head * summaries_len..][..summaries_len],
+            packed_summaries: &self.packed_summaries[kv_head * packed_len..][..packed_len],
         }
     }
 }

@@ -168,7 +168,7 @@ fn average(queries: &[f32], parts: &[u32], means: &mut [f32], counts: &mut [f32;
 /// Sums of that many lanes are independent chains, in an order that no compiler may change.
 const LANES: usize = 8;
 
-fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
     let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| (a - b) * (a - b)).sum();

@@ -1,11 +1,13 @@
-//! Summaries of blocks of neighbouring keys: the means of their keys and values.
+//! Summaries of blocks of neighbouring keys: the means of their keys and values, and the key farthest from the mean,
+//! which may be heavy where the mean is not.
 
 use core::ops::Range;
 
 use crate::error::Result;
 use crate::exec::{Executor, for_each_chunk};
 use crate::pack::PackScratch;
-use crate::represent::is_finite;
+use crate::problem::Problem;
+use crate::represent::{is_finite, squared_distance};
 use crate::scratch::{Carver, Lanes};
 use crate::simd::KEY_TILE;
 use crate::tile::Call;
@@ -14,46 +16,77 @@ use crate::view::TensorRef;
 /// Keys in a block: those of a packed tile.
 pub(crate) const BLOCK: usize = KEY_TILE;
 
-/// Numbers of the means of one KV head, `[blocks][head_dim + value_dim]`.
-pub(crate) fn means_len(n_k: usize, head_dim: usize, value_dim: usize) -> usize {
-    n_k.div_ceil(BLOCK) * (head_dim + value_dim)
+/// Numbers of the summary of a block: mean key, mean value, outlier.
+pub(crate) fn width(problem: &Problem) -> usize {
+    2 * problem.head_dim + problem.value_dim
 }
 
-/// Tiles that hold the mean keys of one KV head as if they were keys.
-pub(crate) fn packed_tiles(n_k: usize) -> usize {
-    n_k.div_ceil(BLOCK).div_ceil(KEY_TILE)
+/// Numbers of the summaries of one KV head, `[blocks][width]`.
+pub(crate) fn summaries_len(problem: &Problem) -> usize {
+    problem.n_k.div_ceil(BLOCK) * width(problem)
 }
 
-/// Fills `means` for every KV head of one batch item.
+/// Words of the packed summaries of one KV head: tiles of mean keys, each followed by one of the outliers of the same
+/// blocks.
+pub(crate) fn packed_len(problem: &Problem, keys_len: usize) -> usize {
+    problem.n_k.div_ceil(BLOCK).div_ceil(KEY_TILE) * 2 * keys_len
+}
+
+/// Scratch of the summary of one block.
+pub(crate) struct SummaryScratch<'a> {
+    keys: &'a mut [f32],
+    value: &'a mut [f32],
+}
+
+impl<'a> SummaryScratch<'a> {
+    pub(crate) fn carve(problem: &Problem, carver: &mut Carver<'a>) -> Self {
+        SummaryScratch {
+            keys: carver.take(BLOCK * problem.head_dim),
+            value: carver.take(problem.value_dim),
+        }
+    }
+}
+
+/// Fills `summaries` for every KV head of one batch item.
 ///
 /// A key with an element that is not finite, or whose value has one, does not take part.
-pub(crate) fn average(
+pub(crate) fn summarise(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     batch: usize,
-    means: &mut [f32],
+    summaries: &mut [f32],
 ) -> Result<()> {
     let (problem, tensors) = (&call.problem, call.tensors);
-    let (head_dim, width) = (problem.head_dim, problem.head_dim + problem.value_dim);
+    let head_dim = problem.head_dim;
     let blocks = problem.n_k.div_ceil(BLOCK);
-    for_each_chunk(executor, lanes, means, width, &|scratch, index, mean| {
+    for_each_chunk(executor, lanes, summaries, width(problem), &|scratch, index, summary| {
         let (kv_head, block) = (index / blocks, index % blocks);
-        let row = Carver::new(scratch).take::<f32>(width);
-        let (key, value) = row.split_at_mut(head_dim);
-        let keys = block * BLOCK..problem.n_k.min((block + 1) * BLOCK);
-        mean.fill(0.0);
-        let mut count = 0.0;
-        for position in keys {
+        let SummaryScratch { keys, value } = SummaryScratch::carve(problem, &mut Carver::new(scratch));
+        summary.fill(0.0);
+        let (mean, outlier) = summary.split_at_mut(head_dim + problem.value_dim);
+        let mut count = 0;
+        for position in block * BLOCK..problem.n_k.min((block + 1) * BLOCK) {
+            let key = &mut keys[count * head_dim..][..head_dim];
             tensors.k.read_row(call.kernels, batch, kv_head, position, key);
             tensors.v.read_row(call.kernels, batch, kv_head, position, value);
             if is_finite(key) && is_finite(value) {
                 add(mean, key, value);
-                count += 1.0;
+                count += 1;
             }
         }
-        let factor = if count > 0.0 { 1.0 / count } else { 0.0 };
-        mean.iter_mut().for_each(|x| *x *= factor);
+        if count == 0 {
+            return;
+        }
+        mean.iter_mut().for_each(|x| *x /= count as f32);
+        let mut largest = -1.0;
+        for key in keys.chunks_exact(head_dim).take(count) {
+            let distance = squared_distance(key, &mean[..head_dim]);
+            if distance > largest {
+                largest = distance;
+                outlier.copy_from_slice(key);
+            }
+        }
     })
 }
 
@@ -63,23 +96,25 @@ fn add(mean: &mut [f32], key: &[f32], value: &[f32]) {
     mean_value.iter_mut().zip(value).for_each(|(sum, x)| *sum += x);
 }
 
-/// Packs the mean keys of the KV heads `kv_heads`, `[heads][packed_tiles]`.
+/// Packs the mean keys and the outliers of the KV heads `kv_heads`, see [`packed_len`].
 pub(crate) fn pack(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     kv_heads: Range<usize>,
-    means: &[f32],
+    summaries: &[f32],
     packed: &mut [u32],
 ) -> Result<()> {
     let (shape, problem) = (&call.shape, &call.problem);
-    let width = problem.head_dim + problem.value_dim;
-    let (blocks, tiles) = (problem.n_k.div_ceil(BLOCK), packed_tiles(problem.n_k));
+    let (width, blocks) = (width(problem), problem.n_k.div_ceil(BLOCK));
+    let tiles = 2 * blocks.div_ceil(KEY_TILE);
     let packed = &mut packed[..kv_heads.len() * tiles * shape.keys_len()];
     for_each_chunk(executor, lanes, packed, shape.keys_len(), &|scratch, index, tile| {
-        let of_head = &means[index / tiles * blocks * width..][..blocks * width];
-        let view = TensorRef::of_rows(of_head, width, problem.head_dim);
-        let first = index % tiles * KEY_TILE;
+        let of_head = &summaries[index / tiles * blocks * width..][..blocks * width];
+        let columns =
+            if index.is_multiple_of(2) { 0..problem.head_dim } else { width - problem.head_dim..width };
+        let view = TensorRef::of_rows(of_head, width, columns);
+        let first = index % tiles / 2 * KEY_TILE;
         let rows: [u32; KEY_TILE] = core::array::from_fn(|slot| (first + slot) as u32);
         let count = KEY_TILE.min(blocks - first);
         let mut scratch = PackScratch::carve(call.kernels, problem, &mut Carver::new(scratch));

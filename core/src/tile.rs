@@ -373,14 +373,14 @@ impl<'a> Tile<'a> {
     pub(crate) fn attend_column(&mut self, key: &[f32], value: &[f32], log_weight: f32) {
         let (packer, memory) = (self.call.packer(0), &mut self.memory);
         packer.pack_keys(
-            &TensorRef::of_rows(key, key.len(), key.len()),
+            &TensorRef::of_rows(key, key.len(), 0..key.len()),
             0,
             &[0],
             &mut memory.pack,
             memory.keys,
         );
         packer.pack_values(
-            &TensorRef::of_rows(value, value.len(), value.len()),
+            &TensorRef::of_rows(value, value.len(), 0..value.len()),
             0,
             &[0],
             &mut memory.pack,

@@ -1,6 +1,7 @@
 //! Borrowed strided views of `[batch, heads, sequence, head_dim]` tensors.
 
 use core::marker::PhantomData;
+use core::ops::Range;
 
 use half::{bf16, f16};
 
@@ -134,14 +135,15 @@ impl<'a> TensorRef<'a> {
         Self::new(slice, shape, TensorLayout::contiguous(T::DTYPE, shape).stride)
     }
 
-    /// The first `width` numbers of each row of `rows`, one head of one batch item; rows are `stride` numbers apart
-    /// and whole.
-    pub(crate) fn of_rows(rows: &'a [f32], stride: usize, width: usize) -> Self {
-        assert!(width > 0 && width <= stride && rows.len().is_multiple_of(stride));
-        let shape = [1, 1, (rows.len() / stride) as i64, width as i64];
+    /// The numbers `columns` of each row of `rows`, one head of one batch item; rows are `stride` numbers apart and
+    /// whole.
+    pub(crate) fn of_rows(rows: &'a [f32], stride: usize, columns: Range<usize>) -> Self {
+        assert!(!columns.is_empty() && columns.end <= stride && rows.len().is_multiple_of(stride));
+        let shape = [1, 1, (rows.len() / stride) as i64, columns.len() as i64];
+        let first = &rows[columns.start.min(rows.len())..];
         let stride = [0, 0, stride as i64, 1];
         let layout = TensorLayout { dtype: DType::F32, shape, stride };
-        TensorRef { data: rows.as_ptr().cast(), layout, owner: PhantomData }
+        TensorRef { data: first.as_ptr().cast(), layout, owner: PhantomData }
     }
 
     /// A view of memory that the caller vouches for. Element alignment is not required.

@@ -11,7 +11,7 @@ use crate::represent::Representatives;
 use crate::scratch::Carver;
 use crate::simd::Kernels;
 use crate::sort;
-use crate::summary;
+use crate::summary::{self, SummaryScratch};
 use crate::tile::TileMemory;
 
 /// The parts of the workspace that all tasks share.
@@ -30,9 +30,9 @@ pub(crate) struct Shared<'a> {
     pub(crate) accumulated: &'a mut [f32],
     /// Keys and values of the passes that are exact, or all of them.
     pub(crate) packed: &'a mut [u32],
-    /// Means of the blocks of keys and values, and the keys among them packed.
-    pub(crate) means: &'a mut [f32],
-    pub(crate) packed_means: &'a mut [u32],
+    /// Summaries of the blocks of keys, and the keys in them packed.
+    pub(crate) summaries: &'a mut [f32],
+    pub(crate) packed_summaries: &'a mut [u32],
     /// Keys that each query head's rows meet, and whether that is settled.
     pub(crate) budgets: &'a mut [u32],
     pub(crate) settled: &'a mut [u32],
@@ -55,8 +55,8 @@ impl<'a> Shared<'a> {
         let row_norm = estimated && plan.row_norm;
         let shape = PackedShape::new(kernels, problem);
         let tile_len = shape.tile_len();
-        let means = summary::means_len(problem.n_k, problem.head_dim, problem.value_dim);
-        let packed_means = summary::packed_tiles(problem.n_k) * shape.keys_len();
+        let summaries = problem.heads_kv.checked_mul(summary::summaries_len(problem));
+        let packed_summaries = problem.heads_kv.checked_mul(summary::packed_len(problem, shape.keys_len()));
         let probe_rows =
             plan.probes.as_ref().and_then(|probes| problem.heads_q.checked_mul(probes.rows_of_a_head()));
         let probed = plan.probes.as_ref().map(|probes| probes.outputs_len(problem));
@@ -74,8 +74,8 @@ impl<'a> Shared<'a> {
             sum: carver.take(states),
             accumulated: carver.take(when(states > 0, states.checked_mul(problem.value_dim))),
             packed: carver.take(packed),
-            means: carver.take(when(refined, problem.heads_kv.checked_mul(means))),
-            packed_means: carver.take(when(refined, problem.heads_kv.checked_mul(packed_means))),
+            summaries: carver.take(when(refined, summaries)),
+            packed_summaries: carver.take(when(refined, packed_summaries)),
             budgets: carver.take(when(refined, Some(problem.heads_q))),
             settled: carver.take(when(refined, Some(problem.heads_q))),
             probed: Probed {
@@ -93,8 +93,10 @@ fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
     let problem = &plan.problem;
     let mut tile = Carver::measuring();
     TileMemory::carve(kernels, problem, &PackedShape::new(kernels, problem), &mut tile);
+    let mut summary = Carver::measuring();
     if plan.run == Run::Refined {
         RefineScratch::carve(problem, plan.most_budget, &mut tile);
+        SummaryScratch::carve(problem, &mut summary);
     }
     let mut draw = Carver::measuring();
     if plan.probes.is_some() {
@@ -106,7 +108,8 @@ fn lane_size(plan: &Plan, params: &Params, kernels: &Kernels) -> Option<usize> {
     }
     let mut norms = Carver::measuring();
     norms.take::<f32>(problem.head_dim + problem.value_dim);
-    Some(tile.used()?.max(draw.used()?).max(sort.used()?).max(norms.used()?))
+    let parts = [tile, summary, draw, sort, norms];
+    parts.iter().try_fold(0, |most, part| Some(part.used()?.max(most)))
 }
 
 /// What one task needs to sort the rows of one head.
