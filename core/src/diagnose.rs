@@ -30,8 +30,8 @@ pub struct HeadFigures {
     /// and so are rows that give no key any weight.
     ///
     /// 1 where no sampled row has such a key. Infinite where the smallest sum is 0 and the largest is not: logits of
-    /// -inf, or so far below the row's largest that f64 has no number for their weight. NaN where there is nothing to divide,
-    /// or a row that counts has a NaN.
+    /// -inf, or so far below the row's largest that f64 has no number for their weight. NaN where there is nothing to
+    /// divide, or a row that counts has a NaN.
     pub kappa: f64,
     /// Share of a row's softmax weight on the keys that it meets exactly, averaged over the sampled rows that give a
     /// key some weight. 1 where no sampled row has a visible key that it does not meet; else NaN where there is

@@ -270,13 +270,14 @@ pub struct hyperattn_diagnosis {
     /// are left out: under a causal mask the early ones. What is left there are rows of different lengths, so that kappa
     /// is large for equal keys too; and METHOD_PAPER's recursion is taken as one selection, its sub-problems' sums together.
     ///
-    /// 1 where all sampled rows meet every key that they see, as in an exact head. Infinite where the smallest sum alone is 0:
-    /// logits of -inf, or some 740 below the row's largest. NaN where all sums are 0.
+    /// 1 where all sampled rows meet every key that they see, as in an exact head. Infinite where the smallest sum is 0 and
+    /// the largest is not: logits of -inf, or some 740 below the row's largest. NaN where all sums are 0.
     ///
     /// The sums are of f32 logits, added up key by key in f64: a share of 1e-12 is as precise as a large one.
     pub kappa: f64,
     /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows. Rows that see no
-    /// key, or logits of -inf only, are left out. 1 where all sampled rows meet every key that they see, as in an exact head.
+    /// key, or logits of -inf only, are left out. 1 where all sampled rows meet every key that they see, as in an exact
+    /// head.
     pub captured_mass: f64,
     /// What hyperattn_tensors.error gets for this head.
     pub estimated_error: f64,

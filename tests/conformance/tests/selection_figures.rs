@@ -67,7 +67,7 @@ fn from_sums(met: &Output, all: &Output, shape: &Shape, visible: &[usize]) -> Ve
     let of_head = |head| {
         let (mut mass, mut rows) = (0.0, 0.0);
         let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
-        for (row, at) in sampled(shape, head).filter(|&(row, _)| visible[row] > 0) {
+        for (_, at) in sampled(shape, head).filter(|&(row, _)| visible[row] > 0) {
             let captured = (met.lse[at] - all.lse[at]).exp();
             mass += captured;
             rows += 1.0;
