@@ -17,6 +17,7 @@ use crate::select::Rectangle;
 use crate::simd::Kernels;
 use crate::tile::Call;
 use crate::tiling::HeadSet;
+use crate::unmet::Unmet;
 use crate::workspace::{Shared, Sizes};
 
 /// Size and alignment of the workspace that [`forward`] needs for these options, layouts, kernels and
@@ -66,6 +67,30 @@ pub fn forward(
     executor: &dyn Executor,
     workspace: &mut [u8],
 ) -> Result<()> {
+    run(params, tensors, kernels, executor, workspace, None)
+}
+
+/// [`forward`], which notes besides which keys the sampled rows do not meet exactly. `unmet` is made for these params
+/// and layouts.
+pub fn forward_recording(
+    params: &Params,
+    tensors: &mut Tensors<'_>,
+    kernels: &Kernels,
+    executor: &dyn Executor,
+    workspace: &mut [u8],
+    unmet: &Unmet<'_>,
+) -> Result<()> {
+    run(params, tensors, kernels, executor, workspace, Some(unmet))
+}
+
+fn run(
+    params: &Params,
+    tensors: &mut Tensors<'_>,
+    kernels: &Kernels,
+    executor: &dyn Executor,
+    workspace: &mut [u8],
+    unmet: Option<&Unmet<'_>>,
+) -> Result<()> {
     let plan = Plan::new(params, &tensors.layouts(), kernels)?;
     tensors.check_overlap()?;
     let lane_count = executor.lanes().max(1);
@@ -86,7 +111,7 @@ pub fn forward(
     let mut lanes = Lanes::new(rest, sizes.lane, lane_count);
     let mut shared = Shared::carve(&plan, params, kernels, &mut Carver::new(shared));
     let shape = PackedShape::new(kernels, &plan.problem);
-    let call = Call { kernels, params, problem: plan.problem, tensors, shape };
+    let call = Call { kernels, params, problem: plan.problem, tensors, shape, unmet };
     match plan.run {
         Run::Exact => exact(&call, executor, &mut lanes, shared.packed)?,
         Run::Paper => {

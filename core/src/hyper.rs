@@ -110,6 +110,13 @@ pub(crate) fn run_pass(
             }
         }
         let keys = prepared.keys(problem.n_k, kv_head);
+        if let Some(unmet) = call.unmet {
+            for (head, position) in heads.clone().flat_map(|head| queries.clone().map(move |p| (head, p))) {
+                let row = prepared.query_row(problem.n_q, head, position);
+                let left_out = selection.left_out(block).flatten().map(|position| keys.row(position));
+                unmet.add([prepared.batch, head], row, left_out);
+            }
+        }
         if let Some(range) = selection.ranges(block).next() {
             tile.prefetch_range(keys, range);
         }

@@ -39,6 +39,7 @@ mod sort;
 mod summary;
 mod tile;
 mod tiling;
+mod unmet;
 mod view;
 mod workspace;
 
@@ -55,15 +56,16 @@ pub mod stages {
     pub use crate::sort::{counter_len, needs_spare, sort_by_rank, split};
 }
 
-pub use diagnose::{DIAGNOSIS_ROWS, alpha, alpha_workspace, diagnosis_row, method_that_runs};
+pub use diagnose::{HeadFigures, head_figures, head_figures_workspace};
 pub use element::{DType, Element};
 pub use error::{Error, ErrorKind, Result};
 pub use exec::{Executor, Serial};
-pub use forward::{forward, forward_workspace};
+pub use forward::{forward, forward_recording, forward_workspace};
 pub use half::{bf16, f16};
 pub use merge::merge;
 pub use params::{BlockMask, Mask, Method, Params, Residual};
 pub use problem::{Layouts, MAX_HEAD_DIM, Tensors};
 pub use scratch::{Layout, WORKSPACE_ALIGN};
 pub use simd::{Isa, Kernels};
+pub use unmet::{DIAGNOSIS_ROWS, Unmet, diagnosis_row};
 pub use view::{MAX_SEQUENCE, TensorLayout, TensorMut, TensorRef};

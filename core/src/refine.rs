@@ -15,6 +15,7 @@ use crate::simd::{KEY_TILE, WEIGHING_QUERIES};
 use crate::summary::{self, BLOCK};
 use crate::tile::{Call, KeyOrder, Part, Tile};
 use crate::tiling::TILE_ROWS;
+use crate::unmet::without;
 use crate::view::TensorRef;
 
 /// Queries that share a list of `n_k` keys. Selection costs a tile the more, the more keys there are; fewer queries
@@ -80,6 +81,14 @@ impl Choice<'_> {
                     tile.attend_column(key, value, log_weight);
                 }
             }
+        }
+    }
+
+    /// Keys that are not met, though all queries see them.
+    pub(crate) fn left_out(&self) -> impl Iterator<Item = usize> {
+        match *self {
+            Choice::Everything => without(0..0, &[]),
+            Choice::Some { first, near, columns, .. } => without(first..near, columns),
         }
     }
 }

@@ -140,6 +140,9 @@ fn attend(
         let of_head = keys.of_head(call, head / problem.group);
         let budget = budgets[head] as usize;
         let choice = refine::choose(call, &of_head, (head, &queries), budget, &mut tile, &mut scratch);
+        if let Some(unmet) = call.unmet {
+            queries.clone().for_each(|row| unmet.add([keys.batch, head], row, choice.left_out()));
+        }
         attend_rows(call, &mut tile, &of_head, head, queries, &choice);
         // SAFETY: every task has its own rows.
         unsafe { tile.finish(keys.batch) };

@@ -142,6 +142,11 @@ impl Selection<'_> {
         let end = keys.end;
         (first..end).step_by(length).map(move |start| start.max(keys.start)..(start + length).min(end))
     }
+
+    /// Key ranges that the queries of `block` do not meet exactly.
+    pub(crate) fn left_out(&self, block: usize) -> impl Iterator<Item = Range<usize>> {
+        self.key_runs().filter(move |run| !self.covers(block, run.start))
+    }
 }
 
 #[cfg(test)]
@@ -162,6 +167,8 @@ mod tests {
             let exact: Vec<usize> = selection.ranges(block).flatten().collect();
             let covered: Vec<usize> = keys.clone().filter(|&key| selection.covers(block, key)).collect();
             assert_eq!(exact, covered);
+            let left_out: Vec<usize> = selection.left_out(block).flatten().collect();
+            assert!(left_out.iter().copied().eq(keys.clone().filter(|key| !exact.contains(key))));
         }
         assert_eq!(seen, queries.collect::<Vec<_>>());
         assert_eq!(selection.key_runs().flatten().collect::<Vec<_>>(), keys.collect::<Vec<_>>());

@@ -12,6 +12,7 @@ use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, Kernels, Step, Weighing};
 use crate::tiling::TILE_ROWS;
+use crate::unmet::Unmet;
 use crate::view::{Rows, TensorRef};
 
 /// What every task of a call reads.
@@ -21,6 +22,8 @@ pub(crate) struct Call<'a> {
     pub(crate) problem: Problem,
     pub(crate) tensors: &'a Tensors<'a>,
     pub(crate) shape: PackedShape,
+    /// Where keys that sampled rows do not meet are noted, when that is wanted.
+    pub(crate) unmet: Option<&'a Unmet<'a>>,
 }
 
 impl Call<'_> {

@@ -1,6 +1,8 @@
 //! What an estimator does to each head, and what the paper's constants are there.
 
-use hyperattn_core::{Kernels, Layouts, Method, Params, TensorMut, Tensors, stages};
+use std::sync::atomic::AtomicU32;
+
+use hyperattn_core::{Executor, HeadFigures, Method, Params, TensorMut, Tensors, Unmet};
 
 use crate::boundary::guard;
 use crate::cpu::{self, Arguments, Workspace};
@@ -17,15 +19,15 @@ use crate::{block_mask, sized, tensor};
 /// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
 /// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
 ///
-/// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), and for every thread some
-/// 260 bytes for each key; exec->workspace is not used. With HYPERATTN_FLAG_NO_ALLOC it answers
-/// HYPERATTN_STATUS_WORKSPACE_TOO_SMALL.
+/// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
+/// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With
+/// HYPERATTN_FLAG_NO_ALLOC it answers HYPERATTN_STATUS_WORKSPACE_TOO_SMALL.
 ///
 ///     hyperattn_diagnosis heads[8];
 ///     for (int h = 0; h < 8; h += 1)
 ///         heads[h].struct_size = sizeof heads[h];
 ///     if (hyperattn_diagnose(&params, &tensors, NULL, HYPERATTN_DIAGNOSE_TRUE_ERROR, heads, 8) == HYPERATTN_STATUS_OK)
-///         printf("head 0: alpha %g, error %g\n", heads[0].alpha, heads[0].true_error);
+///         printf("head 0: mass %g, error %g\n", heads[0].captured_mass, heads[0].true_error);
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_diagnose(
     params: *const hyperattn_params,
@@ -100,8 +102,8 @@ unsafe fn entry_size(heads: *mut hyperattn_diagnosis, count: usize) -> Result<us
     Ok(size)
 }
 
-/// `len` times `value`, or the status that says that there is no memory.
-fn filled<T: Clone>(len: usize, value: T) -> Result<Vec<T>> {
+/// `len` values, or the status that says that there is no memory.
+fn filled<T>(len: usize, value: impl FnMut() -> T) -> Result<Vec<T>> {
     let mut memory = Vec::new();
     memory.try_reserve_exact(len).map_err(|_| {
         Failure::new(
@@ -109,7 +111,7 @@ fn filled<T: Clone>(len: usize, value: T) -> Result<Vec<T>> {
             format_args!("{} bytes could not be allocated", len as u128 * size_of::<T>() as u128),
         )
     })?;
-    memory.resize(len, value);
+    memory.resize_with(len, value);
     Ok(memory)
 }
 
@@ -134,9 +136,9 @@ unsafe fn diagnose(
     let Some(out_len) = out_len else {
         return Err(Failure::invalid(format_args!("an output of shape {out_shape:?} overflows")));
     };
-    let mut out = filled(out_len, 0f32)?;
-    let mut errors = filled(heads, f32::NAN)?;
-    let mut keys = filled(heads, f32::NAN)?;
+    let mut out = filled(out_len, || 0f32)?;
+    let mut errors = filled(heads, || f32::NAN)?;
+    let mut keys = filled(heads, || f32::NAN)?;
     let mut tensors = Tensors {
         q,
         k,
@@ -147,25 +149,8 @@ unsafe fn diagnose(
         error: Some(TensorMut::contiguous(&mut errors, head_shape)?),
         keys_per_query: Some(TensorMut::contiguous(&mut keys, head_shape)?),
     };
-    let own_workspace = hyperattn_buffer { data: std::ptr::null_mut(), size: 0 };
-    cpu::run(options, &mut tensors, chosen.executor(), own_workspace)?;
-
-    let mut alphas = filled(heads, f64::NAN)?;
-    {
-        let need = hyperattn_core::alpha_workspace(&options.params, &tensors.layouts(), chosen.executor())?;
-        let mut workspace = Workspace::new(own_workspace, need, true)?;
-        hyperattn_core::alpha(
-            &options.params,
-            &tensors,
-            true_error,
-            kernels(),
-            chosen.executor(),
-            workspace.bytes(),
-            &mut alphas,
-        )?;
-    }
-    let figures = SelectionFigures::new(&options.params, &tensors, kernels())?;
-    let mut exact = filled(if true_error { out_len } else { 0 }, 0f32)?;
+    let figures = run(options, &mut tensors, chosen.executor(), true_error)?;
+    let mut exact = filled(if true_error { out_len } else { 0 }, || 0f32)?;
     if true_error {
         let options = Options { params: Params { method: Method::Exact, ..options.params }, ..*options };
         let mut tensors = Tensors {
@@ -175,16 +160,16 @@ unsafe fn diagnose(
             keys_per_query: None,
             ..tensors
         };
-        cpu::run(&options, &mut tensors, chosen.executor(), own_workspace)?;
+        cpu::run(&options, &mut tensors, chosen.executor(), OWN_WORKSPACE)?;
     }
     let of_head = out_len / heads;
-    let mut found = filled(heads, NOTHING)?;
+    let mut found = filled(heads, || NOTHING)?;
     for (head, diagnosis) in found.iter_mut().enumerate() {
         let place = head * of_head..(head + 1) * of_head;
-        let [kappa, captured_mass] = figures.of_head(keys[head]);
+        let HeadFigures { alpha, kappa, captured_mass } = figures[head];
         *diagnosis = hyperattn_diagnosis {
             struct_size: size_of::<hyperattn_diagnosis>(),
-            alpha: alphas[head],
+            alpha,
             kappa,
             captured_mass,
             estimated_error: errors[head].into(),
@@ -198,6 +183,35 @@ unsafe fn diagnose(
     }
     Ok(found)
 }
+
+/// Runs the method, in memory of its own, and looks at what it left out.
+fn run(
+    options: &Options,
+    tensors: &mut Tensors<'_>,
+    executor: &dyn Executor,
+    every_row: bool,
+) -> Result<Vec<HeadFigures>> {
+    let (params, layouts) = (&options.params, &tensors.layouts());
+    let words = filled(Unmet::words_needed(params, layouts)?, || AtomicU32::new(0))?;
+    let unmet = Unmet::new(params, layouts, &words)?;
+    {
+        let need = hyperattn_core::forward_workspace(params, layouts, kernels(), executor)?;
+        let mut workspace = Workspace::new(OWN_WORKSPACE, need, true)?;
+        let memory = workspace.bytes();
+        hyperattn_core::forward_recording(params, tensors, kernels(), executor, memory, &unmet)?;
+    }
+    let heads = layouts.q.shape[0] * layouts.q.shape[1];
+    let unknown = HeadFigures { alpha: f64::NAN, kappa: f64::NAN, captured_mass: f64::NAN };
+    let mut figures = filled(heads as usize, || unknown)?;
+    let need = hyperattn_core::head_figures_workspace(params, layouts, executor)?;
+    let mut workspace = Workspace::new(OWN_WORKSPACE, need, true)?;
+    let (memory, source) = (workspace.bytes(), (every_row, &unmet));
+    hyperattn_core::head_figures(params, tensors, source, kernels(), executor, memory, &mut figures)?;
+    Ok(figures)
+}
+
+/// No workspace of the caller.
+const OWN_WORKSPACE: hyperattn_buffer = hyperattn_buffer { data: std::ptr::null_mut(), size: 0 };
 
 /// An entry before anything is known.
 const NOTHING: hyperattn_diagnosis = hyperattn_diagnosis {
@@ -219,29 +233,4 @@ fn relative_error(out: &[f32], exact: &[f32]) -> f64 {
         whole += exact * exact;
     }
     if difference == 0.0 { 0.0 } else { (difference / whole).sqrt() }
-}
-
-/// What the method's selection of keys says about a head.
-struct SelectionFigures {
-    method: Method,
-    /// Keys per query of exact attention.
-    visible: f64,
-}
-
-impl SelectionFigures {
-    fn new(params: &Params, tensors: &Tensors<'_>, kernels: &Kernels) -> Result<Self> {
-        let layouts = tensors.layouts();
-        let exact = Layouts { block_mask: None, ..layouts };
-        Ok(SelectionFigures {
-            method: hyperattn_core::method_that_runs(params, &layouts, kernels)?,
-            visible: stages::keys_per_query(&Params { method: Method::Exact, ..*params }, &exact)?,
-        })
-    }
-
-    /// kappa and captured mass of a head whose queries meet so many keys.
-    fn of_head(&self, keys_per_query: f32) -> [f64; 2] {
-        // METHOD_REFINED computes heads exactly that miss the target; no other head of it meets all keys.
-        let all_keys = self.method == Method::Refined && keys_per_query == self.visible as f32;
-        if self.method == Method::Exact || all_keys { [1.0, 1.0] } else { [f64::NAN, f64::NAN] }
-    }
 }

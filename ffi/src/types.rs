@@ -248,7 +248,10 @@ pub const HYPERATTN_DIAGNOSE_TRUE_ERROR: u32 = 1;
 /// in the inputs may make any figure of its heads NaN.
 ///
 /// The sampled rows of a head are min(n_q, 64) evenly spaced queries: the i-th of 64 is query
-/// (2 i + 1) n_q / 128, rounded down.
+/// (2 i + 1) n_q / 128, rounded down. The keys that a row meets exactly are, of those that the mask shows it, under
+/// METHOD_REFINED the first keys, the band and the chosen columns, but not the column that stands for the rest; under
+/// METHOD_PAPER those of its block in each sub-problem and of the sub-problems that are exact, but not the samples; and all
+/// where the row or the head is computed exactly.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct hyperattn_diagnosis {
@@ -262,11 +265,19 @@ pub struct hyperattn_diagnosis {
     /// columns are heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own; too
     /// low where rows between the sampled ones alone weigh a column.
     pub alpha: f64,
-    /// The paper's kappa over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
-    /// keys that a row does not meet exactly. 1 for a head that is computed exactly.
+    /// The paper's kappa over the sampled rows: each row's sum of exp(scale * q k) over the keys that the mask shows it and
+    /// that it does not meet exactly; the largest of these sums over the smallest. Rows that meet every key that they see
+    /// are left out: under a causal mask the early ones. What is left there are rows of different lengths, so that kappa
+    /// is large for equal keys too; and METHOD_PAPER's recursion is taken as one selection, its sub-problems' sums together.
+    ///
+    /// 1 where all sampled rows meet every key that they see, as in an exact head. Infinite where the smallest sum is 0 and
+    /// the largest is not: logits of -inf, or some 740 below the row's largest. NaN where all sums are 0.
+    ///
+    /// The sums are of f32 logits, added up key by key in f64: a share of 1e-12 is as precise as a large one.
     pub kappa: f64,
-    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows: 1 for a head that
-    /// is computed exactly.
+    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows. Rows that see no
+    /// key, or logits of -inf only, are left out. 1 where all sampled rows meet every key that they see, as in an exact
+    /// head.
     pub captured_mass: f64,
     /// What hyperattn_tensors.error gets for this head.
     pub estimated_error: f64,

@@ -336,7 +336,10 @@ typedef struct hyperattn_grads {
 /// in the inputs may make any figure of its heads NaN.
 ///
 /// The sampled rows of a head are min(n_q, 64) evenly spaced queries: the i-th of 64 is query
-/// (2 i + 1) n_q / 128, rounded down.
+/// (2 i + 1) n_q / 128, rounded down. The keys that a row meets exactly are, of those that the mask shows it, under
+/// METHOD_REFINED the first keys, the band and the chosen columns, but not the column that stands for the rest; under
+/// METHOD_PAPER those of its block in each sub-problem and of the sub-problems that are exact, but not the samples; and all
+/// where the row or the head is computed exactly.
 typedef struct hyperattn_diagnosis {
     /// sizeof(hyperattn_diagnosis), set by the caller in every entry.
     size_t struct_size;
@@ -348,11 +351,19 @@ typedef struct hyperattn_diagnosis {
     /// columns are heavy in most rows. Up to n_q / 64 times too high where every row has a heavy key of its own; too
     /// low where rows between the sampled ones alone weigh a column.
     double alpha;
-    /// The paper's kappa over the sampled rows: the largest over the smallest sum of exp(scale * q k) over the visible
-    /// keys that a row does not meet exactly. 1 for a head that is computed exactly.
+    /// The paper's kappa over the sampled rows: each row's sum of exp(scale * q k) over the keys that the mask shows it and
+    /// that it does not meet exactly; the largest of these sums over the smallest. Rows that meet every key that they see
+    /// are left out: under a causal mask the early ones. What is left there are rows of different lengths, so that kappa
+    /// is large for equal keys too; and METHOD_PAPER's recursion is taken as one selection, its sub-problems' sums together.
+    ///
+    /// 1 where all sampled rows meet every key that they see, as in an exact head. Infinite where the smallest sum is 0 and
+    /// the largest is not: logits of -inf, or some 740 below the row's largest. NaN where all sums are 0.
+    ///
+    /// The sums are of f32 logits, added up key by key in f64: a share of 1e-12 is as precise as a large one.
     double kappa;
-    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows: 1 for a head that
-    /// is computed exactly.
+    /// Share of the softmax weight on the keys that a row meets exactly, averaged over the sampled rows. Rows that see no
+    /// key, or logits of -inf only, are left out. 1 where all sampled rows meet every key that they see, as in an exact
+    /// head.
     double captured_mass;
     /// What hyperattn_tensors.error gets for this head.
     double estimated_error;
@@ -513,15 +524,15 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
 /// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
 /// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
 ///
-/// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), and for every thread some
-/// 260 bytes for each key; exec->workspace is not used. With HYPERATTN_FLAG_NO_ALLOC it answers
-/// HYPERATTN_STATUS_WORKSPACE_TOO_SMALL.
+/// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
+/// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With
+/// HYPERATTN_FLAG_NO_ALLOC it answers HYPERATTN_STATUS_WORKSPACE_TOO_SMALL.
 ///
 ///     hyperattn_diagnosis heads[8];
 ///     for (int h = 0; h < 8; h += 1)
 ///         heads[h].struct_size = sizeof heads[h];
 ///     if (hyperattn_diagnose(&params, &tensors, NULL, HYPERATTN_DIAGNOSE_TRUE_ERROR, heads, 8) == HYPERATTN_STATUS_OK)
-///         printf("head 0: alpha %g, error %g\n", heads[0].alpha, heads[0].true_error);
+///         printf("head 0: mass %g, error %g\n", heads[0].captured_mass, heads[0].true_error);
 hyperattn_status hyperattn_diagnose(const struct hyperattn_params *params,
                                     const struct hyperattn_tensors *tensors,
                                     const struct hyperattn_cpu_exec *exec,

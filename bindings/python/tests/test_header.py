@@ -49,3 +49,8 @@ def test_diagnose(random):
     assert len(heads) == 2 and all(len(item) == 4 for item in heads)
     for head in (head for item in heads for head in item):
         assert head.true_error < 1e-5 and head.keys_per_query == pytest.approx(300.5, abs=1)
+        assert head.kappa == 1.0 and head.captured_mass == 1.0
+    for method in ("paper", "refined"):
+        few = dict(min_seq_len=64, block_size=64, budget=128, target_error=0.0)
+        for head in (head for item in hyperattn.diagnose(q, k, v, method=method, **few) for head in item):
+            assert head.kappa > 1.0 and 0.0 < head.captured_mass < 1.0

@@ -1,4 +1,5 @@
 /* Wrong calls of hyperattn_diagnose: the entries stay as they were. */
+#include <math.h>
 #include <string.h>
 
 #include "bad_calls.h"
@@ -71,6 +72,8 @@ void bad_diagnoses(void)
 
     BAD_DIAGNOSE(c.params.method = 77, INVALID, "method", "77");
     BAD_DIAGNOSE(c.params.budget = 5, INVALID, "budget", "5");
+    BAD_DIAGNOSE(c.params.residual = 77, INVALID, "residual", "77");
+    BAD_DIAGNOSE(c.params.target_error = NAN, INVALID, "target_error", "NaN");
     BAD_DIAGNOSE(c.params.flags = HYPERATTN_FLAG_NO_ALLOC, HYPERATTN_STATUS_WORKSPACE_TOO_SMALL, "NO_ALLOC");
     BAD_DIAGNOSE(c.tensors.q.data = NULL, INVALID, "q.data", "NULL");
     BAD_DIAGNOSE(c.tensors.v.data = NULL, INVALID, "v.data", "NULL");
