@@ -171,10 +171,10 @@ fn refined_counts_equal_keys() {
             let first = row / 128 * 128;
             let last = (first + 128).min(900) - 1;
             // The first tile sees no more than the budget. Another meets what it sees from a block 40 keys before
-            // its first query on, and 127 keys together on average.
+            // its first query on, and 127 keys together on average, but 16 chosen ones at least.
             let near = (first + 1).saturating_sub(40) / 64 * 64;
             let band = (first + last) / 2 + 1 - near;
-            let unmet = if first == 0 { 0 } else { near - 5 - 127usize.saturating_sub(5 + band) };
+            let unmet = if first == 0 { 0 } else { near - 5 - 127usize.saturating_sub(5 + band).max(16) };
             mass += 1.0 - unmet as f64 / (row + 1) as f64;
             if unmet > 0 {
                 rests.push(unmet as f64);
