@@ -11,7 +11,7 @@ use crate::problem::Problem;
 use crate::represent::{Representatives, rounded};
 use crate::residual::Column;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, WEIGHING_QUERIES};
+use crate::simd::{KEY_TILE, WEIGHING_QUERIES, prefetch};
 use crate::summary::{self, BLOCK};
 use crate::tile::{Call, KeyOrder, Part, Tile};
 use crate::tiling::TILE_ROWS;
@@ -242,9 +242,15 @@ pub(crate) fn choose<'s>(
         &scratch.candidates[..found]
     };
     let key_weights = &mut scratch.key_weights[..candidates.len() * BLOCK];
-    for (&block, weights) in candidates.iter().zip(key_weights.chunks_mut(BLOCK)) {
-        let packed = &keys.packed[block as usize * call.shape.tile_len()..];
-        tile.weigh(representatives.packed, (packed, BLOCK), &start, weights);
+    let packed_keys =
+        |block: u32| &keys.packed[block as usize * call.shape.tile_len()..][..call.shape.keys_len()];
+    for (index, weights) in key_weights.chunks_mut(BLOCK).enumerate() {
+        let block = candidates[index];
+        if let Some(&next) = candidates.get(index + 1) {
+            let next = packed_keys(next);
+            prefetch(next.as_ptr().cast(), size_of_val(next));
+        }
+        tile.weigh(representatives.packed, (packed_keys(block), BLOCK), &start, weights);
         let met = frame.first.saturating_sub(block as usize * BLOCK).min(BLOCK);
         weights[..met].fill(0.0);
     }

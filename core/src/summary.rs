@@ -40,10 +40,7 @@ pub(crate) struct SummaryScratch<'a> {
 
 impl<'a> SummaryScratch<'a> {
     pub(crate) fn carve(problem: &Problem, carver: &mut Carver<'a>) -> Self {
-        SummaryScratch {
-            keys: carver.take(BLOCK * problem.head_dim),
-            value: carver.take(problem.value_dim),
-        }
+        SummaryScratch { keys: carver.take(BLOCK * problem.head_dim), value: carver.take(problem.value_dim) }
     }
 }
 
