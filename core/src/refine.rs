@@ -21,11 +21,16 @@ use crate::view::TensorRef;
 /// Queries that share a list of `n_k` keys. Selection costs a tile the more, the more keys there are; fewer queries
 /// are represented better.
 pub(crate) fn query_tile(n_k: usize) -> usize {
-    if n_k <= 32_768 { TILE_ROWS / 2 } else { TILE_ROWS }
+    if n_k <= LONG { TILE_ROWS / 2 } else { TILE_ROWS }
 }
 
+/// Keys above which selection is made cheaper.
+const LONG: usize = 32_768;
+
 /// Keys are chosen among this many times as many, those of the heaviest blocks.
-const CANDIDATES: usize = 4;
+fn candidates_per_key(n_k: usize) -> usize {
+    if n_k <= LONG { 4 } else { 3 }
+}
 
 /// Blocks that are looked into at least, however few keys are chosen.
 const LEAST_BLOCKS: usize = 8;
@@ -157,17 +162,17 @@ pub(crate) struct RefineScratch<'a> {
     rest: &'a mut [f32],
 }
 
-/// Blocks whose keys are looked at one by one for `wanted` keys.
-fn candidate_blocks(wanted: usize) -> usize {
+/// Blocks whose keys are looked at one by one for `wanted` keys of `n_k`.
+fn candidate_blocks(n_k: usize, wanted: usize) -> usize {
     // One more: the block that the first keys cut is always among them.
-    (CANDIDATES * wanted).div_ceil(BLOCK).max(LEAST_BLOCKS) + 1
+    (candidates_per_key(n_k) * wanted).div_ceil(BLOCK).max(LEAST_BLOCKS) + 1
 }
 
 impl<'a> RefineScratch<'a> {
     /// For budgets up to `budget`.
     pub(crate) fn carve(problem: &Problem, budget: usize, carver: &mut Carver<'a>) -> Self {
         let blocks = problem.n_k.div_ceil(BLOCK).next_multiple_of(KEY_TILE);
-        let candidates = candidate_blocks(budget).min(blocks);
+        let candidates = candidate_blocks(problem.n_k, budget).min(blocks);
         let width = problem.head_dim + problem.value_dim;
         RefineScratch {
             representatives: Representatives::carve(problem, carver),
@@ -229,7 +234,7 @@ pub(crate) fn choose<'s>(
         outlier_weights[blocks.start] = f32::MAX;
     }
     let candidates = {
-        let wanted = candidate_blocks(frame.wanted).min(blocks.len());
+        let wanted = candidate_blocks(problem.n_k, frame.wanted).min(blocks.len());
         let heaviest = Heaviest::new(&outlier_weights[blocks.clone()], wanted, scratch.ranked);
         let mut taken = heaviest.taker();
         let mut found = 0;
@@ -254,7 +259,6 @@ pub(crate) fn choose<'s>(
         let met = frame.first.saturating_sub(block as usize * BLOCK).min(BLOCK);
         weights[..met].fill(0.0);
     }
-    let mut rest = Rest::new(call, keys, scratch.rest);
     let mut found = 0;
     {
         let heaviest = Heaviest::new(key_weights, frame.wanted, scratch.ranked);
@@ -273,16 +277,10 @@ pub(crate) fn choose<'s>(
                     left += weight;
                 }
             }
-            rest.add(block as usize, left);
+            block_weights[block as usize] = left;
         }
     }
-    let mut next = candidates.iter().peekable();
-    for block in blocks {
-        if next.next_if(|&&candidate| candidate as usize == block).is_none() {
-            rest.add(block, block_weights[block]);
-        }
-    }
-    let log_weight = rest.finish(&totals, &scratch.representatives);
+    let log_weight = rest(call, keys, (blocks, block_weights), &totals, representatives, scratch.rest);
     let (key, value) = scratch.rest.split_at(problem.head_dim);
     Choice::Some {
         first: frame.first,
@@ -354,50 +352,36 @@ impl Heaviest {
     }
 }
 
-/// The weighted mean of the keys that are not met, each taken for the mean of its block.
-struct Rest<'r, 'k> {
-    call: &'r Call<'r>,
-    keys: &'r HeadKeys<'k>,
-    sum: &'r mut [f32],
-    weight: f32,
-}
-
-impl<'r, 'k> Rest<'r, 'k> {
-    fn new(call: &'r Call<'_>, keys: &'r HeadKeys<'k>, sum: &'r mut [f32]) -> Self {
-        sum.fill(0.0);
-        Rest { call, keys, sum, weight: 0.0 }
+/// The weighted mean of the keys that are not met, each taken for the mean of its block: fills `to` with a key and a value, and
+/// returns the log weight that gives them the weight of what they stand for, on average over the queries; none
+/// when there is nothing.
+fn rest(
+    call: &Call<'_>,
+    keys: &HeadKeys<'_>,
+    (blocks, weights): (Range<usize>, &[f32]),
+    totals: &[f32; WEIGHING_QUERIES],
+    representatives: &Representatives<'_>,
+    to: &mut [f32],
+) -> Option<f32> {
+    let weights = &weights[blocks.clone()];
+    let weight: f32 = weights.iter().sum();
+    if weight == 0.0 {
+        return None;
     }
-
-    /// Adds the mean of a block with `weight`.
-    fn add(&mut self, block: usize, weight: f32) {
-        // 0 times an infinity would spoil the sum.
-        if weight == 0.0 {
-            return;
-        }
-        self.weight += weight;
-        let mean = &self.keys.summaries[block * summary::width(&self.call.problem)..][..self.sum.len()];
-        self.sum.iter_mut().zip(mean).for_each(|(sum, x)| *sum += weight * x);
+    let width = summary::width(&call.problem);
+    to.fill(0.0);
+    call.kernels.add_weighted(&keys.summaries[blocks.start * width..], width, weights, to);
+    to.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
+    let head_dim = call.problem.head_dim;
+    let key = &to[..head_dim];
+    let (mut queries, mut mean) = (0.0, 0.0);
+    let means = representatives.means().chunks(head_dim);
+    for ((query, &count), &total) in means.zip(&representatives.counts).zip(totals) {
+        let logit = query.iter().zip(key).map(|(x, y)| x * y).sum::<f32>() * call.problem.scale_log2;
+        queries += count;
+        mean += count * (total - logit);
     }
-
-    /// Makes the sums means, and returns the log weight that gives them the weight of what they stand for, on average
-    /// over the queries; none when there is nothing.
-    fn finish(self, totals: &[f32; WEIGHING_QUERIES], representatives: &Representatives<'_>) -> Option<f32> {
-        let Rest { call, sum, weight, .. } = self;
-        if weight == 0.0 {
-            return None;
-        }
-        sum.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
-        let head_dim = call.problem.head_dim;
-        let key = &sum[..head_dim];
-        let (mut queries, mut mean) = (0.0, 0.0);
-        let means = representatives.means().chunks(head_dim);
-        for ((query, &count), &total) in means.zip(&representatives.counts).zip(totals) {
-            let logit = query.iter().zip(key).map(|(x, y)| x * y).sum::<f32>() * call.problem.scale_log2;
-            queries += count;
-            mean += count * (total - logit);
-        }
-        let log_weight = crate::math::log2(weight) + mean / queries;
-        // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
-        log_weight.is_finite().then_some(log_weight)
-    }
+    let log_weight = crate::math::log2(weight) + mean / queries;
+    // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
+    log_weight.is_finite().then_some(log_weight)
 }

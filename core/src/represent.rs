@@ -27,6 +27,7 @@ pub(crate) struct Representatives<'a> {
     pub(crate) packed: &'a mut [u32],
     queries: &'a mut [f32],
     distances: &'a mut [f32],
+    from_center: &'a mut [f32],
     parts: &'a mut [u32],
 }
 
@@ -42,6 +43,7 @@ impl<'a> Representatives<'a> {
             packed: carver.take(WEIGHING_QUERIES * problem.head_dim),
             queries: carver.take(TILE_ROWS * problem.head_dim),
             distances: carver.take(TILE_ROWS),
+            from_center: carver.take(TILE_ROWS),
             parts: carver.take(TILE_ROWS),
         }
     }
@@ -71,13 +73,15 @@ impl<'a> Representatives<'a> {
             *part = if is_finite(query) { (row * RUNS / count) as u32 } else { NO_PART };
         }
         average(queries, parts, self.means, &mut self.counts);
-        for ((distance, &part), query) in
-            distances.iter_mut().zip(&*parts).zip(queries.chunks_exact(head_dim))
-        {
-            *distance = match part {
-                NO_PART => 0.0,
-                run => squared_distance(query, &self.means[run as usize * head_dim..][..head_dim]),
-            };
+        for (run, mean) in self.means.chunks_exact(head_dim).take(RUNS).enumerate() {
+            let rows = (run * count).div_ceil(RUNS)..((run + 1) * count).div_ceil(RUNS);
+            let queries = &queries[rows.start * head_dim..rows.end * head_dim];
+            call.kernels.squared_distances(queries, mean, &mut distances[rows]);
+        }
+        for (distance, &part) in distances.iter_mut().zip(&*parts) {
+            if part == NO_PART {
+                *distance = 0.0;
+            }
         }
         distances
     }
@@ -99,10 +103,11 @@ impl<'a> Representatives<'a> {
                 break;
             }
             let center = &queries[farthest * head_dim..][..head_dim];
-            for ((query, part_of), distance) in
-                queries.chunks_exact(head_dim).zip(&mut *parts).zip(&mut *distances)
+            let from_center = &mut self.from_center[..count];
+            call.kernels.squared_distances(queries, center, from_center);
+            for ((&mut from_center, part_of), distance) in
+                from_center.iter_mut().zip(&mut *parts).zip(&mut *distances)
             {
-                let from_center = squared_distance(query, center);
                 if *part_of != NO_PART && from_center < *distance {
                     (*part_of, *distance) = (part as u32, from_center);
                 }
@@ -168,18 +173,6 @@ fn average(queries: &[f32], parts: &[u32], means: &mut [f32], counts: &mut [f32;
 /// Sums of that many lanes are independent chains, in an order that no compiler may change.
 const LANES: usize = 8;
 
-pub(crate) fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0; LANES];
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| (a - b) * (a - b)).sum();
-    for (a, b) in a.zip(b) {
-        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
-            *sum += (a - b) * (a - b);
-        }
-    }
-    sums.iter().sum::<f32>() + rest
-}
-
 /// Whether every element is finite: their products with 0 are 0 for these alone.
 pub(crate) fn is_finite(row: &[f32]) -> bool {
     let mut sums = [0.0; LANES];
@@ -196,10 +189,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn distances_and_finiteness() {
+    fn finiteness() {
         let a: [f32; 11] = core::array::from_fn(|i| i as f32);
-        let b: [f32; 11] = core::array::from_fn(|i| (2 * i) as f32);
-        assert_eq!(squared_distance(&a, &b), 385.0);
         assert!(is_finite(&a));
         for at in [0, 7, 8, 10] {
             for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

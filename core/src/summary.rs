@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::exec::{Executor, for_each_chunk};
 use crate::pack::PackScratch;
 use crate::problem::Problem;
-use crate::represent::{is_finite, squared_distance};
+use crate::represent::is_finite;
 use crate::scratch::{Carver, Lanes};
 use crate::simd::KEY_TILE;
 use crate::tile::Call;
@@ -76,14 +76,15 @@ pub(crate) fn summarise(
             return;
         }
         mean.iter_mut().for_each(|x| *x /= count as f32);
-        let mut largest = -1.0;
-        for key in keys.chunks_exact(head_dim).take(count) {
-            let distance = squared_distance(key, &mean[..head_dim]);
-            if distance > largest {
-                largest = distance;
-                outlier.copy_from_slice(key);
+        let mut distances = [0.0; BLOCK];
+        call.kernels.squared_distances(&keys[..count * head_dim], &mean[..head_dim], &mut distances[..count]);
+        let mut farthest = 0;
+        for (slot, &distance) in distances[..count].iter().enumerate() {
+            if distance > distances[farthest] {
+                farthest = slot;
             }
         }
+        outlier.copy_from_slice(&keys[farthest * head_dim..][..head_dim]);
     })
 }
 

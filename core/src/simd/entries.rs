@@ -41,6 +41,18 @@ macro_rules! kernel_table {
         }
 
         $(#[target_feature(enable = $features)])?
+        unsafe fn add_weighted(rows: &[f32], stride: usize, weights: &[f32], sum: &mut [f32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::rows::add_weighted::<$vector>(rows, stride, weights, sum) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn squared_distances(rows: &[f32], center: &[f32], to: &mut [f32]) {
+            // SAFETY: as above.
+            unsafe { crate::simd::rows::squared_distances::<$vector>(rows, center, to) }
+        }
+
+        $(#[target_feature(enable = $features)])?
         unsafe fn widen_f16(from: *const u8, to: &mut [f32]) {
             // SAFETY: as above.
             unsafe { crate::simd::rows::widen_f16::<$vector>(from, to) }
@@ -59,6 +71,8 @@ macro_rules! kernel_table {
             transpose,
             pack_queries,
             place,
+            add_weighted,
+            squared_distances,
             widen_f16,
         };
 

@@ -194,6 +194,8 @@ pub struct Kernels {
     transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
     pack_queries: PackQueries,
     place: unsafe fn(&[u32], usize, usize, &mut [u32]),
+    add_weighted: unsafe fn(&[f32], usize, &[f32], &mut [f32]),
+    squared_distances: unsafe fn(&[f32], &[f32], &mut [f32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
 }
 
@@ -391,6 +393,21 @@ impl Kernels {
         assert!(slot < slots && to.len() >= slots * row.len().next_multiple_of(self.lanes));
         // SAFETY: as in `attend`.
         unsafe { (self.place)(row, slot, slots, to) }
+    }
+
+    /// Adds to `sum` the first `sum.len()` numbers of rows that are `stride` apart, each times its weight; rows
+    /// of weight 0 are not looked at.
+    pub fn add_weighted(&self, rows: &[f32], stride: usize, weights: &[f32], sum: &mut [f32]) {
+        assert!(stride > 0 && sum.len() <= stride && rows.len() / stride >= weights.len());
+        // SAFETY: as in `attend`.
+        unsafe { (self.add_weighted)(rows, stride, weights, sum) }
+    }
+
+    /// Squared distances of packed `rows` from `center`.
+    pub fn squared_distances(&self, rows: &[f32], center: &[f32], to: &mut [f32]) {
+        assert!(!center.is_empty() && rows.len() / center.len() >= to.len());
+        // SAFETY: as in `attend`.
+        unsafe { (self.squared_distances)(rows, center, to) }
     }
 
     /// Widens `to.len()` consecutive elements at `from`.

@@ -54,8 +54,11 @@ pub(super) unsafe fn transpose<V: Vector>(rows: &[&[u32]], words: usize, to: &mu
     }
 }
 
+/// Lanes of the widest vector.
+const MOST_LANES: usize = 16;
+
 /// Words of the squares of lanes that hold a group of rows, at most.
-const MOST_TRANSPOSED: usize = 2 * 16 * 16;
+const MOST_TRANSPOSED: usize = 2 * MOST_LANES * MOST_LANES;
 
 /// Packs `ROWS` rows of queries as a group: word i of row r becomes `to[i * ROWS + r]`, times `scale` as an f32 if
 /// there is one.
@@ -134,6 +137,74 @@ pub(super) unsafe fn place<V: Vector, const VECTORS: usize>(
                 }
             }
         }
+    }
+}
+
+/// Adds to `sum` the first `sum.len()` numbers of rows that are `stride` apart, each times its weight. A row without
+/// weight is passed over: 0 times an infinity would spoil the sum.
+///
+/// # Safety
+/// The instructions of `V` are available; `rows` has `stride` numbers for every weight, and `sum.len() <= stride`.
+#[inline(always)]
+pub(super) unsafe fn add_weighted<V: Vector>(rows: &[f32], stride: usize, weights: &[f32], sum: &mut [f32]) {
+    const VECTORS: usize = 8;
+    let chunk = VECTORS * V::LANES;
+    let whole = sum.len() / chunk * chunk;
+    for first in (0..whole).step_by(chunk) {
+        // SAFETY: first + chunk <= sum.len() <= stride (contract).
+        unsafe {
+            let to = sum.as_mut_ptr().add(first);
+            let mut sums: [V; VECTORS] = core::array::from_fn(|vector| V::load(to.add(vector * V::LANES)));
+            for (row, &weight) in weights.iter().enumerate() {
+                if weight != 0.0 {
+                    let row = rows.as_ptr().add(row * stride + first);
+                    for (vector, sum) in sums.iter_mut().enumerate() {
+                        *sum = V::load(row.add(vector * V::LANES)).mul_add(V::splat(weight), *sum);
+                    }
+                }
+            }
+            for (vector, sum) in sums.iter().enumerate() {
+                sum.store(to.add(vector * V::LANES));
+            }
+        }
+    }
+    let rest = &mut sum[whole..];
+    for (row, &weight) in rows.chunks_exact(stride).zip(weights) {
+        if weight != 0.0 {
+            rest.iter_mut().zip(&row[whole..]).for_each(|(sum, x)| *sum += weight * x);
+        }
+    }
+}
+
+/// Squared distances of `rows` from `center`.
+///
+/// # Safety
+/// The instructions of `V` are available; `rows` has `center.len()` numbers for every number of `to`.
+#[inline(always)]
+pub(super) unsafe fn squared_distances<V: Vector>(rows: &[f32], center: &[f32], to: &mut [f32]) {
+    let whole = center.len() / V::LANES * V::LANES;
+    for (row, to) in rows.chunks_exact(center.len()).zip(to) {
+        let mut sums = [0.0; MOST_LANES];
+        let mut sum = V::splat(0.0);
+        for first in (0..whole).step_by(V::LANES) {
+            // SAFETY: first + LANES <= center.len(), which is the row's length.
+            unsafe {
+                let difference = V::load(row.as_ptr().add(first)).sub(V::load(center.as_ptr().add(first)));
+                sum = difference.mul_add(difference, sum);
+            }
+        }
+        // SAFETY: no vector has more lanes.
+        unsafe { sum.store(sums.as_mut_ptr()) };
+        // In halves: as a chain the additions would wait for one another.
+        let mut lanes = V::LANES;
+        while lanes > 1 {
+            lanes /= 2;
+            for lane in 0..lanes {
+                sums[lane] += sums[lane + lanes];
+            }
+        }
+        let rest = row[whole..].iter().zip(&center[whole..]);
+        *to = sums[0] + rest.map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
     }
 }
 
