@@ -32,9 +32,6 @@ const PLAIN: [&str; 7] = ["implementation", "isa", "method", "mask", "dtypes", "
 /// Settings that another's value says, too.
 const SAID: [&str; 5] = ["dtype_k", "dtype_v", "dtype_out", "heads_kv", "n_k"];
 
-/// Settings that exact attention does not look at.
-const ESTIMATOR: [&str; 4] = ["min_seq_len", "block_size", "sample_size", "residual"];
-
 /// Time in milliseconds over the number of keys.
 pub fn time_over_length(records: &[Record]) -> Family {
     family(records, &["n"], |record| Some((record.problem.shape.n_k as f64, record.time_ms.median)))
@@ -42,7 +39,7 @@ pub fn time_over_length(records: &[Record]) -> Family {
 
 /// Relative error over the keys that a query meets, where the estimator ran.
 pub fn error_over_budget(records: &[Record]) -> Family {
-    family(records, &["min_seq_len", "block_size", "sample_size"], |record| {
+    family(records, &["min_seq_len", "block_size", "sample_size", "budget"], |record| {
         let estimated = record.problem.params.method != Method::Exact;
         let error = record.accuracy.map(|accuracy| accuracy.error).filter(|&error| error > 0.0)?;
         (estimated && error.is_finite()).then_some((record.keys_per_query, error))
@@ -79,9 +76,7 @@ fn identity(record: &Record, ignored: &[&str]) -> Vec<(&'static str, String)> {
         "n_q" => ("n", problem.lengths()),
         _ => (name, problem.get(name)),
     }));
-    let exact = problem.params.method == Method::Exact;
-    let said = |name: &str| SAID.contains(&name) || exact && ESTIMATOR.contains(&name);
-    identity.retain(|(name, _)| !ignored.contains(name) && !said(name));
+    identity.retain(|(name, _)| !ignored.contains(name) && !SAID.contains(name) && problem.looks_at(name));
     identity
 }
 
@@ -161,6 +156,23 @@ mod tests {
         let family = error_over_budget(&records);
         assert_eq!(family.series.len(), 1);
         assert_eq!(family.series[0].points, [(128.0, 3.2e-7), (256.0, 3.2e-7)]);
+    }
+
+    #[test]
+    fn budgets_of_refined_are_one_curve_for_each_target() {
+        let mut records = Vec::new();
+        for target in ["0", "0.1"] {
+            for budget in ["128", "256"] {
+                let settings = [("method", "refined"), ("budget", budget), ("target_error", target)];
+                let mut estimated = record(&settings, 1.0);
+                estimated.keys_per_query = budget.parse().unwrap();
+                records.push(estimated);
+            }
+        }
+        let family = error_over_budget(&records);
+        let labels: Vec<&str> = family.series.iter().map(|series| series.label.as_str()).collect();
+        assert_eq!(labels, ["target_error=0", "target_error=0.1"]);
+        assert!(family.common.contains("refined") && !family.common.contains("block_size"));
     }
 
     #[test]
