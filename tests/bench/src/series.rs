@@ -20,7 +20,7 @@ pub struct Series {
 /// Curves over the same axes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Family {
-    /// What all curves have in common.
+    /// What all curves have in common, or all to whose method it matters.
     pub common: String,
     /// May be empty.
     pub series: Vec<Series>,
@@ -81,7 +81,8 @@ fn identity(record: &Record, ignored: &[&str]) -> Vec<(&'static str, String)> {
 }
 
 fn family(records: &[Record], ignored: &[&str], point: impl Fn(&Record) -> Option<(f64, f64)>) -> Family {
-    type Curve = (Vec<(&'static str, String)>, Vec<(f64, f64)>);
+    type Pair = (&'static str, String);
+    type Curve = (Vec<Pair>, Vec<(f64, f64)>);
     let mut curves: Vec<Curve> = Vec::new();
     for record in records {
         let Some(point) = point(record) else { continue };
@@ -96,16 +97,24 @@ fn family(records: &[Record], ignored: &[&str], point: impl Fn(&Record) -> Optio
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
 
-    let everywhere = |pair: &(&str, String)| curves.iter().all(|(identity, _)| identity.contains(pair));
-    let words = |identity: &[(&'static str, String)], common: bool| {
+    let agrees = |(name, value): &Pair, (other, its): &Pair| name != other || value == its;
+    let everywhere =
+        |pair: &Pair| curves.iter().all(|(identity, _)| identity.iter().all(|other| agrees(pair, other)));
+    let mut pairs: Vec<Pair> = Vec::new();
+    for pair in curves.iter().flat_map(|(identity, _)| identity) {
+        if !pairs.contains(pair) {
+            pairs.push(pair.clone());
+        }
+    }
+    let words = |identity: &[Pair], common: bool| {
         let chosen = identity.iter().filter(|pair| everywhere(pair) == common && !pair.1.is_empty());
-        let word = |(name, value): &(&str, String)| {
+        let word = |(name, value): &Pair| {
             if PLAIN.contains(name) { value.clone() } else { format!("{name}={value}") }
         };
         chosen.map(word).collect::<Vec<_>>().join(" ")
     };
     Family {
-        common: curves.first().map_or_else(String::new, |(identity, _)| words(identity, true)),
+        common: words(&pairs, true),
         series: curves
             .iter()
             .map(|(identity, points)| Series { label: words(identity, false), points: points.clone() })
@@ -173,6 +182,16 @@ mod tests {
         let labels: Vec<&str> = family.series.iter().map(|series| series.label.as_str()).collect();
         assert_eq!(labels, ["target_error=0", "target_error=0.1"]);
         assert!(family.common.contains("refined") && !family.common.contains("block_size"));
+    }
+
+    #[test]
+    fn a_setting_of_one_value_is_said_once_though_some_curves_lack_it() {
+        let lengths =
+            ["1k", "2k"].map(|n| [record(&[("n", n)], 1.0), record(&[("n", n), ("method", "paper")], 1.0)]);
+        let family = time_over_length(&lengths.concat());
+        let labels: Vec<&str> = family.series.iter().map(|series| series.label.as_str()).collect();
+        assert_eq!(labels, ["exact", "paper"]);
+        assert!(family.common.contains("block_size=256"), "{}", family.common);
     }
 
     #[test]
