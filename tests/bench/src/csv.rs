@@ -47,8 +47,10 @@ pub struct Record {
     pub fraction_of_peak: f64,
     /// Time over the time of the group's first problem.
     pub ratio: Summary,
-    /// Keys and sampled keys that a query meets.
+    /// Keys and columns that a query meets.
     pub keys_per_query: f64,
+    /// The library's own estimate of the relative error of a head's output; absent where it was not asked for.
+    pub estimated_error: Option<f64>,
     /// Against the oracle.
     pub accuracy: Option<Accuracy>,
     /// Memory of the call.
@@ -58,7 +60,7 @@ pub struct Record {
 }
 
 const PLACE: [&str; 5] = ["list", "line", "group", "implementation", "isa"];
-const MEASURES: [&str; 18] = [
+const MEASURES: [&str; 19] = [
     "runs",
     "time_ms",
     "time_low_ms",
@@ -71,6 +73,7 @@ const MEASURES: [&str; 18] = [
     "ratio_low",
     "ratio_high",
     "keys_per_query",
+    "estimated_error",
     "error",
     "error_rows",
     "workspace_bytes",
@@ -79,10 +82,16 @@ const MEASURES: [&str; 18] = [
     "waiting",
 ];
 
+/// Columns that older records lack.
+const LATER: [&str; 5] = ["budget", "num_first_keys", "band", "target_error", "estimated_error"];
+
+fn columns() -> impl Iterator<Item = &'static str> {
+    PLACE.into_iter().chain(Problem::SETTINGS).chain(MEASURES)
+}
+
 /// The names of the columns.
 pub fn header() -> String {
-    let columns: Vec<&str> = PLACE.into_iter().chain(Problem::SETTINGS).chain(MEASURES).collect();
-    columns.join(",")
+    columns().collect::<Vec<_>>().join(",")
 }
 
 impl Record {
@@ -102,6 +111,7 @@ impl Record {
         fields.push(self.peak.clone());
         fields.extend([self.peak_gflops, self.fraction_of_peak].map(digits));
         fields.extend([ratio.median, ratio.low, ratio.high, self.keys_per_query].map(digits));
+        fields.push(self.estimated_error.map_or_else(String::new, digits));
         fields.push(accuracy.map_or_else(String::new, |accuracy| digits(accuracy.error)));
         fields.push(optional(accuracy.map(|accuracy| accuracy.rows)));
         fields.extend([memory.workspace_bytes, memory.peak_bytes, memory.added_bytes].map(optional));
@@ -111,32 +121,29 @@ impl Record {
         plain.join(",")
     }
 
-    fn from_line(line: &str) -> Result<Self, String> {
+    /// The record in `line`, whose fields have these names.
+    fn from_line(names: &[&str], line: &str) -> Result<Self, String> {
         let fields: Vec<&str> = line.split(',').collect();
-        let columns = PLACE.len() + Problem::SETTINGS.len() + MEASURES.len();
-        if fields.len() != columns {
-            return Err(format!("expected {columns} fields, found {}", fields.len()));
+        if fields.len() != names.len() {
+            return Err(format!("expected {} fields, found {}", names.len(), fields.len()));
         }
-        let (place, rest) = fields.split_at(PLACE.len());
-        let (settings, measures) = rest.split_at(Problem::SETTINGS.len());
+        let field = |name: &str| names.iter().position(|other| *other == name).map(|at| fields[at]);
         let mut problem = Problem::default();
-        for (name, value) in Problem::SETTINGS.into_iter().zip(settings) {
+        for name in Problem::SETTINGS {
+            let Some(value) = field(name) else { continue };
             problem.set(name, value).map_err(|message| format!("{name} = \"{value}\": {message}"))?;
         }
-        let text = |name: &str| {
-            let at = MEASURES.iter().position(|column| *column == name).expect("a name of MEASURES");
-            measures[at]
-        };
+        let text = |name: &str| field(name).unwrap_or_default();
         let float = |name: &str| number::<f64>(name, text(name));
         let bytes = |name: &str| maybe(name, text(name));
         let error = maybe("error", text("error"))?;
         let rows = maybe("error_rows", text("error_rows"))?;
         Ok(Record {
-            list: place[0].to_string(),
-            line: number("line", place[1])?,
-            group: number("group", place[2])?,
-            implementation: place[3].to_string(),
-            isa: place[4].to_string(),
+            list: text("list").to_string(),
+            line: number("line", text("line"))?,
+            group: number("group", text("group"))?,
+            implementation: text("implementation").to_string(),
+            isa: text("isa").to_string(),
             problem,
             runs: number("runs", text("runs"))?,
             time_ms: Summary {
@@ -150,6 +157,7 @@ impl Record {
             fraction_of_peak: float("fraction_of_peak")?,
             ratio: Summary { median: float("ratio")?, low: float("ratio_low")?, high: float("ratio_high")? },
             keys_per_query: float("keys_per_query")?,
+            estimated_error: maybe("estimated_error", text("estimated_error"))?,
             accuracy: error.zip(rows).map(|(error, rows)| Accuracy { error, rows }),
             memory: Memory {
                 workspace_bytes: bytes("workspace_bytes")?,
@@ -167,11 +175,15 @@ impl Record {
 /// A sentence that names the line and the column.
 pub fn parse(text: &str) -> Result<Vec<Record>, String> {
     let mut lines = text.lines();
-    if lines.next() != Some(header().as_str()) {
-        return Err("line 1: these are not the columns of this version".to_string());
+    let names: Vec<&str> = lines.next().unwrap_or_default().split(',').collect();
+    if let Some(name) = names.iter().find(|name| !columns().any(|column| column == **name)) {
+        return Err(format!("line 1: unknown column \"{name}\""));
+    }
+    if let Some(column) = columns().find(|column| !names.contains(column) && !LATER.contains(column)) {
+        return Err(format!("line 1: the column {column} is missing"));
     }
     let parsed = (2..).zip(lines).map(|(line, content)| {
-        Record::from_line(content).map_err(|message| format!("line {line}: {message}"))
+        Record::from_line(&names, content).map_err(|message| format!("line {line}: {message}"))
     });
     parsed.collect()
 }
@@ -220,6 +232,7 @@ pub(crate) mod tests {
             fraction_of_peak: 0.823,
             ratio: Summary { median: 1.0, low: 0.99, high: 1.01 },
             keys_per_query: 512.0,
+            estimated_error: Some(2.5e-7),
             accuracy: Some(Accuracy { error: 3.2e-7, rows: 64 }),
             memory: Memory {
                 workspace_bytes: Some(1 << 20),
@@ -234,10 +247,12 @@ pub(crate) mod tests {
     fn records_survive_writing_and_reading() {
         let mut bare = record(&[("method", "auto"), ("dtype_k", "f16"), ("n", "1m")], 12340.0);
         (bare.accuracy, bare.memory, bare.waiting) = (None, Memory::default(), None);
+        bare.estimated_error = None;
         bare.isa = String::new();
         let mut infinite = record(&[("residual", "row_norm")], 2e-5);
         infinite.accuracy = Some(Accuracy { error: f64::INFINITY, rows: 1 });
-        let records = [record(&[], 0.25), bare, infinite];
+        let refined = record(&[("method", "refined"), ("budget", "512"), ("target_error", "0.125")], 3.0);
+        let records = [record(&[], 0.25), bare, infinite, refined];
         let mut text = header();
         for record in &records {
             text += &format!("\n{}", record.to_line());
@@ -257,9 +272,26 @@ pub(crate) mod tests {
     fn errors_name_the_line_and_the_column() {
         let good = record(&[], 1.0).to_line();
         let with = |line: &str| parse(&format!("{}\n{good}\n{line}", header())).unwrap_err();
-        assert_eq!(with("a,b"), "line 3: expected 41 fields, found 2");
+        assert_eq!(with("a,b"), "line 3: expected 46 fields, found 2");
         assert_eq!(with(&good.replace("123.45", "fast")), "line 3: gflops is not a number: \"fast\"");
         assert!(with(&good.replace("exact", "fast")).starts_with("line 3: method = \"fast\": the value"));
-        assert!(parse("a,b\n").unwrap_err().starts_with("line 1:"));
+        assert_eq!(parse("list,speed\n").unwrap_err(), "line 1: unknown column \"speed\"");
+        let without_time = header().replace("time_ms,", "");
+        assert_eq!(parse(&without_time).unwrap_err(), "line 1: the column time_ms is missing");
+        assert!(parse("").is_err());
+    }
+
+    #[test]
+    fn older_records_lack_the_later_columns() {
+        let expected = Record { estimated_error: None, ..record(&[("method", "paper"), ("n", "4k")], 5.0) };
+        let names = header();
+        let line = expected.to_line();
+        let older: Vec<(&str, &str)> =
+            names.split(',').zip(line.split(',')).filter(|(name, _)| !LATER.contains(name)).collect();
+        assert_eq!(older.len(), 41);
+        let row = |part: fn(&(&str, &str)) -> String| older.iter().map(part).collect::<Vec<_>>().join(",");
+        let text =
+            format!("{}\n{}\n", row(|(name, _)| name.to_string()), row(|(_, value)| value.to_string()));
+        assert_eq!(parse(&text).unwrap(), [expected]);
     }
 }

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use hyperattn_core::stages::keys_per_query;
-use hyperattn_core::{Kernels, Method, Params, Tensors, forward, forward_workspace};
+use hyperattn_core::{Kernels, Method, Params, TensorMut, Tensors, forward, forward_workspace};
 
 use crate::accuracy::accuracy;
 use crate::csv::{Memory, Record};
@@ -19,6 +19,7 @@ use crate::problem_list::Entry;
 use crate::statistics::Summary;
 use crate::tensor::Tensor;
 use crate::timing::{Member, Times, in_turns};
+use crate::workspace::Workspace;
 
 /// Where the records of a group belong.
 #[derive(Clone, Copy, Debug)]
@@ -73,7 +74,8 @@ pub fn measure(
     for ((entry, ours), time) in group.iter().zip(&mut ours).zip(&times) {
         let isa = kernels.isa().name().to_string();
         let named = ("hyperattn".to_string(), isa, entry.problem);
-        let mut record = ours.record(place, entry.line, named, time, &times[0])?;
+        let report = ours.report()?;
+        let mut record = ours.record(place, entry.line, named, report, (time, &times[0]));
         record.accuracy = Some(accuracy(&entry.problem, ours.inputs, &ours.out));
         record.memory = ours.memory;
         record.waiting = ours.waiting.share(entry.problem.threads);
@@ -82,15 +84,21 @@ pub fn measure(
     if let (Some(name), Some(time)) = (peer_name, times.get(ours.len())) {
         let mut problem = group[0].problem;
         problem.params.method = Method::Exact;
-        records.push(ours[0].record(
-            place,
-            group[0].line,
-            (name, String::new(), problem),
-            time,
-            &times[0],
-        )?);
+        let report = ours[0].report_of_exact()?;
+        let named = (name, String::new(), problem);
+        records.push(ours[0].record(place, group[0].line, named, report, (time, &times[0])));
     }
     Ok(Measured { records, without_peer })
+}
+
+/// What the library says about its own call, on average over the heads.
+struct Report {
+    keys_per_query: f64,
+    estimated_error: Option<f64>,
+}
+
+fn mean(of_heads: &[f32]) -> f64 {
+    of_heads.iter().copied().map(f64::from).sum::<f64>() / of_heads.len() as f64
 }
 
 /// A problem of this library, ready to run.
@@ -101,9 +109,7 @@ struct Ours<'a> {
     kernels: &'static Kernels,
     threads: Threads,
     peak: Peak,
-    workspace: Vec<u8>,
-    /// Where the aligned part of the workspace begins.
-    start: usize,
+    workspace: Workspace,
     memory: Memory,
     turn: Option<Moment>,
     waiting: Waiting,
@@ -116,15 +122,13 @@ impl<'a> Ours<'a> {
         let mut out = Tensor::new(problem.dtype_out, [batch, heads_q, n_q, head_dim], layout);
         let layouts = tensors(inputs, &mut out)?.layouts();
         let need = forward_workspace(&problem.params, &layouts, kernels, &threads)?;
-        let workspace = vec![0; need.size + need.align];
         Ok(Ours {
             params: problem.params,
             inputs,
             kernels,
             threads,
             peak: Peak::new(kernels.isa(), dtypes),
-            start: workspace.as_ptr().align_offset(need.align),
-            workspace,
+            workspace: Workspace::new(need),
             memory: Memory { workspace_bytes: Some(need.size as u64), ..Memory::default() },
             out,
             turn: None,
@@ -132,21 +136,47 @@ impl<'a> Ours<'a> {
         })
     }
 
-    /// What `time` says about the problem that `library` computed beside this one.
+    /// What the library says itself, in one call more: to estimate an error costs time, which is not to be in the
+    /// time of a call that does not want it. Exact attention has nothing to estimate.
+    fn report(&mut self) -> Result<Report, Box<dyn Error>> {
+        if self.params.method == Method::Exact {
+            return self.report_of_exact();
+        }
+        let Shape { batch, heads_q, .. } = self.inputs.shape;
+        let of_heads = [batch as i64, heads_q as i64, 1, 1];
+        let mut errors = vec![f32::NAN; batch * heads_q];
+        let mut keys = errors.clone();
+        let mut tensors = Tensors {
+            error: Some(TensorMut::contiguous(&mut errors, of_heads)?),
+            keys_per_query: Some(TensorMut::contiguous(&mut keys, of_heads)?),
+            ..tensors(self.inputs, &mut self.out)?
+        };
+        let need = forward_workspace(&self.params, &tensors.layouts(), self.kernels, &self.threads)?;
+        let mut workspace = Workspace::new(need);
+        forward(&self.params, &mut tensors, self.kernels, &self.threads, workspace.bytes())?;
+        Ok(Report { keys_per_query: mean(&keys), estimated_error: Some(mean(&errors)) })
+    }
+
+    /// The same where the problem is computed exactly.
+    fn report_of_exact(&mut self) -> Result<Report, Box<dyn Error>> {
+        let params = Params { method: Method::Exact, ..self.params };
+        let layouts = tensors(self.inputs, &mut self.out)?.layouts();
+        Ok(Report { keys_per_query: keys_per_query(&params, &layouts)?, estimated_error: None })
+    }
+
+    /// What `time` says about the problem that `implementation` computed beside this one.
     fn record(
-        &mut self,
+        &self,
         place: Place<'_>,
         line: usize,
         (implementation, isa, problem): (String, String, Problem),
-        time: &Times,
-        base: &Times,
-    ) -> Result<Record, Box<dyn Error>> {
-        let layouts = tensors(self.inputs, &mut self.out)?.layouts();
-        let keys_per_query = keys_per_query(&problem.params, &layouts)?;
+        Report { keys_per_query, estimated_error }: Report,
+        (time, base): (&Times, &Times),
+    ) -> Record {
         let seconds = time.summary();
         let peak_gflops = Summary::of(self.peak.gflops()).median;
         let rate = |flops: f64| flops / seconds.median * 1e-9;
-        Ok(Record {
+        Record {
             list: place.list.to_string(),
             line,
             group: place.group,
@@ -161,10 +191,11 @@ impl<'a> Ours<'a> {
             fraction_of_peak: rate(problem.computed_flops(keys_per_query)) / peak_gflops,
             ratio: time.over(base),
             keys_per_query,
+            estimated_error,
             accuracy: None,
             memory: Memory::default(),
             waiting: None,
-        })
+        }
     }
 }
 
@@ -200,7 +231,7 @@ impl Member for Ours<'_> {
         let first = self.memory.peak_bytes.is_none() && memory::reset_peak();
         let before = if first { memory::resident() } else { None };
         let mut tensors = tensors(self.inputs, &mut self.out)?;
-        let workspace = &mut self.workspace[self.start..];
+        let workspace = self.workspace.bytes();
         let clock = Instant::now();
         forward(&self.params, &mut tensors, self.kernels, &self.threads, workspace)?;
         let seconds = clock.elapsed().as_secs_f64();

@@ -19,3 +19,4 @@ pub mod statistics;
 pub mod table;
 pub mod tensor;
 pub mod timing;
+pub mod workspace;

@@ -12,7 +12,7 @@ Measures lists of problems: time, share of the machine's peak, error, memory.
 Usage: cargo bench-all [OPTIONS] [LIST]...
 
 LIST is a file, or the name of a list in tests/bench/problems
-[default: short exact paper growth threads]
+[default: short exact paper growth threads refined]
 
 Options:
   --isa NAME        the kernels to measure: scalar, avx2, ..., or all that the machine can run [default: the best]
@@ -25,7 +25,7 @@ Options:
 ";
 
 /// What runs when no list is named.
-pub const DEFAULT_LISTS: [&str; 5] = ["short", "exact", "paper", "growth", "threads"];
+pub const DEFAULT_LISTS: [&str; 6] = ["short", "exact", "paper", "growth", "threads", "refined"];
 
 /// The options of one run.
 #[derive(Debug)]

@@ -45,8 +45,12 @@ pub struct Problem {
     pub threads: usize,
 }
 
-const METHODS: [(&str, Method); 3] =
-    [("exact", Method::Exact), ("paper", Method::Paper), ("auto", Method::Auto)];
+const METHODS: [(&str, Method); 4] = [
+    ("exact", Method::Exact),
+    ("paper", Method::Paper),
+    ("refined", Method::Refined),
+    ("auto", Method::Auto),
+];
 const MASKS: [(&str, Mask); 2] = [("none", Mask::None), ("causal", Mask::CausalBottomRight)];
 const DTYPES: [(&str, DType); 3] = [("f32", DType::F32), ("f16", DType::F16), ("bf16", DType::BF16)];
 const ORDERS: [(&str, MemoryOrder); 2] = [("bhsd", MemoryOrder::Bhsd), ("bshd", MemoryOrder::Bshd)];
@@ -75,7 +79,7 @@ impl Default for Problem {
 
 impl Problem {
     /// The settings that together say everything, in the order of the CSV columns.
-    pub const SETTINGS: [&str; 18] = [
+    pub const SETTINGS: [&str; 22] = [
         "method",
         "mask",
         "dtype_q",
@@ -94,6 +98,10 @@ impl Problem {
         "block_size",
         "sample_size",
         "residual",
+        "budget",
+        "num_first_keys",
+        "band",
+        "target_error",
     ];
 
     /// Settings that stand for several of [`Self::SETTINGS`].
@@ -130,6 +138,10 @@ impl Problem {
             "block_size" => params.block_size = narrow(number(value)?)?,
             "sample_size" => params.sample_size = narrow(number(value)?)?,
             "residual" => params.residual = choose(&RESIDUALS, value)?,
+            "budget" => params.budget = narrow(number(value)?)?,
+            "num_first_keys" => params.num_first_keys = narrow(number(value)?)?,
+            "band" => params.band = narrow(number(value)?)?,
+            "target_error" => params.target_error = fraction(value)?,
             _ => {
                 let known = Self::SHORT_FORMS.iter().chain(&Self::SETTINGS).copied().collect::<Vec<_>>();
                 return Err(format!("unknown setting; there are {}", known.join(", ")));
@@ -160,7 +172,25 @@ impl Problem {
             "block_size" => params.block_size.to_string(),
             "sample_size" => params.sample_size.to_string(),
             "residual" => name_of(&RESIDUALS, params.residual),
+            "budget" => params.budget.to_string(),
+            "num_first_keys" => params.num_first_keys.to_string(),
+            "band" => params.band.to_string(),
+            "target_error" => params.target_error.to_string(),
             _ => panic!("{name} is not one of Problem::SETTINGS"),
+        }
+    }
+
+    /// Whether the method looks at a setting.
+    pub fn looks_at(&self, name: &str) -> bool {
+        let method = self.params.method;
+        match name {
+            "min_seq_len" | "residual" => method != Method::Exact,
+            "block_size" | "sample_size" => method == Method::Paper,
+            // Without a block mask AUTO is exact or refined.
+            "budget" | "num_first_keys" | "band" | "target_error" => {
+                matches!(method, Method::Refined | Method::Auto)
+            }
+            _ => true,
         }
     }
 
@@ -195,10 +225,9 @@ impl Problem {
         if batch > 1 {
             label += &format!(" batch={batch}");
         }
-        let estimator = ["min_seq_len", "block_size", "sample_size", "residual"];
-        let estimated = if self.params.method == Method::Exact { &[][..] } else { &estimator[..] };
-        for name in ["layout"].iter().chain(estimated) {
-            if self.get(name) != Problem::default().get(name) {
+        let of_estimators = Self::SETTINGS.iter().skip_while(|name| **name != "min_seq_len");
+        for name in ["layout"].iter().chain(of_estimators) {
+            if self.looks_at(name) && self.get(name) != Problem::default().get(name) {
                 label += &format!(" {name}={}", self.get(name));
             }
         }
@@ -267,6 +296,11 @@ fn narrow(value: usize) -> Result<u32, String> {
     u32::try_from(value).map_err(|_| format!("the value must be at most {}", u32::MAX))
 }
 
+fn fraction(value: &str) -> Result<f32, String> {
+    let parsed = value.parse().ok().filter(|number: &f32| number.is_finite() && *number >= 0.0);
+    parsed.ok_or_else(|| "the value must be a number of at least 0, such as 0.05".to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,8 +309,9 @@ mod tests {
     fn every_setting_is_read_as_it_is_written() {
         let values = [
             "paper", "causal", "f32", "f16", "bf16", "f16", "bshd", "2", "8", "4", "100", "300", "96", "3",
-            "17", "128", "64", "row_norm",
+            "17", "128", "64", "row_norm", "500", "4", "256", "0.125",
         ];
+        assert_eq!(values.len(), Problem::SETTINGS.len());
         let mut problem = Problem::default();
         for (name, value) in Problem::SETTINGS.into_iter().zip(values) {
             problem.set(name, value).unwrap();
@@ -307,6 +342,29 @@ mod tests {
         assert_eq!(number("16k"), Ok(16_384));
         for bad in ["", "k", "-1", "1.5", "4K", "99999999999999m"] {
             assert!(number(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn labels_name_what_the_method_looks_at_and_what_is_not_the_library_s_default() {
+        let mut problem = Problem::default();
+        problem.set("method", "refined").unwrap();
+        assert_eq!(problem.params, Params { method: Method::Refined, ..Params::default() });
+        assert_eq!(problem.label(), "refined none f32 n1024 d64 h1 t1");
+        for (name, value) in [("budget", "2k"), ("target_error", "0"), ("block_size", "64")] {
+            problem.set(name, value).unwrap();
+        }
+        assert_eq!(problem.label(), "refined none f32 n1024 d64 h1 t1 budget=2048 target_error=0");
+        problem.set("method", "paper").unwrap();
+        assert_eq!(problem.label(), "paper none f32 n1024 d64 h1 t1 block_size=64");
+    }
+
+    #[test]
+    fn targets_are_numbers_of_at_least_0() {
+        assert_eq!(fraction("0"), Ok(0.0));
+        assert_eq!(fraction("5e-2"), Ok(0.05));
+        for bad in ["", "-0.1", "5%", "nan", "inf"] {
+            assert!(fraction(bad).is_err(), "{bad:?}");
         }
     }
 

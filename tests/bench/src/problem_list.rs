@@ -145,6 +145,8 @@ mod tests {
             ("heads=0", "list.txt:1: \"heads=0\": the value must be at least 1"),
             ("exact", "list.txt:1: \"exact\": a setting is written name=value"),
             ("block_size=99999999999", "list.txt:1: \"block_size=99999999999\": the value must be at most"),
+            ("target_error=-1", "list.txt:1: \"target_error=-1\": the value must be a number of at least 0"),
+            ("method=refined first_keys=8", "list.txt:1: \"first_keys=8\": unknown setting; there are dtype"),
             ("versus n=64", "list.txt:1: \"versus\": there is no problem above"),
             ("n=64\nversus", "list.txt:2: \"versus\": at least one setting must differ"),
             ("n=64\nversus n=1,2", "list.txt:2: \"n=1,2\": a versus line takes one value"),

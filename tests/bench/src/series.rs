@@ -20,7 +20,7 @@ pub struct Series {
 /// Curves over the same axes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Family {
-    /// What all curves have in common.
+    /// What all curves have in common, or all to whose method it matters.
     pub common: String,
     /// May be empty.
     pub series: Vec<Series>,
@@ -32,9 +32,6 @@ const PLAIN: [&str; 7] = ["implementation", "isa", "method", "mask", "dtypes", "
 /// Settings that another's value says, too.
 const SAID: [&str; 5] = ["dtype_k", "dtype_v", "dtype_out", "heads_kv", "n_k"];
 
-/// Settings that exact attention does not look at.
-const ESTIMATOR: [&str; 4] = ["min_seq_len", "block_size", "sample_size", "residual"];
-
 /// Time in milliseconds over the number of keys.
 pub fn time_over_length(records: &[Record]) -> Family {
     family(records, &["n"], |record| Some((record.problem.shape.n_k as f64, record.time_ms.median)))
@@ -42,7 +39,7 @@ pub fn time_over_length(records: &[Record]) -> Family {
 
 /// Relative error over the keys that a query meets, where the estimator ran.
 pub fn error_over_budget(records: &[Record]) -> Family {
-    family(records, &["min_seq_len", "block_size", "sample_size"], |record| {
+    family(records, &["min_seq_len", "block_size", "sample_size", "budget"], |record| {
         let estimated = record.problem.params.method != Method::Exact;
         let error = record.accuracy.map(|accuracy| accuracy.error).filter(|&error| error > 0.0)?;
         (estimated && error.is_finite()).then_some((record.keys_per_query, error))
@@ -79,14 +76,13 @@ fn identity(record: &Record, ignored: &[&str]) -> Vec<(&'static str, String)> {
         "n_q" => ("n", problem.lengths()),
         _ => (name, problem.get(name)),
     }));
-    let exact = problem.params.method == Method::Exact;
-    let said = |name: &str| SAID.contains(&name) || exact && ESTIMATOR.contains(&name);
-    identity.retain(|(name, _)| !ignored.contains(name) && !said(name));
+    identity.retain(|(name, _)| !ignored.contains(name) && !SAID.contains(name) && problem.looks_at(name));
     identity
 }
 
 fn family(records: &[Record], ignored: &[&str], point: impl Fn(&Record) -> Option<(f64, f64)>) -> Family {
-    type Curve = (Vec<(&'static str, String)>, Vec<(f64, f64)>);
+    type Pair = (&'static str, String);
+    type Curve = (Vec<Pair>, Vec<(f64, f64)>);
     let mut curves: Vec<Curve> = Vec::new();
     for record in records {
         let Some(point) = point(record) else { continue };
@@ -101,16 +97,24 @@ fn family(records: &[Record], ignored: &[&str], point: impl Fn(&Record) -> Optio
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
 
-    let everywhere = |pair: &(&str, String)| curves.iter().all(|(identity, _)| identity.contains(pair));
-    let words = |identity: &[(&'static str, String)], common: bool| {
+    let agrees = |(name, value): &Pair, (other, its): &Pair| name != other || value == its;
+    let everywhere =
+        |pair: &Pair| curves.iter().all(|(identity, _)| identity.iter().all(|other| agrees(pair, other)));
+    let mut pairs: Vec<Pair> = Vec::new();
+    for pair in curves.iter().flat_map(|(identity, _)| identity) {
+        if !pairs.contains(pair) {
+            pairs.push(pair.clone());
+        }
+    }
+    let words = |identity: &[Pair], common: bool| {
         let chosen = identity.iter().filter(|pair| everywhere(pair) == common && !pair.1.is_empty());
-        let word = |(name, value): &(&str, String)| {
+        let word = |(name, value): &Pair| {
             if PLAIN.contains(name) { value.clone() } else { format!("{name}={value}") }
         };
         chosen.map(word).collect::<Vec<_>>().join(" ")
     };
     Family {
-        common: curves.first().map_or_else(String::new, |(identity, _)| words(identity, true)),
+        common: words(&pairs, true),
         series: curves
             .iter()
             .map(|(identity, points)| Series { label: words(identity, false), points: points.clone() })
@@ -161,6 +165,33 @@ mod tests {
         let family = error_over_budget(&records);
         assert_eq!(family.series.len(), 1);
         assert_eq!(family.series[0].points, [(128.0, 3.2e-7), (256.0, 3.2e-7)]);
+    }
+
+    #[test]
+    fn budgets_of_refined_are_one_curve_for_each_target() {
+        let mut records = Vec::new();
+        for target in ["0", "0.1"] {
+            for budget in ["128", "256"] {
+                let settings = [("method", "refined"), ("budget", budget), ("target_error", target)];
+                let mut estimated = record(&settings, 1.0);
+                estimated.keys_per_query = budget.parse().unwrap();
+                records.push(estimated);
+            }
+        }
+        let family = error_over_budget(&records);
+        let labels: Vec<&str> = family.series.iter().map(|series| series.label.as_str()).collect();
+        assert_eq!(labels, ["target_error=0", "target_error=0.1"]);
+        assert!(family.common.contains("refined") && !family.common.contains("block_size"));
+    }
+
+    #[test]
+    fn a_setting_of_one_value_is_said_once_though_some_curves_lack_it() {
+        let lengths =
+            ["1k", "2k"].map(|n| [record(&[("n", n)], 1.0), record(&[("n", n), ("method", "paper")], 1.0)]);
+        let family = time_over_length(&lengths.concat());
+        let labels: Vec<&str> = family.series.iter().map(|series| series.label.as_str()).collect();
+        assert_eq!(labels, ["exact", "paper"]);
+        assert!(family.common.contains("block_size=256"), "{}", family.common);
     }
 
     #[test]

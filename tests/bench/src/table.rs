@@ -12,7 +12,7 @@ pub fn width<'p>(problems: impl Iterator<Item = &'p Problem>) -> usize {
 /// The names of the columns.
 pub fn header(width: usize) -> String {
     format!(
-        "{:<width$} {:<18} {:>4} {:>10} {:>6} {:>8} {:>5} {:>7} {:>8} {:>8} {:>8} {:>8} {:>7}",
+        "{:<width$} {:<18} {:>4} {:>10} {:>6} {:>8} {:>5} {:>7} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7}",
         "problem",
         "by",
         "runs",
@@ -22,6 +22,7 @@ pub fn header(width: usize) -> String {
         "peak",
         "ratio",
         "keys/q",
+        "estimate",
         "error",
         "work MB",
         "added MB",
@@ -34,9 +35,10 @@ pub fn row(record: &Record, width: usize) -> String {
     let by = if record.isa.is_empty() { &record.implementation } else { &record.isa };
     let megabytes =
         |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 * 1e-6));
+    let exponential = |error: Option<f64>| error.map_or("-".into(), |error| format!("{error:.1e}"));
     let percent = |fraction: f64| format!("{:.0}%", 100.0 * fraction);
     format!(
-        "{:<width$} {by:<18} {:>4} {:>10} {:>6} {:>8.1} {:>5} {:>7} {:>8.1} {:>8} {:>8} {:>8} {:>7}",
+        "{:<width$} {by:<18} {:>4} {:>10} {:>6} {:>8.1} {:>5} {:>7} {:>8.1} {:>8} {:>8} {:>8} {:>8} {:>7}",
         record.problem.label(),
         record.runs,
         three_digits(record.time_ms.median),
@@ -45,7 +47,8 @@ pub fn row(record: &Record, width: usize) -> String {
         percent(record.fraction_of_peak),
         three_digits(record.ratio.median),
         record.keys_per_query,
-        record.accuracy.map_or("-".into(), |accuracy| format!("{:.1e}", accuracy.error)),
+        exponential(record.estimated_error),
+        exponential(record.accuracy.map(|accuracy| accuracy.error)),
         megabytes(record.memory.workspace_bytes),
         megabytes(record.memory.added_bytes),
         record.waiting.map_or("-".into(), percent)
@@ -89,6 +92,7 @@ mod tests {
             "905",
             "82%",
             "1.00",
+            "2.5e-7",
             "3.2e-7",
             "512.0",
         ] {

@@ -31,8 +31,8 @@ fn tolerance(dtype: &str) -> f64 {
     }
 }
 
-fn run(kernels: &'static Kernels) -> Vec<Record> {
-    let groups = problem_list::parse("list", LIST).expect("the list is legal");
+fn run(list: &str, kernels: &'static Kernels) -> Vec<Record> {
+    let groups = problem_list::parse("list", list).expect("the list is legal");
     let mut records = Vec::new();
     for (index, group) in groups.iter().enumerate() {
         let place = Place { list: "list", group: index + 1 };
@@ -69,7 +69,7 @@ fn check(record: &Record) {
 fn a_list_becomes_a_record_and_pictures() {
     let mut all = Vec::new();
     for kernels in Kernels::available() {
-        let records = run(kernels);
+        let records = run(LIST, kernels);
         assert_eq!(records.len(), 10);
         records.iter().for_each(check);
         let [paper, exact] = &records[6..8] else { panic!("ten records") };
@@ -91,6 +91,44 @@ fn a_list_becomes_a_record_and_pictures() {
     plot::draw(Kind::Time, "list: time", &family, &path).expect("the picture is drawn");
     assert!(std::fs::read_to_string(&path).expect("it was written").contains("slope"));
     std::fs::remove_file(&path).expect("it can be removed");
+}
+
+/// The same inputs estimated, computed exactly, and estimated with a target that only exact attention reaches.
+const REFINED: &str = "
+method=exact n=2k head_dim=16 heads=2
+versus method=refined min_seq_len=256 budget=128 target_error=0
+versus method=refined min_seq_len=256 budget=128 target_error=0.001
+versus method=auto min_seq_len=256 budget=128 target_error=0
+versus method=paper min_seq_len=256 block_size=64 sample_size=64
+";
+
+#[test]
+fn the_record_says_what_the_library_says_of_its_own_call() {
+    let records = run(REFINED, Kernels::detect(None));
+    let [exact, refined, raised, auto, paper] = &records[..] else { panic!("five records") };
+    for record in &records {
+        let error = record.accuracy.map(|accuracy| accuracy.error);
+        let keys = record.keys_per_query;
+        println!("{}: {keys} keys, error {error:?}, {:?}", record.problem.label(), record.estimated_error);
+    }
+    assert_eq!((exact.keys_per_query, exact.estimated_error), (2048.0, None));
+    // The budget is that of the call, and no head's was raised.
+    assert_eq!((refined.keys_per_query, paper.keys_per_query), (128.0, 128.0));
+    for estimated in [refined, paper] {
+        let (error, own) = (estimated.accuracy.expect("compared").error, estimated.estimated_error);
+        let ratio = own.expect("asked for") / error;
+        // From some hundred probe rows, the same in every run.
+        assert!((1.0 / 1.5..1.5).contains(&ratio), "{}: {own:?} for {error}", estimated.problem.label());
+        assert!(error > 0.05, "{error}");
+    }
+    // What was met, not what was asked for: all heads end up exact.
+    assert_eq!((raised.keys_per_query, raised.estimated_error), (2048.0, Some(0.0)));
+    assert!(raised.accuracy.expect("compared").error < tolerance("f32"));
+    // AUTO takes REFINED where queries see more than eight budgets.
+    assert_eq!(
+        (auto.keys_per_query, auto.estimated_error, auto.accuracy),
+        (refined.keys_per_query, refined.estimated_error, refined.accuracy)
+    );
 }
 
 #[test]
