@@ -28,14 +28,30 @@ pub(crate) fn exact_is_faster(
     paper_pairs(params, mask, problem, parts) >= MARGIN * exact_pairs(parts)
 }
 
-/// Queries must see more than this many times the budget on average before METHOD_AUTO takes METHOD_REFINED. Where
-/// every head turns out to need exact attention, finding that out costs 2 to 3 % of it there (measured with AVX-512 at 16
-/// and 32 thousand keys), and 4 to 5 % at half as many keys.
-const LEAST_VISIBLE_PER_BUDGET: f64 = 8.0;
+/// Queries must see more than this many times the budget on average before METHOD_AUTO takes METHOD_REFINED, whose
+/// keys cost about twice what exact attention's do.
+const LEAST_VISIBLE_PER_BUDGET: f64 = 4.0;
 
-/// Whether METHOD_REFINED is the faster choice, or hardly slower where it finds nothing to gain.
-pub(crate) fn refined_is_faster(params: &Params, problem: &Problem) -> bool {
-    problem.mean_visible_keys() > LEAST_VISIBLE_PER_BUDGET * f64::from(params.budget)
+/// What summarising, gathering and scoring one key costs before any query is computed, in (query, key) pairs; and what a
+/// probe row costs over its exact attention, for its estimate comes on top. Measured with AVX-512 on heads that
+/// need exact attention after all, n = 16 and 32 thousand.
+const SCREENING_PAIRS: f64 = 100.0;
+const PROBE_ROW_COST: f64 = 1.6;
+
+/// Part of exact attention's time that all this may take. With a target, every head may need exact attention after all
+/// and METHOD_AUTO must not lose 3 %: measured losses are up to twice this count.
+const MOST_SCREENING: f64 = 0.0125;
+const MOST_SCREENING_WITHOUT_TARGET: f64 = 0.25;
+
+/// Whether METHOD_REFINED is the faster choice, or hardly slower where it finds nothing to gain; `probe_rows` of
+/// each head are computed exactly to find out, none without a target.
+pub(crate) fn refined_is_faster(params: &Params, problem: &Problem, probe_rows: usize) -> bool {
+    let visible = problem.mean_visible_keys();
+    let keys = problem.n_k as f64 / problem.group as f64;
+    let screening = PROBE_ROW_COST * probe_rows as f64 * visible + SCREENING_PAIRS * keys;
+    let most = if probe_rows > 0 { MOST_SCREENING } else { MOST_SCREENING_WITHOUT_TARGET };
+    visible > LEAST_VISIBLE_PER_BUDGET * f64::from(params.budget)
+        && screening <= most * problem.n_q as f64 * visible
 }
 
 /// (query, key) pairs of one head.
@@ -211,7 +227,26 @@ mod tests {
     }
 
     #[test]
+    fn refining_pays_when_finding_out_costs_little() {
+        let choose = |mask, n_q, n_k, probe_rows| {
+            refined_is_faster(&Params::default(), &one_head(mask, n_q, n_k), probe_rows)
+        };
+        for (mask, shortest) in [(Mask::None, 16_384), (Mask::CausalBottomRight, 32_768)] {
+            let rows = if mask == Mask::None { 64 } else { 128 };
+            assert!(choose(mask, shortest, shortest, rows), "{mask:?}");
+            assert!(!choose(mask, shortest / 2, shortest / 2, rows), "{mask:?}");
+        }
+        // A chunk of queries against a long cache: its probe rows are too large a part of it.
+        assert!(!choose(Mask::CausalBottomRight, 8, 131_072, 8));
+        assert!(!choose(Mask::CausalBottomRight, 2048, 131_072, 64));
+        assert!(choose(Mask::CausalBottomRight, 32_768, 131_072, 64));
+        assert!(choose(Mask::CausalBottomRight, 8192, 8192 + 4096, 0));
+        assert!(!choose(Mask::CausalBottomRight, 64, 131_072, 0));
+    }
+
+    #[test]
     fn auto_counts_the_method_it_takes() {
+        assert_eq!(count(Method::Auto, Mask::None, [64, 65_536], 512), 65_536.0);
         assert_eq!(count(Method::Auto, Mask::None, [600, 600], 512), 600.0);
         assert_eq!(count(Method::Auto, Mask::None, [65_536, 65_536], 512), 1024.0);
     }

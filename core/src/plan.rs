@@ -58,7 +58,18 @@ impl Plan {
             dense_is_small && parts.square.is_none_or(|square| square.levels() == 0)
         };
         let budget = params.budget as usize;
+        let least_budget = if params.target_error > 0.0 {
+            (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget)
+        } else {
+            budget
+        };
         let refining_is_exact = problem.n_k <= params.min_seq_len.max(budget) || problem.n_q == 0;
+        let refines = || {
+            let probes =
+                (params.target_error > 0.0).then(|| Probes::new(params, &problem, budget, least_budget));
+            let probe_rows = probes.map_or(0, |probes| probes.rows_of_a_head());
+            cost::refined_is_faster(params, &problem, probe_rows)
+        };
         let run = match params.method {
             Method::Paper if !nothing_to_estimate => Run::Paper,
             Method::Refined if !refining_is_exact => Run::Refined,
@@ -68,13 +79,11 @@ impl Plan {
                     || cost::exact_is_faster(params, layouts.block_mask.as_ref(), &problem, &parts);
                 if exact { Run::Exact } else { Run::Paper }
             }
-            Method::Auto if !refining_is_exact && cost::refined_is_faster(params, &problem) => Run::Refined,
+            Method::Auto if !refining_is_exact && refines() => Run::Refined,
             _ => Run::Exact,
         };
         let target = run == Run::Refined && params.target_error > 0.0;
         let probed = target || (run != Run::Exact && layouts.error.is_some());
-        let least_budget =
-            if target { (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget) } else { budget };
         let mut most_budget = budget;
         while target && most_budget as f64 * 4.0 <= problem.mean_visible_keys() {
             most_budget *= 2;

@@ -124,7 +124,7 @@ fn the_record_says_what_the_library_says_of_its_own_call() {
     // What was met, not what was asked for: all heads end up exact.
     assert_eq!((raised.keys_per_query, raised.estimated_error), (2048.0, Some(0.0)));
     assert!(raised.accuracy.expect("compared").error < tolerance("f32"));
-    // AUTO takes REFINED where queries see more than eight budgets.
+    // AUTO takes REFINED where queries see many budgets.
     assert_eq!(
         (auto.keys_per_query, auto.estimated_error, auto.accuracy),
         (refined.keys_per_query, refined.estimated_error, refined.accuracy)

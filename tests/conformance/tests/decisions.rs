@@ -514,7 +514,7 @@ fn auto_is_one_of_the_others() {
         };
         let small = Params { min_seq_len: 2000, budget: 64, ..Params::default() };
         assert!(run(&small, Method::Auto, 2000) == run(&small, Method::Exact, 2000));
-        let little_to_gain = Params { min_seq_len: 0, budget: 300, target_error: 0.0, ..Params::default() };
+        let little_to_gain = Params { min_seq_len: 0, budget: 600, target_error: 0.0, ..Params::default() };
         assert!(run(&little_to_gain, Method::Auto, 2000) == run(&little_to_gain, Method::Exact, 2000));
         assert!(run(&little_to_gain, Method::Auto, 2000) != run(&little_to_gain, Method::Refined, 2000));
         let much_to_gain = Params { min_seq_len: 0, budget: 64, target_error: 0.0, ..Params::default() };
