@@ -36,11 +36,11 @@ const LEAST_VISIBLE_PER_BUDGET: f64 = 4.0;
 /// probe row costs over its exact attention, for its estimate comes on top. Measured with AVX-512 on heads that
 /// need exact attention after all, n = 16 and 32 thousand.
 const SCREENING_PAIRS: f64 = 100.0;
-const PROBE_ROW_COST: f64 = 1.6;
+const PROBE_ROW_COST: f64 = 2.0;
 
 /// Part of exact attention's time that all this may take. With a target, every head may need exact attention after all
 /// and METHOD_AUTO must not lose 3 %: measured losses are up to twice this count.
-const MOST_SCREENING: f64 = 0.0125;
+const MOST_SCREENING: f64 = 0.015;
 const MOST_SCREENING_WITHOUT_TARGET: f64 = 0.25;
 
 /// Whether METHOD_REFINED is the faster choice, or hardly slower where it finds nothing to gain; `probe_rows` of

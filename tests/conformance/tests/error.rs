@@ -38,10 +38,10 @@ fn exact_heads_have_none() {
     }
 }
 
-/// Of eight queries every one is a probe row, so the estimate is the truth up to the rounding of the exact rows.
+/// Of four queries every one is a probe row, so the estimate is the truth up to the rounding of the exact rows.
 #[test]
-fn with_eight_queries_the_estimate_is_the_error() {
-    let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..Shape::single(8, 700) };
+fn with_four_queries_the_estimate_is_the_error() {
+    let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..Shape::single(4, 700) };
     let inputs = Inputs::clustered(shape, 1410);
     for mask in [Mask::None, Mask::CausalBottomRight] {
         let exact =
