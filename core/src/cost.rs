@@ -40,7 +40,7 @@ const PROBE_ROW_COST: f64 = 2.0;
 
 /// Part of exact attention's time that all this may take. With a target, every head may need exact attention after all
 /// and METHOD_AUTO must not lose 3 %: measured losses are up to twice this count.
-const MOST_SCREENING: f64 = 0.015;
+const MOST_SCREENING: f64 = 0.0125;
 const MOST_SCREENING_WITHOUT_TARGET: f64 = 0.25;
 
 /// Whether METHOD_REFINED is the faster choice, or hardly slower where it finds nothing to gain; `probe_rows` of
@@ -231,7 +231,7 @@ mod tests {
         let choose = |mask, n_q, n_k, probe_rows| {
             refined_is_faster(&Params::default(), &one_head(mask, n_q, n_k), probe_rows)
         };
-        for (mask, shortest) in [(Mask::None, 16_384), (Mask::CausalBottomRight, 32_768)] {
+        for (mask, shortest) in [(Mask::None, 20_000), (Mask::CausalBottomRight, 40_000)] {
             let rows = if mask == Mask::None { 64 } else { 128 };
             assert!(choose(mask, shortest, shortest, rows), "{mask:?}");
             assert!(!choose(mask, shortest / 2, shortest / 2, rows), "{mask:?}");
