@@ -21,9 +21,11 @@ pub(crate) const ROWS: usize = 4;
 /// Tiles with probe rows in a head, at least and at most.
 const TILES: [usize; 2] = [16, 64];
 
-/// Part of the estimator's time that exact probe rows may cost, when a key that a query meets under the estimator takes,
-/// with all else, the time of 2.1 keys of exact attention.
-const COST: f64 = 0.03 * 2.1;
+/// Keys that probe rows may meet for each that the estimator meets.
+const KEYS_PER_KEY: f64 = 0.075;
+
+/// The part of the queries that may be probe rows: with all that is done for them they take 3 % of exact attention's time.
+const MOST: f64 = 0.02;
 
 /// The probe rows of a call: [`ROWS`] of each of some tiles of queries, which are drawn in equal parts of the sequence.
 #[derive(Debug, Clone, Copy)]
@@ -40,11 +42,12 @@ pub(crate) struct Probes {
 }
 
 impl Probes {
-    /// As many as cost [`COST`] of an estimator that meets `budget` keys, within [`TILES`], among the queries that see
-    /// more than `exact_keys` keys.
+    /// As many as [`KEYS_PER_KEY`] and [`MOST`] allow beside an estimator that meets `budget` keys, within [`TILES`], among the
+    /// queries that see more than `exact_keys` keys.
     pub(crate) fn new(params: &Params, problem: &Problem, budget: usize, exact_keys: usize) -> Self {
         let n_q = problem.n_q;
-        let affordable = COST * budget as f64 * n_q as f64 / problem.mean_visible_keys().max(1.0);
+        let share = KEYS_PER_KEY * budget as f64 / problem.mean_visible_keys().max(1.0);
+        let affordable = share.min(MOST) * n_q as f64;
         let tile_rows = query_tile(problem.n_k);
         let count = n_q.div_ceil(tile_rows);
         let last_row = |tile: usize| n_q.min((tile + 1) * tile_rows) - 1;
