@@ -34,7 +34,7 @@ use crate::workspace::{Shared, Sizes};
 ///   worked on together, which are as many as keep the two items above it within twice the bytes of k and v,
 ///   but at least one.
 ///
-/// - METHOD_REFINED: k and v packed as for exact parts, 1 / 32 of that for their means, 72 + value_dim numbers for
+/// - METHOD_REFINED: k and v packed as for exact parts, 1 / 26 of that for what stands for their blocks, 72 + value_dim numbers for
 ///   every probe row (at most 256 a head), and for every lane `256 head_dim + 33 budget` numbers, where the budget is the
 ///   largest that a head may get.
 ///

@@ -16,7 +16,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 from models import decoder, save_with_tokenizer  # noqa: E402
 
 import hyperattn  # noqa: E402
-from hyperattn.evaluate import fetch, needle, settings  # noqa: E402
+from hyperattn.evaluate import fetch, head_error, needle, settings  # noqa: E402
 from hyperattn.evaluate.__main__ import build_parser, main  # noqa: E402
 
 TOKENS = 400
@@ -237,3 +237,10 @@ def test_model_is_joined_and_checked(tmp_path, monkeypatch, capsys):
     assert converted == [b"GGUF"] and capsys.readouterr().out.strip().endswith("smollm2-135m")
     assert main(["model", "qwen2.5-coder-0.5b", "--cache", str(tmp_path / "cache")]) == 1
     assert "SHA-256" in capsys.readouterr().err and len(converted) == 1
+
+
+def test_estimates_agree_within_a_factor_or_within_rounding():
+    pairs = [(0.01, 0.014), (0.014, 0.01), (0.01, 0.016), (0.0, 8e-8), (0.0, 0.005), (1e-7, 5e-6)]
+    heads = [{"estimated_error": estimate, "true_error": true} for estimate, true in pairs]
+    assert head_error.summary(heads)["estimate_within_1.5x"] == 4 / 6
+    assert head_error.summary(heads, torch.bfloat16)["estimate_within_1.5x"] == 5 / 6

@@ -9,6 +9,8 @@ import hyperattn
 
 # An estimate is good when the true error is at most this factor away, either way.
 NEAR = 1.5
+# Below this an error in single precision is rounding, and any estimate as small is good.
+ROUNDING = 1e-5
 
 
 def relative_errors(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -26,12 +28,17 @@ def exact_output(
     return hyperattn.forward(q, k, v, method="exact", mask=mask, scale=scale, threads=threads, out=out)
 
 
-def summary(heads: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over rows with a true_error and perhaps an estimated_error: the table's columns."""
+def _agree(estimate: float, error: float, rounding: float) -> bool:
+    return max(estimate, error) <= max(NEAR * min(estimate, error), rounding)
+
+
+def summary(heads: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Over rows with a true_error and perhaps an estimated_error: the table's columns. `dtype` is the outputs'."""
+    rounding = max(ROUNDING, torch.finfo(dtype).eps)
     true = [head["true_error"] for head in heads]
     columns = {"error_mean": statistics.fmean(true), "error_median": statistics.median(true), "error_worst": max(true)}
     pairs = [(head["estimated_error"], head["true_error"]) for head in heads if "estimated_error" in head]
     if pairs:
-        near = sum(estimate <= NEAR * error and error <= NEAR * estimate for estimate, error in pairs)
+        near = sum(_agree(estimate, error, rounding) for estimate, error in pairs)
         columns[f"estimate_within_{NEAR}x"] = near / len(pairs)
     return columns

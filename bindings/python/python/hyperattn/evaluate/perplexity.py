@@ -101,7 +101,7 @@ def _measure(
     if chosen:
         row["layer_seconds"] = statistics.fmean(layer.seconds for layer in chosen)
     if heads:
-        row |= summary(heads)
+        row |= summary(heads, model.dtype)
     row["seconds"] = time.perf_counter() - started
     return row | {"seconds_by_layer": {layer.index: layer.seconds for layer in chosen}, "heads": heads}
 
