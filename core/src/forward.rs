@@ -34,9 +34,9 @@ use crate::workspace::{Shared, Sizes};
 ///   worked on together, which are as many as keep the two items above it within twice the bytes of k and v,
 ///   but at least one.
 ///
-/// - METHOD_REFINED: k and v packed as for exact parts, 1 / 26 of that for what stands for their blocks, 72 + value_dim numbers for
-///   every probe row (at most 256 a head), and for every lane `256 head_dim + 33 budget` numbers, where the budget is the
-///   largest that a head may get.
+/// - METHOD_REFINED: k and v packed as for exact parts, 1 / 26 of that for what stands for their blocks, `2 + 2 value_dim`
+///   numbers for every probe row (at most 256 a head), and for every lane `256 head_dim + 10 budget + n_k / 32` numbers,
+///   where the budget is the largest that a head may get.
 ///
 /// So but for METHOD_REFINED's lanes and probe rows, with n_q <= n_k never more than twice the bytes of k and v, some 16 bytes per row of each head, the lanes, and
 /// the rounding to whole vectors and tiles of 64 keys. Never quadratic in the sequence.
