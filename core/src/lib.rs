@@ -27,6 +27,7 @@ mod pass;
 mod plan;
 mod probe;
 mod problem;
+mod query_tiles;
 mod refine;
 mod refined;
 mod represent;

@@ -7,7 +7,7 @@ use crate::exact::PackedKeys;
 use crate::exec::{Executor, for_each_chunk};
 use crate::params::Params;
 use crate::problem::{MAX_HEAD_DIM, Problem};
-use crate::refine::query_tile;
+use crate::query_tiles::QueryTiles;
 use crate::represent::Representatives;
 use crate::rng::{Purpose, Stream, below};
 use crate::scratch::{Carver, Lanes};
@@ -33,8 +33,7 @@ pub(crate) struct Probes {
     seed: u64,
     offset: u64,
     n_q: usize,
-    /// Queries of a tile.
-    tile_rows: usize,
+    query_tiles: QueryTiles,
     /// Tiles before it are exact.
     first_tile: usize,
     /// Tiles with probe rows.
@@ -48,13 +47,13 @@ impl Probes {
         let n_q = problem.n_q;
         let share = KEYS_PER_KEY * budget as f64 / problem.mean_visible_keys().max(1.0);
         let affordable = share.min(MOST) * n_q as f64;
-        let tile_rows = query_tile(problem.n_k);
-        let count = n_q.div_ceil(tile_rows);
-        let last_row = |tile: usize| n_q.min((tile + 1) * tile_rows) - 1;
+        let query_tiles = QueryTiles::new(problem);
+        let count = query_tiles.count();
+        let last_row = |tile: usize| query_tiles.queries(tile).end - 1;
         let exact = (0..count).take_while(|&tile| problem.visible_keys(last_row(tile)) <= exact_keys).count();
         let first_tile = exact.min(count - 1);
         let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]).min(count - first_tile);
-        Probes { seed: params.seed, offset: params.offset, n_q, tile_rows, first_tile, tiles }
+        Probes { seed: params.seed, offset: params.offset, n_q, query_tiles, first_tile, tiles }
     }
 
     /// Probe rows of a head.
@@ -82,7 +81,7 @@ impl Probes {
 
     /// All queries over those that probe rows stand for.
     fn whole_over_probed(&self) -> f64 {
-        self.n_q as f64 / (self.n_q - self.first_tile * self.tile_rows) as f64
+        self.n_q as f64 / (self.n_q - self.query_tiles.queries(self.first_tile).start) as f64
     }
 
     /// A number in 0..len for probe tile `index` of `head`.
@@ -93,10 +92,9 @@ impl Probes {
 
     /// The queries of probe tile `index` of `head`.
     pub(crate) fn queries(&self, head: usize, index: usize) -> Range<usize> {
-        let tiles = self.n_q.div_ceil(self.tile_rows) - self.first_tile;
+        let tiles = self.query_tiles.count() - self.first_tile;
         let part = index * tiles / self.tiles..(index + 1) * tiles / self.tiles;
-        let tile = self.first_tile + part.start + self.draw(head, index, 0, part.len());
-        tile * self.tile_rows..self.n_q.min((tile + 1) * self.tile_rows)
+        self.query_tiles.queries(self.first_tile + part.start + self.draw(head, index, 0, part.len()))
     }
 }
 

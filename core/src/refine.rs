@@ -8,24 +8,15 @@ use core::ops::Range;
 
 use crate::params::{Mask, Params, Residual};
 use crate::problem::Problem;
+use crate::query_tiles::{LONG, QueryTiles};
 use crate::represent::{Representatives, rounded};
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, WEIGHING_QUERIES, prefetch};
 use crate::summary::{self, BLOCK};
 use crate::tile::{Call, KeyOrder, Part, Tile};
-use crate::tiling::TILE_ROWS;
 use crate::unmet::without;
 use crate::view::TensorRef;
-
-/// Queries that share a list of `n_k` keys. Selection costs a tile the more, the more keys there are; fewer queries
-/// are represented better.
-pub(crate) fn query_tile(n_k: usize) -> usize {
-    if n_k <= LONG { TILE_ROWS / 2 } else { TILE_ROWS }
-}
-
-/// Keys above which selection is made cheaper.
-const LONG: usize = 32_768;
 
 /// Keys are chosen among this many times as many, those of the heaviest blocks.
 fn candidates_per_key(n_k: usize) -> usize {
@@ -100,9 +91,9 @@ impl Choice<'_> {
 
 /// Keys and columns that a query meets on average when each meets `budget`.
 pub(crate) fn keys_per_query(params: &Params, problem: &Problem, budget: usize) -> f64 {
-    let rows = query_tile(problem.n_k);
-    let tiles = (0..problem.n_q).step_by(rows).map(|first| first..problem.n_q.min(first + rows));
-    let pairs: usize = tiles
+    let tiles = QueryTiles::new(problem);
+    let pairs: usize = (0..tiles.count())
+        .map(|index| tiles.queries(index))
         .map(|rows| {
             let visible: usize = rows.clone().map(|row| problem.visible_keys(row)).sum();
             match Frame::new(params, problem, &rows, budget) {

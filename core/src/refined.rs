@@ -6,7 +6,8 @@ use crate::exec::{Executor, for_each_chunk, for_each_item};
 use crate::pass::Pass;
 use crate::plan::Plan;
 use crate::probe::{self, Norms, Probed, Probes};
-use crate::refine::{self, Choice, HeadKeys, RefineScratch, query_tile};
+use crate::query_tiles::QueryTiles;
+use crate::refine::{self, Choice, HeadKeys, RefineScratch};
 use crate::scratch::{Carver, Lanes};
 use crate::select::Rectangle;
 use crate::summary;
@@ -125,15 +126,15 @@ fn attend(
     budgets: &[u32],
 ) -> Result<()> {
     let problem = &call.problem;
-    let tile_rows = query_tile(problem.n_k);
-    let tiles = problem.n_q.div_ceil(tile_rows);
+    let query_tiles = QueryTiles::new(problem);
+    let tiles = query_tiles.count();
     for_each_item(executor, lanes, tiles * problem.heads_q, &|scratch, item| {
         // Neighbouring tasks share keys; later rows see more of them under a causal mask: these come first.
         let (head, index) = (item / tiles, tiles - 1 - item % tiles);
         if budgets[head] == EXACT {
             return;
         }
-        let queries = index * tile_rows..problem.n_q.min((index + 1) * tile_rows);
+        let queries = query_tiles.queries(index);
         let mut carver = Carver::new(scratch);
         let mut tile = Tile::carve(call, &mut carver);
         let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);
