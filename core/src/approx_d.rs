@@ -88,7 +88,7 @@ pub(crate) fn estimate_row_sums(
     tile.swap_sums();
     let stream = uniform_stream(params.seed, params.offset, keys.kv_head);
     let columns = uniform_columns(stream, positions, params.sample_size as usize);
-    tile.attend_columns(keys, columns.filter(|column| !covered(column)), true, Part::Sum);
+    tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, true, Part::Sum);
     for r in 0..tile.rows() {
         tile.memory.cap[r] = tile.log2_sum(r);
     }

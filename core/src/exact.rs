@@ -133,7 +133,7 @@ pub(crate) fn pack<'p>(
         let (keys, values) = tile.split_at_mut(shape.keys_len());
         let packer = call.packer(batch);
         packer.pack_keys(&tensors.k, kv_head, &rows[..count], &mut scratch, keys);
-        packer.pack_values(&tensors.v, kv_head, &rows[..count], &mut scratch, values);
+        packer.pack_values(&tensors.v, kv_head, &rows[..count], None, &mut scratch, values);
     })?;
     Ok(PackedKeys { words: packed, first_kv_head, head_len, rectangle_len })
 }

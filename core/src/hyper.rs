@@ -162,7 +162,7 @@ fn estimate(
         Residual::Uniform => {
             let stream = uniform_stream(params.seed, params.offset, kv_head);
             let columns = uniform_columns(stream, positions, sample_size);
-            tile.attend_columns(keys, columns.filter(|column| !covered(column)), false, Part::Both);
+            tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, false, Part::Both);
         }
         Residual::RowNorm => {
             let prefix = (kv_head - prepared.heads.kv.start) * problem.n_k;
@@ -170,7 +170,7 @@ fn estimate(
             let stream = row_norm_stream(params.seed, params.offset, kv_head);
             approx_d::estimate_row_sums(tile, params, keys, positions.clone(), log2_tau_of, covered);
             let columns = row_norm_columns(stream, positions, sample_size, prefix);
-            tile.attend_columns(keys, columns.filter(|column| !covered(column)), false, Part::Values);
+            tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, false, Part::Values);
             approx_d::apply_row_sums(tile);
         }
     }

@@ -85,13 +85,16 @@ impl Packer<'_> {
     ) {
         let wide = &mut wide[..view.row_len()];
         view.read_row(self.kernels, self.batch, head, row, wide);
+        self.write_words(wide, to.iter_mut());
+    }
+
+    /// Writes elements, which are what packing makes of them, as words.
+    fn write_words<'w>(&self, elements: &[f32], to: impl Iterator<Item = &'w mut u32>) {
         match self.packing {
-            Packing::F32 => to.iter_mut().zip(wide).for_each(|(word, x)| *word = x.to_bits()),
-            Packing::Bf16Pairs => {
-                for (word, pair) in to.iter_mut().zip(wide.chunks(2)) {
-                    *word = bf16_pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
-                }
-            }
+            Packing::F32 => to.zip(elements).for_each(|(word, x)| *word = x.to_bits()),
+            Packing::Bf16Pairs => to.zip(elements.chunks(2)).for_each(|(word, pair)| {
+                *word = bf16_pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
+            }),
         }
     }
 
@@ -161,19 +164,29 @@ impl Packer<'_> {
         }
     }
 
-    /// Packs the values at `rows` (at most [`KEY_TILE`]) of `head` of `view`.
+    /// Packs `key`, whose elements are what packing makes of them, as number `slot` of a tile.
+    pub(crate) fn pack_key(&self, key: &[f32], slot: usize, to: &mut [u32]) {
+        let (depth, panel) = (self.packing.depth(), self.kernels.panel());
+        let first = slot / panel * panel * key.len().div_ceil(depth) + slot % panel;
+        self.write_words(key, to[first..].iter_mut().step_by(panel));
+    }
+
+    /// Packs the values at `rows` of `head` of `view`, and `extra` behind them: at most [`KEY_TILE`].
     pub(crate) fn pack_values(
         &self,
         view: &TensorRef<'_>,
         head: usize,
         rows: &[u32],
+        extra: Option<&[f32]>,
         scratch: &mut PackScratch<'_>,
         to: &mut [u32],
     ) {
         let (depth, width) = (self.packing.depth(), view.row_len());
         let slots = KEY_TILE / depth;
         let value = &mut scratch.value[..width];
-        for (slot, rows) in rows.chunks(depth).enumerate() {
+        let pairs = rows.chunks_exact(depth);
+        let odd = pairs.remainder().first();
+        for (slot, rows) in pairs.enumerate() {
             let row = rows[0] as usize;
             match self.packing {
                 Packing::F32 => match view.words(self.packing, self.batch, head, row) {
@@ -187,17 +200,40 @@ impl Packer<'_> {
                     let (first, second) = scratch.wide.split_at_mut(width);
                     let second = &mut second[..width];
                     view.read_row(self.kernels, self.batch, head, row, first);
-                    match rows.get(1) {
-                        Some(&row) => view.read_row(self.kernels, self.batch, head, row as usize, second),
-                        None => second.fill(0.0),
-                    }
-                    for (word, (a, b)) in value.iter_mut().zip(first.iter().zip(second)) {
-                        *word = bf16_pair(*a, *b);
-                    }
+                    view.read_row(self.kernels, self.batch, head, rows[1] as usize, second);
+                    write_pairs(first, second, value);
                 }
             }
             self.kernels.place(value, slot, slots, to);
         }
+        let (first, second) = scratch.wide.split_at_mut(width);
+        let second = &mut second[..width];
+        match (odd, extra) {
+            (None, None) => return,
+            (Some(&row), extra) => {
+                view.read_row(self.kernels, self.batch, head, row as usize, first);
+                match extra {
+                    Some(extra) => second.copy_from_slice(extra),
+                    None => second.fill(0.0),
+                }
+                write_pairs(first, second, value);
+            }
+            (None, Some(extra)) => match self.packing {
+                Packing::F32 => self.write_words(extra, value.iter_mut()),
+                Packing::Bf16Pairs => {
+                    second.fill(0.0);
+                    write_pairs(extra, second, value);
+                }
+            },
+        }
+        self.kernels.place(value, rows.len() / depth, slots, to);
+    }
+}
+
+/// Writes one column of the values of two keys a word.
+fn write_pairs(first: &[f32], second: &[f32], to: &mut [u32]) {
+    for (word, (a, b)) in to.iter_mut().zip(first.iter().zip(second)) {
+        *word = bf16_pair(*a, *b);
     }
 }
 

@@ -4,8 +4,10 @@
 //! the keys of the heaviest blocks one by one. The heaviest keys are met exactly; all others become one column,
 //! their weighted mean: the tangent of the logarithm of their sum at the representatives.
 
+use core::iter;
 use core::ops::Range;
 
+use crate::pack::PackedShape;
 use crate::params::{Mask, Params, Residual};
 use crate::problem::Problem;
 use crate::query_tiles::{LONG, QueryTiles};
@@ -13,8 +15,8 @@ use crate::represent::{Representatives, rounded};
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, WEIGHING_QUERIES, prefetch};
-use crate::summary::{self, BLOCK};
-use crate::tile::{Call, KeyOrder, Part, Tile};
+use crate::summary::{self, BLOCK, PackedSummaries};
+use crate::tile::{Call, ExtraColumn, KeyOrder, Part, Tile};
 use crate::unmet::without;
 use crate::view::TensorRef;
 
@@ -42,6 +44,18 @@ pub(crate) struct HeadKeys<'r> {
     pub(crate) packed_summaries: &'r [u32],
 }
 
+impl<'r> HeadKeys<'r> {
+    /// The packed keys of a block.
+    fn of_block(&self, shape: &PackedShape, block: usize) -> &'r [u32] {
+        &self.packed[block * shape.tile_len()..][..shape.keys_len()]
+    }
+}
+
+/// The tiles that hold `len` summaries: the number of each, and how many are in it.
+fn tiles_of(len: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..len.div_ceil(KEY_TILE)).map(move |index| (index, KEY_TILE.min(len - index * KEY_TILE)))
+}
+
 /// What a tile of queries meets.
 pub(crate) enum Choice<'s> {
     /// Every key that it sees.
@@ -54,8 +68,8 @@ pub(crate) enum Choice<'s> {
         near: usize,
         /// Keys between them, ascending.
         columns: &'s [u32],
-        /// What stands for the rest: key, value and base-2 log weight.
-        rest: Option<(&'s [f32], &'s [f32], f32)>,
+        /// What stands for the others.
+        rest: Option<ExtraColumn<'s>>,
     },
 }
 
@@ -67,15 +81,11 @@ impl Choice<'_> {
         match *self {
             Choice::Everything => tile.attend_visible(order, 0..n_k, Some(keys.packed)),
             Choice::Some { first, near, columns, rest } => {
-                tile.attend_visible(order, 0..first, Some(keys.packed));
                 let from = near / BLOCK * call.shape.tile_len();
                 tile.attend_visible(order, near..n_k, Some(&keys.packed[from..]));
-                let columns =
-                    columns.iter().map(|&position| Column { position: position as usize, log_weight: 0.0 });
-                tile.attend_columns(order, columns, false, Part::Both);
-                if let Some((key, value, log_weight)) = rest {
-                    tile.attend_column(key, value, log_weight);
-                }
+                let positions = (0..first).chain(columns.iter().map(|&position| position as usize));
+                let columns = positions.map(|position| Column { position, log_weight: 0.0 });
+                tile.attend_columns(order, columns, rest, false, Part::Both);
             }
         }
     }
@@ -202,25 +212,26 @@ pub(crate) fn choose<'s>(
     for ((start, total), count) in
         start.iter_mut().zip(totals).zip(representatives.counts).take(representatives.len)
     {
-        *start = total + crate::math::log2(queries / count);
-    }
-    let blocks = frame.first / BLOCK..frame.near / BLOCK;
-    let tiles = blocks.end.div_ceil(KEY_TILE);
-    let block_weights = &mut scratch.block_weights[..tiles * KEY_TILE];
-    let outlier_weights = &mut scratch.outlier_weights[..tiles * KEY_TILE];
-    for tile_index in 0..tiles {
-        let first = tile_index * KEY_TILE;
-        let count = KEY_TILE.min(blocks.end - first);
-        let packed = &keys.packed_summaries[tile_index * 2 * call.shape.keys_len()..];
-        let (packed_means, packed_outliers) = packed.split_at(call.shape.keys_len());
-        let (means, outliers) = (&mut block_weights[first..], &mut outlier_weights[first..]);
-        tile.weigh(representatives.packed, (packed_means, count), &start, means);
-        tile.weigh(representatives.packed, (packed_outliers, count), &start, outliers);
-        for (mean, outlier) in means.iter_mut().zip(outliers).take(count) {
-            *mean *= BLOCK as f32;
-            *outlier += *mean;
+        // One that may weigh no key has no share in anything.
+        if total > f32::NEG_INFINITY {
+            *start = total + crate::math::log2(queries / count);
         }
     }
+    let blocks = frame.first / BLOCK..frame.near / BLOCK;
+    for (index, count) in tiles_of(blocks.end) {
+        let summaries = PackedSummaries::new(keys.packed_summaries, call.shape.keys_len(), index);
+        let (means, outliers) = (
+            &mut scratch.block_weights[index * KEY_TILE..],
+            &mut scratch.outlier_weights[index * KEY_TILE..],
+        );
+        tile.weigh(representatives.packed, (summaries.means, count), &start, means);
+        tile.weigh(representatives.packed, (summaries.outliers, count), &start, outliers);
+        for ((mean, outlier), keys) in means.iter_mut().zip(outliers).zip(summaries.counts()) {
+            *mean *= keys;
+            *outlier = *outlier * keys.min(1.0) + *mean;
+        }
+    }
+    let (block_weights, outlier_weights) = (&mut *scratch.block_weights, &mut *scratch.outlier_weights);
     if !frame.first.is_multiple_of(BLOCK) {
         outlier_weights[blocks.start] = f32::MAX;
     }
@@ -238,8 +249,7 @@ pub(crate) fn choose<'s>(
         &scratch.candidates[..found]
     };
     let key_weights = &mut scratch.key_weights[..candidates.len() * BLOCK];
-    let packed_keys =
-        |block: u32| &keys.packed[block as usize * call.shape.tile_len()..][..call.shape.keys_len()];
+    let packed_keys = |block: u32| keys.of_block(&call.shape, block as usize);
     for (index, weights) in key_weights.chunks_mut(BLOCK).enumerate() {
         let block = candidates[index];
         if let Some(&next) = candidates.get(index + 1) {
@@ -277,9 +287,11 @@ pub(crate) fn choose<'s>(
         first: frame.first,
         near: frame.near,
         columns: &scratch.columns[..found],
-        rest: log_weight
-            .filter(|_| call.params.residual != Residual::None)
-            .map(|log_weight| (key, value, log_weight)),
+        rest: log_weight.filter(|_| call.params.residual != Residual::None).map(|log_weight| ExtraColumn {
+            key,
+            value,
+            log_weight,
+        }),
     }
 }
 
@@ -295,11 +307,16 @@ fn totals(
     tile.clear();
     (0..representatives.len).for_each(|row| tile.push(0, row, 0));
     tile.load_rows(&TensorRef::of_rows(representatives.means(), head_dim, 0..head_dim), 0);
-    tile.sum_packed(0..frame.first, (keys.packed, shape.tile_len()), 0.0);
-    let near = &keys.packed[frame.near / BLOCK * shape.tile_len()..];
-    tile.sum_packed(frame.near..frame.seen_by_all, (near, shape.tile_len()), 0.0);
-    let log_block = crate::math::log2(BLOCK as f32);
-    tile.sum_packed(0..frame.near / BLOCK, (keys.packed_summaries, 2 * shape.keys_len()), log_block);
+    for met in [0..frame.first, frame.near..frame.seen_by_all] {
+        for block in (met.start / BLOCK)..met.end.div_ceil(BLOCK) {
+            let count = (met.end - block * BLOCK).min(BLOCK);
+            tile.sum_keys(keys.of_block(shape, block), count, iter::repeat(0.0));
+        }
+    }
+    for (index, count) in tiles_of(frame.near / BLOCK) {
+        let summaries = PackedSummaries::new(keys.packed_summaries, shape.keys_len(), index);
+        tile.sum_keys(summaries.means, count, summaries.log2_counts());
+    }
     let totals = core::array::from_fn(|row| if row < representatives.len { tile.log2_sum(row) } else { 0.0 });
     tile.clear();
     totals

@@ -23,7 +23,7 @@ pub(crate) struct Representatives<'a> {
     pub(crate) counts: [f32; WEIGHING_QUERIES],
     /// How many there are.
     pub(crate) len: usize,
-    /// `[W][WEIGHING_QUERIES]`, see [`crate::simd::Weighing`].
+    /// `[W][WEIGHING_QUERIES]`, see [`crate::simd::Weighing`]; what is beyond the last repeats it.
     pub(crate) packed: &'a mut [u32],
     queries: &'a mut [f32],
     distances: &'a mut [f32],
@@ -129,9 +129,11 @@ impl<'a> Representatives<'a> {
         let head_dim = call.problem.head_dim;
         let means = &mut self.means[..self.len * head_dim];
         means.iter_mut().for_each(|x| *x = rounded(call, *x));
-        self.packed.fill(0);
+        let Some(last) = self.len.checked_sub(1) else { return };
         let scale = if call.shape.packing == Packing::F32 { call.problem.scale_log2 } else { 1.0 };
-        for (slot, mean) in means.chunks_exact(head_dim).enumerate() {
+        // Slots beyond the last repeat it: a query of zeros would make a NaN of a key that nobody may weigh.
+        for slot in 0..WEIGHING_QUERIES {
+            let mean = &means[slot.min(last) * head_dim..][..head_dim];
             for (word, elements) in mean.chunks(call.shape.packing.depth()).enumerate() {
                 self.packed[word * WEIGHING_QUERIES + slot] = match call.shape.packing {
                     Packing::F32 => (elements[0] * scale).to_bits(),

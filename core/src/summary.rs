@@ -1,5 +1,5 @@
-//! Summaries of blocks of neighbouring keys: the means of their keys and values, and the key farthest from the mean,
-//! which may be heavy where the mean is not.
+//! Summaries of blocks of neighbouring keys: the means of their keys and values, the key farthest from the mean,
+//! which may be heavy where the mean is not, and how many keys that is about.
 
 use core::ops::Range;
 
@@ -16,9 +16,22 @@ use crate::view::TensorRef;
 /// Keys in a block: those of a packed tile.
 pub(crate) const BLOCK: usize = KEY_TILE;
 
-/// Numbers of the summary of a block: mean key, mean value, outlier.
+/// Summaries begin at multiples of this, those of a cache line.
+const ALIGNED: usize = 16;
+
+/// Numbers of the summary of a block: mean key, mean value, outlier, the count of keys, padding.
 pub(crate) fn width(problem: &Problem) -> usize {
-    2 * problem.head_dim + problem.value_dim
+    (count_at(problem) + 1).next_multiple_of(ALIGNED)
+}
+
+/// Place of the count of keys in a summary.
+fn count_at(problem: &Problem) -> usize {
+    outlier_at(problem) + problem.head_dim
+}
+
+/// Place of the outlier in a summary.
+fn outlier_at(problem: &Problem) -> usize {
+    problem.head_dim + problem.value_dim
 }
 
 /// Numbers of the summaries of one KV head, `[blocks][width]`.
@@ -26,10 +39,46 @@ pub(crate) fn summaries_len(problem: &Problem) -> usize {
     problem.n_k.div_ceil(BLOCK) * width(problem)
 }
 
-/// Words of the packed summaries of one KV head: tiles of mean keys, each followed by one of the outliers of the same
-/// blocks.
+/// Words of one tile of packed summaries.
+pub(crate) fn packed_tile_len(keys_len: usize) -> usize {
+    2 * keys_len + 2 * KEY_TILE
+}
+
+/// Words of the packed summaries of one KV head.
 pub(crate) fn packed_len(problem: &Problem, keys_len: usize) -> usize {
-    problem.n_k.div_ceil(BLOCK).div_ceil(KEY_TILE) * 2 * keys_len
+    problem.n_k.div_ceil(BLOCK).div_ceil(KEY_TILE) * packed_tile_len(keys_len)
+}
+
+/// A tile of packed summaries.
+pub(crate) struct PackedSummaries<'p> {
+    /// Mean keys, packed.
+    pub(crate) means: &'p [u32],
+    /// Outliers, packed.
+    pub(crate) outliers: &'p [u32],
+    /// Bits of the counts of keys, and of their base-2 logarithms.
+    counts: &'p [u32],
+    log2_counts: &'p [u32],
+}
+
+impl<'p> PackedSummaries<'p> {
+    /// Tile `index` of a head's.
+    pub(crate) fn new(packed: &'p [u32], keys_len: usize, index: usize) -> Self {
+        let tile = &packed[index * packed_tile_len(keys_len)..][..packed_tile_len(keys_len)];
+        let (means, rest) = tile.split_at(keys_len);
+        let (outliers, rest) = rest.split_at(keys_len);
+        let (counts, log2_counts) = rest.split_at(KEY_TILE);
+        PackedSummaries { means, outliers, counts, log2_counts }
+    }
+
+    /// Keys of each block.
+    pub(crate) fn counts(&self) -> impl Iterator<Item = f32> {
+        self.counts.iter().map(|&bits| f32::from_bits(bits))
+    }
+
+    /// Their base-2 logarithms, -inf for a block without any.
+    pub(crate) fn log2_counts(&self) -> impl Iterator<Item = f32> + Clone {
+        self.log2_counts.iter().map(|&bits| f32::from_bits(bits))
+    }
 }
 
 /// Scratch of the summary of one block.
@@ -61,7 +110,8 @@ pub(crate) fn summarise(
         let (kv_head, block) = (index / blocks, index % blocks);
         let SummaryScratch { keys, value } = SummaryScratch::carve(problem, &mut Carver::new(scratch));
         summary.fill(0.0);
-        let (mean, outlier) = summary.split_at_mut(head_dim + problem.value_dim);
+        let (mean, rest) = summary.split_at_mut(outlier_at(problem));
+        let (outlier, rest) = rest.split_at_mut(head_dim);
         let mut count = 0;
         for position in block * BLOCK..problem.n_k.min((block + 1) * BLOCK) {
             let key = &mut keys[count * head_dim..][..head_dim];
@@ -75,6 +125,7 @@ pub(crate) fn summarise(
         if count == 0 {
             return;
         }
+        rest[0] = count as f32;
         mean.iter_mut().for_each(|x| *x /= count as f32);
         let mut distances = [0.0; BLOCK];
         call.kernels.squared_distances(&keys[..count * head_dim], &mean[..head_dim], &mut distances[..count]);
@@ -94,7 +145,7 @@ fn add(mean: &mut [f32], key: &[f32], value: &[f32]) {
     mean_value.iter_mut().zip(value).for_each(|(sum, x)| *sum += x);
 }
 
-/// Packs the mean keys and the outliers of the KV heads `kv_heads`, see [`packed_len`].
+/// Packs the summaries of the KV heads `kv_heads`, see [`PackedSummaries`].
 pub(crate) fn pack(
     call: &Call<'_>,
     executor: &dyn Executor,
@@ -105,17 +156,25 @@ pub(crate) fn pack(
 ) -> Result<()> {
     let (shape, problem) = (&call.shape, &call.problem);
     let (width, blocks) = (width(problem), problem.n_k.div_ceil(BLOCK));
-    let tiles = 2 * blocks.div_ceil(KEY_TILE);
-    let packed = &mut packed[..kv_heads.len() * tiles * shape.keys_len()];
-    for_each_chunk(executor, lanes, packed, shape.keys_len(), &|scratch, index, tile| {
+    let tiles = blocks.div_ceil(KEY_TILE);
+    let tile_len = packed_tile_len(shape.keys_len());
+    let packed = &mut packed[..kv_heads.len() * tiles * tile_len];
+    for_each_chunk(executor, lanes, packed, tile_len, &|scratch, index, tile| {
         let of_head = &summaries[index / tiles * blocks * width..][..blocks * width];
-        let columns =
-            if index.is_multiple_of(2) { 0..problem.head_dim } else { width - problem.head_dim..width };
-        let view = TensorRef::of_rows(of_head, width, columns);
-        let first = index % tiles / 2 * KEY_TILE;
+        let first = index % tiles * KEY_TILE;
         let rows: [u32; KEY_TILE] = core::array::from_fn(|slot| (first + slot) as u32);
         let count = KEY_TILE.min(blocks - first);
         let mut scratch = PackScratch::carve(call.kernels, problem, &mut Carver::new(scratch));
-        call.packer(0).pack_keys(&view, 0, &rows[..count], &mut scratch, tile);
+        let (keys, counts) = tile.split_at_mut(2 * shape.keys_len());
+        for (start, to) in [0, outlier_at(problem)].into_iter().zip(keys.chunks_mut(shape.keys_len())) {
+            let view = TensorRef::of_rows(of_head, width, start..start + problem.head_dim);
+            call.packer(0).pack_keys(&view, 0, &rows[..count], &mut scratch, to);
+        }
+        let (counts, log2_counts) = counts.split_at_mut(KEY_TILE);
+        for (slot, (count, log2_count)) in counts.iter_mut().zip(log2_counts).enumerate() {
+            let keys = of_head.get((first + slot) * width + count_at(problem)).copied().unwrap_or(0.0);
+            let log2 = if keys > 0.0 { crate::math::log2(keys) } else { f32::NEG_INFINITY };
+            (*count, *log2_count) = (keys.to_bits(), log2.to_bits());
+        }
     })
 }

@@ -47,6 +47,15 @@ impl KeyOrder<'_> {
     }
 }
 
+/// A column of the estimator that is in no tensor.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExtraColumn<'a> {
+    pub(crate) key: &'a [f32],
+    pub(crate) value: &'a [f32],
+    /// Base-2 log of the weight.
+    pub(crate) log_weight: f32,
+}
+
 /// What a run of keys contributes to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -215,13 +224,18 @@ impl<'a> Tile<'a> {
         memory.accumulated[..rows * shape.value_dim].fill(0.0);
     }
 
-    /// Packs the keys and values at `rows` (at most a tile) into the tile's own memory.
-    fn pack(&mut self, keys: KeyOrder<'_>, rows: &[u32], part: Part) {
+    /// Packs the keys and values at `rows` into the tile's own memory, and those of `extra` behind them: at most a
+    /// tile in all.
+    fn pack(&mut self, keys: KeyOrder<'_>, rows: &[u32], extra: Option<ExtraColumn<'_>>, part: Part) {
         let (packer, memory) = (self.call.packer(keys.batch), &mut self.memory);
         let tensors = self.call.tensors;
         packer.pack_keys(&tensors.k, keys.kv_head, rows, &mut memory.pack, memory.keys);
+        if let Some(extra) = extra {
+            packer.pack_key(extra.key, rows.len(), memory.keys);
+        }
         if part != Part::Sum {
-            packer.pack_values(&tensors.v, keys.kv_head, rows, &mut memory.pack, memory.values);
+            let extra = extra.map(|extra| extra.value);
+            packer.pack_values(&tensors.v, keys.kv_head, rows, extra, &mut memory.pack, memory.values);
         }
     }
 
@@ -281,7 +295,7 @@ impl<'a> Tile<'a> {
             for (slot, row) in rows[..count].iter_mut().enumerate() {
                 *row = keys.row(first + slot) as u32;
             }
-            self.pack(keys, &rows[..count], part);
+            self.pack(keys, &rows[..count], None, part);
             let next = first + count..positions.end.min(first + count + KEY_TILE);
             self.prefetch(keys, next.map(|position| keys.row(position)), part);
             self.step(None, count, options);
@@ -325,7 +339,7 @@ impl<'a> Tile<'a> {
                 for (slot, row) in rows[..count].iter_mut().enumerate() {
                     *row = (first + slot) as u32;
                 }
-                self.pack(keys, &rows[..count], Part::Both);
+                self.pack(keys, &rows[..count], None, Part::Both);
             }
             // A tile that every row sees needs no limits.
             let limited_from = (least < first + count).then_some(first);
@@ -335,19 +349,28 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// Adds the packed keys at `positions` to every row's sum, with `shift` added to their logits. The first of them
-    /// begins the tiles, each of which is `tile_len` words after the one before and begins with its keys.
-    pub(crate) fn sum_packed(
+    /// Adds the first `key_count` keys of a packed tile to every row's sum, with `log_weights` added to their logits.
+    pub(crate) fn sum_keys(
         &mut self,
-        positions: Range<usize>,
-        (tiles, tile_len): (&[u32], usize),
-        shift: f32,
+        keys: &[u32],
+        key_count: usize,
+        log_weights: impl Iterator<Item = f32> + Clone,
     ) {
-        let options =
-            StepOptions { limited_from: None, shift, weighted: false, capped: false, part: Part::Sum };
-        for (first, tile) in positions.clone().step_by(KEY_TILE).zip(tiles.chunks(tile_len)) {
-            self.step(Some(tile), KEY_TILE.min(positions.end - first), options);
+        let (shift, weighted) = self.set_log_weights(log_weights.take(key_count));
+        let options = StepOptions { limited_from: None, shift, weighted, capped: false, part: Part::Sum };
+        self.step(Some(keys), key_count, options);
+    }
+
+    /// Prepares the weights of the next step's keys: returns its shift, and whether each key has a weight of its own
+    /// besides. One weight for all is cheaper than one for each.
+    fn set_log_weights(&mut self, mut log_weights: impl Iterator<Item = f32> + Clone) -> (f32, bool) {
+        let mut rest = log_weights.clone();
+        let first = rest.next().unwrap_or(0.0);
+        if rest.all(|log_weight| log_weight == first) {
+            return (first, false);
         }
+        self.memory.log_weight.fill_with(|| log_weights.next().unwrap_or(0.0));
+        (0.0, true)
     }
 
     /// How much weight the packed queries give to each of some packed keys, see [`Weighing`].
@@ -372,32 +395,12 @@ impl<'a> Tile<'a> {
         });
     }
 
-    /// Attends to one key that is in no tensor, with `log_weight` added to its logit.
-    pub(crate) fn attend_column(&mut self, key: &[f32], value: &[f32], log_weight: f32) {
-        let (packer, memory) = (self.call.packer(0), &mut self.memory);
-        packer.pack_keys(
-            &TensorRef::of_rows(key, key.len(), 0..key.len()),
-            0,
-            &[0],
-            &mut memory.pack,
-            memory.keys,
-        );
-        packer.pack_values(
-            &TensorRef::of_rows(value, value.len(), 0..value.len()),
-            0,
-            &[0],
-            &mut memory.pack,
-            memory.values,
-        );
-        let (weighted, capped, part) = (false, false, Part::Both);
-        self.step(None, 1, StepOptions { limited_from: None, shift: log_weight, weighted, capped, part });
-    }
-
-    /// Attends to weighted columns in the same online softmax.
+    /// Attends to weighted columns in the same online softmax, the last of which may be `extra`, in no tensor.
     pub(crate) fn attend_columns(
         &mut self,
         keys: KeyOrder<'_>,
         columns: impl Iterator<Item = Column>,
+        mut extra: Option<ExtraColumn<'_>>,
         capped: bool,
         part: Part,
     ) {
@@ -413,16 +416,17 @@ impl<'a> Tile<'a> {
         let mut tile = [(0, 0.0); KEY_TILE];
         let mut next = tile;
         let mut count = take(&mut tile);
-        while count > 0 {
+        while count > 0 || extra.is_some() {
             let rows = tile.map(|(row, _)| row);
-            self.pack(keys, &rows[..count], part);
-            // One weight for all is cheaper than one for each.
-            let first = tile[0].1;
-            let weighted = tile[..count].iter().any(|&(_, log_weight)| log_weight != first);
-            let shift = if weighted { 0.0 } else { first };
-            for (to, (_, log_weight)) in self.memory.log_weight.iter_mut().zip(tile) {
-                *to = log_weight;
+            // A tile that is not full is the last.
+            let extra = if count < KEY_TILE { extra.take() } else { None };
+            self.pack(keys, &rows[..count], extra, part);
+            if let (Some(extra), Some(slot)) = (extra, tile.get_mut(count)) {
+                slot.1 = extra.log_weight;
+                count += 1;
             }
+            let (shift, weighted) =
+                self.set_log_weights(tile[..count].iter().map(|&(_, log_weight)| log_weight));
             let next_count = take(&mut next);
             self.prefetch(keys, next[..next_count].iter().map(|&(row, _)| row as usize), part);
             self.step(None, count, StepOptions { limited_from: None, shift, weighted, capped, part });

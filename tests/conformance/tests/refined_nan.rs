@@ -146,15 +146,15 @@ fn a_key_or_value_that_is_not_finite_stays_with_the_rows_that_see_it() {
     }
 }
 
-/// Hides keys from every query: a logit of -inf.
-fn hide(inputs: &mut Inputs, hidden: impl Fn(usize) -> bool) {
+/// Hides keys from every query: their logits fall by 3/8 of `by`.
+fn hide(inputs: &mut Inputs, hidden: impl Fn(usize) -> bool, by: f32) {
     let n_k = inputs.shape.n_k;
     inputs.q.chunks_mut(D).for_each(|row| row[3] = 1.5);
     let keys = inputs.k.chunks_mut(D).enumerate().filter(|(key, _)| hidden(key % n_k));
-    keys.for_each(|(_, row)| row[3] = f32::NEG_INFINITY);
+    keys.for_each(|(_, row)| row[3] = -by);
 }
 
-/// Keys that nobody may weigh give no NaN and leave the error what it is without them, or little more.
+/// Keys that nobody may weigh give no NaN, and cost no more accuracy than keys that nobody weighs.
 fn assert_hidden_keys_do_not_matter(what: &str, hidden: impl Fn(usize) -> bool) {
     let clean = topics(shape(N, N), 2230);
     let mut diffuse = Inputs::normal(shape(N, N), 2231);
@@ -162,19 +162,22 @@ fn assert_hidden_keys_do_not_matter(what: &str, hidden: impl Fn(usize) -> bool) 
     diffuse.v.iter_mut().for_each(|x| *x += 1.0);
     for (mask, clean) in MASKS.into_iter().flat_map(|mask| [(mask, &clean), (mask, &diffuse)]) {
         let params = refined(mask, 0.0);
-        let mut dirty = clean.clone();
-        hide(&mut dirty, &hidden);
-        let problems = [clean, &dirty].map(|inputs| (inputs, exact_output(&params, inputs)));
-        let worst_error = |(inputs, truth): &(&Inputs, Output), kernels| {
+        let problems = [200.0, f32::INFINITY].map(|by| {
+            let mut inputs = clean.clone();
+            hide(&mut inputs, &hidden, by);
+            let truth = exact_output(&params, &inputs);
+            (inputs, truth)
+        });
+        let worst_error = |(inputs, truth): &(Inputs, Output), kernels| {
             let outcome = Setup::new(kernels, &params, inputs).run();
             assert!(outcome.out.iter().chain(&outcome.lse).all(|x| !x.is_nan()), "{what}, {params:?}");
             let errors = head_errors(&outcome.out, &truth.out, &inputs.shape);
             errors.into_iter().fold(0.0, f64::max)
         };
         for_each_table(|kernels| {
-            let [before, after] = [0, 1].map(|index| worst_error(&problems[index], kernels));
-            println!("{what}, {mask:?}: worst error {after:.3}, without them {before:.3}");
-            assert!(after <= 1.3 * before, "{what}, {mask:?}: error {after:.3}, not {before:.3}");
+            let [unwanted, hidden] = [0, 1].map(|index| worst_error(&problems[index], kernels));
+            println!("{what}, {mask:?}: worst error {hidden:.3}, of unwanted keys {unwanted:.3}");
+            assert!(hidden <= 1.1 * unwanted, "{what}, {mask:?}: error {hidden:.3}, not {unwanted:.3}");
         });
     }
 }
@@ -186,17 +189,15 @@ fn scattered_hidden_keys_do_not_matter() {
 
 /// As a padded prompt has them.
 #[test]
-#[ignore = "a block without a finite key counts as 64 keys of logit 0 and value 0"]
 fn long_runs_of_hidden_keys_do_not_matter() {
     assert_hidden_keys_do_not_matter("a run hidden", |key| (100..400).contains(&key));
 }
 
 /// Nothing to weigh is nothing: output 0 and lse -inf, as in exact attention.
 #[test]
-#[ignore = "a block without a finite key counts as 64 keys of logit 0 and value 0"]
 fn rows_that_may_weigh_no_key_are_empty() {
     let mut inputs = Inputs::normal(shape(N, N), 2240);
-    hide(&mut inputs, |_| true);
+    hide(&mut inputs, |_| true, f32::INFINITY);
     for (mask, target_error) in MASKS.into_iter().flat_map(|mask| [(mask, 0.0), (mask, 0.05)]) {
         let params = refined(mask, target_error);
         for_each_table(|kernels| {
