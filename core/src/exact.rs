@@ -23,19 +23,26 @@ pub(crate) fn packed_tiles(heads: &HeadSet, count: usize, queries: usize, keys: 
     if shared { count.saturating_mul(keys.div_ceil(KEY_TILE)) } else { 0 }
 }
 
-/// Packed keys and values: `[KV heads][rectangles][tiles]`.
+/// Packed keys, perhaps with their values: `[KV heads][rectangles][tiles]`.
 #[derive(Clone, Copy)]
 pub(crate) struct PackedKeys<'p> {
     words: &'p [u32],
     first_kv_head: usize,
     head_len: usize,
     rectangle_len: usize,
+    /// Whether values are in the tiles too.
+    pub(crate) values: bool,
 }
 
 impl<'p> PackedKeys<'p> {
     /// The tiles of rectangle `index`.
     pub(crate) fn tiles(&self, kv_head: usize, index: usize) -> &'p [u32] {
         &self.words[(kv_head - self.first_kv_head) * self.head_len + index * self.rectangle_len..]
+    }
+
+    /// [`Self::tiles`] where there are values in them.
+    pub(crate) fn whole_tiles(&self, kv_head: usize, index: usize) -> Option<&'p [u32]> {
+        self.values.then(|| self.tiles(kv_head, index))
     }
 }
 
@@ -55,7 +62,7 @@ pub(crate) fn run_pass(
     let head_len =
         packed_tiles(heads, pass.count, pass.most_queries(), pass.most_keys()) * call.shape.tile_len();
     let packed = if head_len > 0 && packed.len() >= head_len * heads.kv.len() && batches.len() == 1 {
-        Some(pack(call, executor, lanes, (batches.start, heads.kv.clone()), pass, packed)?)
+        Some(pack(call, executor, lanes, (batches.start, heads.kv.clone()), pass, (packed, true))?)
     } else {
         None
     };
@@ -99,27 +106,29 @@ pub(crate) fn attend(
         }
         tile.load_queries(batch);
         pass.resume(&mut tile);
-        let packed = packed.map(|packed| packed.tiles(kv_head, index));
+        let packed = packed.and_then(|packed| packed.whole_tiles(kv_head, index));
         tile.attend_visible(KeyOrder { batch, kv_head, order: None }, rectangle.keys, packed);
         pass.complete(&mut tile, batch);
     })
 }
 
-/// Packs the keys and values that the rectangles of `pass` meet, for `kv_heads` of one batch item.
+/// Packs the keys, and the values if they are wanted, that the rectangles of `pass` meet, for `kv_heads` of one batch
+/// item.
 pub(crate) fn pack<'p>(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
     (batch, kv_heads): (usize, Range<usize>),
     pass: &Pass<'_>,
-    packed: &'p mut [u32],
+    (packed, values): (&'p mut [u32], bool),
 ) -> Result<PackedKeys<'p>> {
     let (shape, problem, tensors) = (&call.shape, &call.problem, call.tensors);
     let tiles = pass.most_keys().div_ceil(KEY_TILE);
-    let (rectangle_len, first_kv_head) = (tiles * shape.tile_len(), kv_heads.start);
+    let tile_len = shape.len_of(values);
+    let (rectangle_len, first_kv_head) = (tiles * tile_len, kv_heads.start);
     let head_len = rectangle_len * pass.count;
     let packed = &mut packed[..head_len * kv_heads.len()];
-    for_each_chunk(executor, lanes, &mut *packed, shape.tile_len(), &|scratch, index, tile| {
+    for_each_chunk(executor, lanes, &mut *packed, tile_len, &|scratch, index, tile| {
         let kv_head = first_kv_head + index / (tiles * pass.count);
         let index = index % (tiles * pass.count);
         let Some(rectangle) = (pass.rectangle)(index / tiles) else { return };
@@ -130,10 +139,12 @@ pub(crate) fn pack<'p>(
         let count = KEY_TILE.min(rectangle.keys.end - start);
         let rows: [u32; KEY_TILE] = core::array::from_fn(|slot| (start + slot) as u32);
         let mut scratch = PackScratch::carve(call.kernels, problem, &mut Carver::new(scratch));
-        let (keys, values) = tile.split_at_mut(shape.keys_len());
+        let (keys, packed_values) = tile.split_at_mut(shape.keys_len());
         let packer = call.packer(batch);
         packer.pack_keys(&tensors.k, kv_head, &rows[..count], &mut scratch, keys);
-        packer.pack_values(&tensors.v, kv_head, &rows[..count], None, &mut scratch, values);
+        if values {
+            packer.pack_values(&tensors.v, kv_head, &rows[..count], None, &mut scratch, packed_values);
+        }
     })?;
-    Ok(PackedKeys { words: packed, first_kv_head, head_len, rectangle_len })
+    Ok(PackedKeys { words: packed, first_kv_head, head_len, rectangle_len, values })
 }

@@ -39,6 +39,11 @@ impl PackedShape {
     pub(crate) fn tile_len(&self) -> usize {
         self.keys_len() + self.values_len()
     }
+
+    /// Words of a packed tile, which may lack the values.
+    pub(crate) fn len_of(&self, values: bool) -> usize {
+        if values { self.tile_len() } else { self.keys_len() }
+    }
 }
 
 /// Rows that any table packs at once, at most.

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::exact;
 use crate::hyper;
 use crate::pack::PackedShape;
-use crate::params::{Method, Params, Residual};
+use crate::params::{Mask, Method, Params, Residual};
 use crate::probe::Probes;
 use crate::problem::{Layouts, Problem};
 use crate::simd::{KEY_TILE, Kernels};
@@ -38,6 +38,8 @@ pub(crate) struct Plan {
     pub(crate) heads_at_once: usize,
     /// Tiles of packed keys of one KV head that tasks share.
     pub(crate) packed_tiles: usize,
+    /// Whether values are in them too.
+    pub(crate) packs_values: bool,
     /// Rows that are computed exactly besides, to estimate errors.
     pub(crate) probes: Option<Probes>,
     /// The smallest and the largest budget that METHOD_REFINED may give to a head.
@@ -95,6 +97,8 @@ impl Plan {
             row_norm: hyper::effective_residual(params) == Residual::RowNorm,
             heads_at_once: problem.heads_q,
             packed_tiles: 0,
+            // Without a band and without exact heads nearly all values are read where they are.
+            packs_values: run != Run::Refined || target || params.mask != Mask::None,
             probes: probed.then(|| {
                 let exact_keys = if run == Run::Refined { least_budget } else { 0 };
                 Probes::new(params, &problem, budget, exact_keys)

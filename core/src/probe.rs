@@ -192,7 +192,11 @@ pub(crate) fn attend(
             }
             tile.load_queries(batch);
             let order = KeyOrder { batch, kv_head, order: None };
-            tile.attend_visible(order, 0..problem.n_k, packed.map(|packed| packed.tiles(kv_head, 0)));
+            tile.attend_visible(
+                order,
+                0..problem.n_k,
+                packed.and_then(|packed| packed.whole_tiles(kv_head, 0)),
+            );
             tile.finish_into(&mut to[done * value_dim..(done + count) * value_dim]);
             done += count;
         }

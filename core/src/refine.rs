@@ -36,8 +36,10 @@ const LEAST_CHOSEN: usize = 8;
 pub(crate) struct HeadKeys<'r> {
     pub(crate) batch: usize,
     pub(crate) kv_head: usize,
-    /// Packed tiles of keys and values, one for each block.
+    /// Packed tiles of keys, one for each block.
     pub(crate) packed: &'r [u32],
+    /// Whether values are in the tiles too.
+    pub(crate) values: bool,
     /// One of each block, [`crate::summary`].
     pub(crate) summaries: &'r [f32],
     /// Packed tiles of their mean keys and outliers.
@@ -47,7 +49,12 @@ pub(crate) struct HeadKeys<'r> {
 impl<'r> HeadKeys<'r> {
     /// The packed keys of a block.
     fn of_block(&self, shape: &PackedShape, block: usize) -> &'r [u32] {
-        &self.packed[block * shape.tile_len()..][..shape.keys_len()]
+        &self.packed[block * shape.len_of(self.values)..][..shape.keys_len()]
+    }
+
+    /// The packed tiles from `block` on, where there are values in them.
+    fn whole_tiles(&self, shape: &PackedShape, block: usize) -> Option<&'r [u32]> {
+        self.values.then(|| &self.packed[block * shape.tile_len()..])
     }
 }
 
@@ -79,10 +86,9 @@ impl Choice<'_> {
         let order = KeyOrder { batch: keys.batch, kv_head: keys.kv_head, order: None };
         let n_k = call.problem.n_k;
         match *self {
-            Choice::Everything => tile.attend_visible(order, 0..n_k, Some(keys.packed)),
+            Choice::Everything => tile.attend_visible(order, 0..n_k, keys.whole_tiles(&call.shape, 0)),
             Choice::Some { first, near, columns, rest } => {
-                let from = near / BLOCK * call.shape.tile_len();
-                tile.attend_visible(order, near..n_k, Some(&keys.packed[from..]));
+                tile.attend_visible(order, near..n_k, keys.whole_tiles(&call.shape, near / BLOCK));
                 let positions = (0..first).chain(columns.iter().map(|&position| position as usize));
                 let columns = positions.map(|position| Column { position, log_weight: 0.0 });
                 tile.attend_columns(order, columns, rest, false, Part::Both);
@@ -182,7 +188,8 @@ impl<'a> RefineScratch<'a> {
             candidates: carver.take(candidates),
             key_weights: carver.take(candidates * BLOCK),
             ranked: carver.take(blocks.max(candidates * BLOCK)),
-            columns: carver.take(budget.min(problem.n_k)),
+            // One more: a key is written before it is known whether it is taken.
+            columns: carver.take(budget.min(problem.n_k) + 1),
             rest: carver.take(width),
         }
     }
@@ -265,18 +272,14 @@ pub(crate) fn choose<'s>(
         let heaviest = Heaviest::new(key_weights, frame.wanted, scratch.ranked);
         let mut taken = heaviest.taker();
         for (&block, weights) in candidates.iter().zip(key_weights.chunks(BLOCK)) {
+            let met = frame.first.saturating_sub(block as usize * BLOCK).min(BLOCK);
             let mut left = 0.0;
-            for (slot, &weight) in weights.iter().enumerate() {
-                let position = block as usize * BLOCK + slot;
-                if position < frame.first {
-                    continue;
-                }
-                if taken(weight) {
-                    scratch.columns[found] = position as u32;
-                    found += 1;
-                } else {
-                    left += weight;
-                }
+            // Whether a key is taken is not foreseeable: nothing branches on it.
+            for (slot, &weight) in weights.iter().enumerate().skip(met) {
+                let takes = taken(weight);
+                scratch.columns[found] = block * BLOCK as u32 + slot as u32;
+                found += usize::from(takes);
+                left += if takes { 0.0 } else { weight };
             }
             block_weights[block as usize] = left;
         }

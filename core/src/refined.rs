@@ -38,7 +38,8 @@ impl Refined<'_, '_> {
         let whole = Rectangle { queries: 0..problem.n_q, keys: 0..problem.n_k };
         let pass = Pass { rectangle: &|_| Some(whole.clone()), count: 1, states: None, last: true };
         let kv_heads = 0..problem.heads_kv;
-        let packed = exact::pack(call, executor, lanes, (batch, kv_heads.clone()), &pass, shared.packed)?;
+        let packed = (&mut *shared.packed, plan.packs_values);
+        let packed = exact::pack(call, executor, lanes, (batch, kv_heads.clone()), &pass, packed)?;
         let (summaries, packed_summaries) = (&mut *shared.summaries, &mut *shared.packed_summaries);
         summary::summarise(call, executor, lanes, batch, summaries)?;
         summary::pack(call, executor, lanes, kv_heads, summaries, packed_summaries)?;
@@ -91,6 +92,7 @@ impl Keys<'_> {
             batch: self.batch,
             kv_head,
             packed: self.packed.tiles(kv_head, 0),
+            values: self.packed.values,
             summaries: &self.summaries[kv_head * summaries_len..][..summaries_len],
             packed_summaries: &self.packed_summaries[kv_head * packed_len..][..packed_len],
         }

@@ -54,13 +54,13 @@ impl<'a> Shared<'a> {
         let states = when(plan.stateful, query_rows);
         let row_norm = estimated && plan.row_norm;
         let shape = PackedShape::new(kernels, problem);
-        let tile_len = shape.tile_len();
         let summaries = problem.heads_kv.checked_mul(summary::summaries_len(problem));
         let packed_summaries = problem.heads_kv.checked_mul(summary::packed_len(problem, shape.keys_len()));
         let probe_rows =
             plan.probes.as_ref().and_then(|probes| problem.heads_q.checked_mul(probes.rows_of_a_head()));
         let probed = plan.probes.as_ref().map(|probes| probes.outputs_len(problem));
-        let packed = plan.packed_tiles.saturating_mul(tile_len).saturating_mul(kv_heads);
+        let packed =
+            plan.packed_tiles.saturating_mul(shape.len_of(plan.packs_values)).saturating_mul(kv_heads);
         Shared {
             projections: carver.take(when(sorted, problem.heads_kv.checked_mul(problem.head_dim * width))),
             query_spare: carver.take(when(sorted, query_rows)),
