@@ -7,18 +7,21 @@ use crate::select::Rectangle;
 
 /// A causal square: query `query_start + i` sees keys `key_start..=key_start + i`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Square {
-    pub(crate) query_start: usize,
-    pub(crate) key_start: usize,
-    pub(crate) len: usize,
+pub struct Square {
+    /// The first query.
+    pub query_start: usize,
+    /// The first key.
+    pub key_start: usize,
+    /// Queries and keys.
+    pub len: usize,
     /// Intervals of at most this many keys (at least 1) are not divided.
-    pub(crate) leaf: usize,
+    pub leaf: usize,
 }
 
 impl Square {
     /// Number of levels that have something to divide. The first half takes the odd one, so the first
     /// interval of a level is its longest.
-    pub(crate) fn levels(&self) -> u32 {
+    pub fn levels(&self) -> u32 {
         let mut longest = self.len;
         let mut levels = 0;
         while longest > self.leaf {
@@ -55,7 +58,7 @@ impl Square {
     }
 
     /// The sub-problem (Q2, K1) of interval `index` of `level`.
-    pub(crate) fn rectangle(&self, level: u32, index: usize) -> Option<Rectangle> {
+    pub fn rectangle(&self, level: u32, index: usize) -> Option<Rectangle> {
         self.division(level, index).map(|[start, middle, end]| Rectangle {
             queries: self.query_start + middle..self.query_start + end,
             keys: self.key_start + start..self.key_start + middle,
@@ -63,7 +66,7 @@ impl Square {
     }
 
     /// The exact sub-problem on the diagonal with number `index` of `2^levels()`.
-    pub(crate) fn leaf_rectangle(&self, index: usize) -> Option<Rectangle> {
+    pub fn leaf_rectangle(&self, index: usize) -> Option<Rectangle> {
         let levels = self.levels();
         let (start, len, stopped) = self.interval(levels, index);
         // An interval that stopped early is counted once, at its first descendant.
@@ -79,23 +82,23 @@ impl Square {
 
 /// A problem as an unmasked part and a causal square.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Decomposition {
+pub struct Decomposition {
     /// Queries that see no key.
-    pub(crate) blind: Option<Rectangle>,
+    pub blind: Option<Rectangle>,
     /// Queries against keys that all of them see.
-    pub(crate) dense: Option<Rectangle>,
+    pub dense: Option<Rectangle>,
     /// The rest.
-    pub(crate) square: Option<Square>,
+    pub square: Option<Square>,
     /// Position at which the queries divide between these parts, 0 or n_q when they do not.
-    pub(crate) query_boundary: usize,
+    pub query_boundary: usize,
     /// The same for the keys.
-    pub(crate) key_boundary: usize,
+    pub key_boundary: usize,
 }
 
 impl Decomposition {
     /// Without a mask all is dense. Bottom-right: a dense past and a square of the last queries; top-left:
     /// a square of the first queries, and the others dense.
-    pub(crate) fn new(problem: &Problem, leaf: usize) -> Self {
+    pub fn new(problem: &Problem, leaf: usize) -> Self {
         let (n_q, n_k) = (problem.n_q, problem.n_k);
         let len = n_q.min(n_k);
         let rectangle = |queries: core::ops::Range<usize>, keys: core::ops::Range<usize>| {
@@ -128,7 +131,7 @@ impl Decomposition {
     }
 
     /// Whether the square's queries also have a dense part.
-    pub(crate) fn dense_precedes_square(&self) -> bool {
+    pub fn dense_precedes_square(&self) -> bool {
         match (&self.dense, &self.square) {
             (Some(dense), Some(square)) => dense.queries.start == square.query_start,
             _ => false,

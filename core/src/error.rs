@@ -14,6 +14,12 @@ pub enum ErrorKind {
     WorkspaceTooSmall,
     /// The executor returned before every task had run.
     Executor,
+    /// There is no usable device, driver or device code.
+    DeviceUnavailable,
+    /// Scratch memory could not be allocated.
+    OutOfMemory,
+    /// The device's driver or compiler reported an error.
+    Device,
 }
 
 /// An [`ErrorKind`] and a sentence. Made without allocation; a sentence longer than

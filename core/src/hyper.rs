@@ -54,7 +54,7 @@ fn blocks<'a>(
 }
 
 /// The residual that is computed: none when there are no samples.
-pub(crate) fn effective_residual(params: &Params) -> Residual {
+pub fn effective_residual(params: &Params) -> Residual {
     if params.sample_size == 0 { Residual::None } else { params.residual }
 }
 

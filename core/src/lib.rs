@@ -9,6 +9,7 @@
 mod approx_d;
 mod causal;
 mod cost;
+pub mod device;
 mod diagnose;
 mod element;
 mod error;

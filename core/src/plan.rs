@@ -47,24 +47,59 @@ pub(crate) struct Plan {
     pub(crate) most_budget: usize,
 }
 
-impl Plan {
-    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Result<Self> {
-        let problem = Problem::new(params, layouts)?;
-        let blocks_are_sorted = layouts.block_mask.is_none() && params.block_size > 0;
+/// Which parts of a problem METHOD_PAPER estimates.
+#[derive(Debug, Clone)]
+pub struct PaperParts {
+    /// The problem's parts.
+    pub parts: Decomposition,
+    /// Sub-problems with at most this many keys are exact.
+    pub leaf: usize,
+    /// Whether Algorithm 1 runs; otherwise the order in memory is the order.
+    pub sorted: bool,
+    /// Whether all sub-problems are exact.
+    pub nothing_to_estimate: bool,
+}
+
+impl PaperParts {
+    /// `masked`: whether the caller chooses the blocks.
+    pub fn new(params: &Params, problem: &Problem, masked: bool) -> Self {
+        let blocks_are_sorted = !masked && params.block_size > 0;
         // One block holds all keys of such a sub-problem, so dividing it would change nothing.
         let block = if blocks_are_sorted { params.block_size as usize } else { 0 };
         let leaf = params.min_seq_len.max(block).max(1);
-        let parts = Decomposition::new(&problem, leaf);
-        let nothing_to_estimate = {
-            let dense_is_small = parts.dense.as_ref().is_none_or(|dense| dense.keys.len() <= leaf);
-            dense_is_small && parts.square.is_none_or(|square| square.levels() == 0)
-        };
+        let parts = Decomposition::new(problem, leaf);
+        let dense_is_small = parts.dense.as_ref().is_none_or(|dense| dense.keys.len() <= leaf);
+        let nothing_to_estimate = dense_is_small && parts.square.is_none_or(|square| square.levels() == 0);
+        PaperParts { parts, leaf, sorted: blocks_are_sorted && params.lsh_num_projs > 0, nothing_to_estimate }
+    }
+}
+
+/// The smallest budget that METHOD_REFINED gives to a head.
+pub(crate) fn least_budget(params: &Params) -> usize {
+    let budget = params.budget as usize;
+    if params.target_error > 0.0 {
+        (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget)
+    } else {
+        budget
+    }
+}
+
+/// The largest one, where the error is to be within a target.
+pub(crate) fn most_budget(params: &Params, problem: &Problem) -> usize {
+    let mut budget = params.budget as usize;
+    while budget as f64 * 4.0 <= problem.mean_visible_keys() {
+        budget *= 2;
+    }
+    budget
+}
+
+impl Plan {
+    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Result<Self> {
+        let problem = Problem::new(params, layouts)?;
+        let PaperParts { parts, leaf, sorted, nothing_to_estimate } =
+            PaperParts::new(params, &problem, layouts.block_mask.is_some());
         let budget = params.budget as usize;
-        let least_budget = if params.target_error > 0.0 {
-            (budget / 4).max(Params::LEAST_BUDGET as usize).min(budget)
-        } else {
-            budget
-        };
+        let least_budget = least_budget(params);
         let refining_is_exact = problem.n_k <= params.min_seq_len.max(budget) || problem.n_q == 0;
         let refines = || {
             let probes =
@@ -86,13 +121,10 @@ impl Plan {
         };
         let target = run == Run::Refined && params.target_error > 0.0;
         let probed = target || (run != Run::Exact && layouts.error.is_some());
-        let mut most_budget = budget;
-        while target && most_budget as f64 * 4.0 <= problem.mean_visible_keys() {
-            most_budget *= 2;
-        }
+        let most_budget = if target { most_budget(params, &problem) } else { budget };
         let divided = parts.square.is_some_and(|square| square.levels() > 0);
         let mut plan = Plan {
-            sorted: blocks_are_sorted && params.lsh_num_projs > 0,
+            sorted,
             stateful: run == Run::Paper && (divided || parts.dense_precedes_square()),
             row_norm: hyper::effective_residual(params) == Residual::RowNorm,
             heads_at_once: problem.heads_q,

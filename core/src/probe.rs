@@ -35,7 +35,7 @@ pub(crate) struct Probes {
     n_q: usize,
     query_tiles: QueryTiles,
     /// Tiles before it are exact.
-    first_tile: usize,
+    pub(crate) first_tile: usize,
     /// Tiles with probe rows.
     pub(crate) tiles: usize,
 }
@@ -80,7 +80,7 @@ impl Probes {
     }
 
     /// All queries over those that probe rows stand for.
-    fn whole_over_probed(&self) -> f64 {
+    pub(crate) fn whole_over_probed(&self) -> f64 {
         self.n_q as f64 / (self.n_q - self.query_tiles.queries(self.first_tile).start) as f64
     }
 

@@ -72,55 +72,83 @@ impl<'a> Tensors<'a> {
         }
     }
 
-    /// Outputs overlap neither themselves, nor each other, nor an input.
+    /// See the function of this name.
     pub(crate) fn check_overlap(&self) -> Result<()> {
-        let inputs = [("q", &self.q), ("k", &self.k), ("v", &self.v)];
+        fn place<'t>(name: &'static str, view: &'t TensorRef<'_>) -> Place<'t> {
+            Place { name, address: view.address(), layout: view.layout() }
+        }
+        let inputs = [place("q", &self.q), place("k", &self.k), place("v", &self.v)];
         let outputs = [
             ("out", Some(self.out.reborrow())),
             ("lse", self.lse.as_ref().map(TensorMut::reborrow)),
             ("error", self.error.as_ref().map(TensorMut::reborrow)),
             ("keys_per_query", self.keys_per_query.as_ref().map(TensorMut::reborrow)),
         ];
-        for (index, (name, view)) in outputs.iter().enumerate() {
-            let Some(view) = view else { continue };
-            let earlier = outputs[..index].iter().filter_map(|(name, view)| Some((*name, view.as_ref()?)));
-            for (other, view_of_other) in inputs.into_iter().chain(earlier) {
-                let places = [view, view_of_other].map(|view| (view.address(), view.layout()));
-                if overlap(places[0], places[1]) {
-                    let (first, second) = if index > 0 && inputs.iter().all(|(input, _)| *input != other) {
-                        (other, *name)
-                    } else {
-                        (*name, other)
-                    };
-                    invalid!("{first} and {second} overlap in memory; outputs need memory of their own");
-                }
-            }
-        }
-        Ok(())
+        check_overlap(&inputs, &outputs.each_ref().map(|(name, view)| Some(place(name, view.as_ref()?))))
     }
+}
+
+/// Where a tensor lies. The address is compared, never followed.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// What the sentences call it.
+    pub name: &'static str,
+    /// Address of element `[0, 0, 0, 0]`.
+    pub address: usize,
+    /// Element type, extents and strides.
+    pub layout: &'a TensorLayout,
+}
+
+/// Outputs overlap neither each other nor an input; absent ones count for nothing. That an output does not overlap
+/// itself is part of [`Problem::new`].
+pub fn check_overlap(inputs: &[Place<'_>], outputs: &[Option<Place<'_>>]) -> Result<()> {
+    let share = |a: &Place<'_>, b: &Place<'_>| overlap((a.address, a.layout), (b.address, b.layout));
+    for (index, output) in outputs.iter().enumerate() {
+        let Some(output) = output else { continue };
+        if let Some(input) = inputs.iter().find(|input| share(output, input)) {
+            overlapping(output, input)?;
+        }
+        if let Some(earlier) = outputs[..index].iter().flatten().find(|earlier| share(output, earlier)) {
+            overlapping(earlier, output)?;
+        }
+    }
+    Ok(())
+}
+
+fn overlapping(first: &Place<'_>, second: &Place<'_>) -> Result<()> {
+    invalid!("{} and {} overlap in memory; outputs need memory of their own", first.name, second.name);
 }
 
 /// The sizes of one call.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Problem {
-    pub(crate) batch: usize,
-    pub(crate) heads_q: usize,
-    pub(crate) heads_kv: usize,
+pub struct Problem {
+    /// Batch items.
+    pub batch: usize,
+    /// Query heads.
+    pub heads_q: usize,
+    /// Heads of keys and values.
+    pub heads_kv: usize,
     /// Query heads per KV head.
-    pub(crate) group: usize,
-    pub(crate) n_q: usize,
-    pub(crate) n_k: usize,
-    pub(crate) head_dim: usize,
-    pub(crate) value_dim: usize,
-    pub(crate) mask: Mask,
+    pub group: usize,
+    /// Queries of a head.
+    pub n_q: usize,
+    /// Keys of a head.
+    pub n_k: usize,
+    /// Elements of a query and of a key.
+    pub head_dim: usize,
+    /// Elements of a value.
+    pub value_dim: usize,
+    /// Which keys a query may see.
+    pub mask: Mask,
     /// The element type of q, k and v, where it is one.
-    pub(crate) shared_dtype: Option<DType>,
+    pub shared_dtype: Option<DType>,
     /// Factor on the queries that gives logits in base 2.
-    pub(crate) scale_log2: f32,
+    pub scale_log2: f32,
 }
 
 impl Problem {
-    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>) -> Result<Self> {
+    /// Checks options and layouts against each other.
+    pub fn new(params: &Params, layouts: &Layouts<'_>) -> Result<Self> {
         check_params(params)?;
         check_layouts(layouts)?;
         let [batch, heads_q, n_q, head_dim] = layouts.q.extents();
@@ -146,7 +174,7 @@ impl Problem {
     }
 
     /// Keys that a query sees, on average.
-    pub(crate) fn mean_visible_keys(&self) -> f64 {
+    pub fn mean_visible_keys(&self) -> f64 {
         let (n_q, n_k) = (self.n_q as f64, self.n_k as f64);
         let square = n_q.min(n_k);
         let pairs = match self.mask {
@@ -158,7 +186,7 @@ impl Problem {
     }
 
     /// How many leading keys query `i` sees.
-    pub(crate) fn visible_keys(&self, i: usize) -> usize {
+    pub fn visible_keys(&self, i: usize) -> usize {
         match self.mask {
             Mask::None => self.n_k,
             Mask::CausalTopLeft => (i + 1).min(self.n_k),

@@ -18,9 +18,9 @@ const LATEST: usize = 32;
 pub(crate) struct QueryTiles {
     n_q: usize,
     /// Queries of all but the last tiles.
-    rows: usize,
+    pub(crate) rows: usize,
     /// Queries before the tile of the latest, all of them where there is none.
-    earlier: usize,
+    pub(crate) earlier: usize,
 }
 
 impl QueryTiles {

@@ -21,7 +21,7 @@ use crate::unmet::without;
 use crate::view::TensorRef;
 
 /// Keys are chosen among this many times as many, those of the heaviest blocks.
-fn candidates_per_key(n_k: usize) -> usize {
+pub(crate) fn candidates_per_key(n_k: usize) -> usize {
     if n_k <= LONG { 4 } else { 3 }
 }
 
@@ -170,7 +170,7 @@ pub(crate) struct RefineScratch<'a> {
 }
 
 /// Blocks whose keys are looked at one by one for `wanted` keys of `n_k`.
-fn candidate_blocks(n_k: usize, wanted: usize) -> usize {
+pub(crate) fn candidate_blocks(n_k: usize, wanted: usize) -> usize {
     // One more: the block that the first keys cut is always among them.
     (candidates_per_key(n_k) * wanted).div_ceil(BLOCK).max(LEAST_BLOCKS) + 1
 }

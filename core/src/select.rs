@@ -10,9 +10,11 @@ use crate::params::BlockMask;
 /// Every query of one interval against every key of another, none masked. The intervals count
 /// positions in the query order and in the key order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Rectangle {
-    pub(crate) queries: Range<usize>,
-    pub(crate) keys: Range<usize>,
+pub struct Rectangle {
+    /// Positions of the queries.
+    pub queries: Range<usize>,
+    /// Positions of the keys.
+    pub keys: Range<usize>,
 }
 
 /// Where the exact blocks come from.
