@@ -1,15 +1,26 @@
-//! HyperAttention on CUDA. This version has no device code: every entry point answers
-//! [`ErrorKind::Unsupported`], so that programs written against the whole interface link and run.
+//! HyperAttention on CUDA.
+//!
+//! [`forward`] enqueues attention on a stream of the caller's current context. The driver, and NVRTC where it is needed, are
+//! loaded when they are first asked for: on a machine without them this crate builds, links and answers
+//! [`hyperattn_core::ErrorKind::DeviceUnavailable`].
 
-use hyperattn_core::{Error, ErrorKind};
+mod abi;
+mod attend;
+mod call;
+mod driver;
+mod exact;
+mod figures;
+mod forward;
+mod image;
+mod launch;
+mod paper;
+mod refined;
+mod tensor_map;
+mod workspace;
 
-/// Whether this build contains the device code.
-pub const BUILT: bool = false;
+pub use call::{DeviceBlockMask, DeviceTensor, DeviceTensors};
+pub use forward::{forward, forward_workspace};
 
-/// What every CUDA entry point answers; `entry` is the name that the caller used.
-pub fn not_built(entry: &str) -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        format_args!("{entry}: this build has no CUDA kernels; hyperattn_forward runs on the CPU"),
-    )
-}
+/// Whether this build has device code that was compiled when it was built. Otherwise the first call in a process has NVRTC
+/// compile it.
+pub const COMPILED_AT_BUILD: bool = image::COMPILED_AT_BUILD;

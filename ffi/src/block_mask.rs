@@ -7,15 +7,15 @@ use crate::error::{Failure, Result};
 use crate::sized;
 use crate::types::*;
 
-/// Reads the caller's mask for these queries and keys; NULL is none.
+/// The numbers of the caller's mask for these queries and keys, with the arrays left out, and the struct; NULL is none.
 ///
 /// # Safety
-/// `pointer` is NULL or points to struct_size readable bytes, whose arrays hold what they describe for `'a`.
-pub(crate) unsafe fn read<'a>(
+/// `pointer` is NULL or points to struct_size readable bytes.
+pub(crate) unsafe fn read_counts(
     pointer: *const hyperattn_block_mask,
     q: &TensorLayout,
     k: &TensorLayout,
-) -> Result<Option<BlockMask<'a>>> {
+) -> Result<Option<(BlockMask<'static>, hyperattn_block_mask)>> {
     if pointer.is_null() {
         return Ok(None);
     }
@@ -35,7 +35,7 @@ pub(crate) unsafe fn read<'a>(
         usize::try_from(value)
             .map_err(|_| Failure::invalid(format_args!("block_mask.{name} = {value} must not be negative")))
     };
-    let mut mask = BlockMask {
+    let mask = BlockMask {
         query_block: from.query_block as usize,
         key_block: from.key_block as usize,
         num_query_blocks: count("num_query_blocks", from.num_query_blocks)?,
@@ -47,6 +47,22 @@ pub(crate) unsafe fn read<'a>(
     // The arrays' lengths follow from these numbers, so they are checked before an array is touched.
     mask.check_counts(q.shape[2], k.shape[2])?;
     check_pointer(from.row_offsets, "block_mask.row_offsets")?;
+    Ok(Some((mask, from)))
+}
+
+/// Reads the caller's mask for these queries and keys; NULL is none.
+///
+/// # Safety
+/// `pointer` is NULL or points to struct_size readable bytes, whose arrays hold what they describe for `'a`.
+pub(crate) unsafe fn read<'a>(
+    pointer: *const hyperattn_block_mask,
+    q: &TensorLayout,
+    k: &TensorLayout,
+) -> Result<Option<BlockMask<'a>>> {
+    // SAFETY: the caller's contract.
+    let Some((mut mask, from)): Option<(BlockMask<'a>, _)> = (unsafe { read_counts(pointer, q, k) })? else {
+        return Ok(None);
+    };
     let heads = q.shape[0] as usize * q.shape[1] as usize;
     let patterns = if mask.head_stride == 0 { 1 } else { heads };
     let entries =

@@ -178,7 +178,8 @@ pub(crate) fn run(
     Ok(())
 }
 
-fn no_backward(entry: &str) -> Failure {
+/// What the backward entry points answer.
+pub(crate) fn no_backward(entry: &str) -> Failure {
     Failure::new(HYPERATTN_STATUS_UNSUPPORTED, format_args!("{entry}: this version has no backward pass"))
 }
 
@@ -210,7 +211,7 @@ impl Arguments {
 
 /// # Safety
 /// `pointer` is NULL or points to as many readable bytes as its struct_size says.
-unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<hyperattn_tensors> {
+pub(crate) unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<hyperattn_tensors> {
     let defaults = hyperattn_tensors {
         struct_size: 0,
         q: tensor::EMPTY,
@@ -243,13 +244,29 @@ unsafe fn read_exec(pointer: *const hyperattn_cpu_exec) -> Result<hyperattn_cpu_
     if exec.reserved != 0 {
         return Err(Failure::invalid(format_args!("exec.reserved = {} must be 0", exec.reserved)));
     }
-    if exec.workspace.data.is_null() && exec.workspace.size != 0 {
+    check_buffer(&exec.workspace)?;
+    Ok(exec)
+}
+
+/// A lent workspace is somewhere.
+pub(crate) fn check_buffer(workspace: &hyperattn_buffer) -> Result<()> {
+    if workspace.data.is_null() && workspace.size != 0 {
         return Err(Failure::invalid(format_args!(
             "exec.workspace.data is NULL but exec.workspace.size = {}",
-            exec.workspace.size
+            workspace.size
         )));
     }
-    Ok(exec)
+    Ok(())
+}
+
+/// What a call answers that may not allocate and has no workspace.
+pub(crate) fn no_workspace(need: usize) -> Failure {
+    Failure::new(
+        HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
+        format_args!(
+            "params.flags has HYPERATTN_FLAG_NO_ALLOC but exec.workspace is empty; {need} bytes are needed"
+        ),
+    )
 }
 
 /// The caller's scratch memory, or our own for the length of a call.
@@ -265,13 +282,7 @@ impl Workspace {
             return Ok(Workspace { data: given.data.cast(), size: given.size, owned: None });
         }
         if !may_allocate {
-            return Err(Failure::new(
-                HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
-                format_args!(
-                    "params.flags has HYPERATTN_FLAG_NO_ALLOC but exec.workspace is empty; {} bytes are needed",
-                    need.size
-                ),
-            ));
+            return Err(no_workspace(need.size));
         }
         let no_memory = || {
             Failure::new(

@@ -1,34 +1,85 @@
 //! Attention on CUDA: always exported.
 
-use crate::boundary::guard;
-use crate::types::*;
+use hyperattn_core::Layout;
+use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
-/// Size and alignment of the device workspace that hyperattn_cuda_forward() needs.
-/// HYPERATTN_STATUS_UNSUPPORTED when hyperattn_has_feature(HYPERATTN_FEATURE_CUDA) is false, as in this version.
+use crate::boundary::{check_pointer, guard};
+use crate::cpu::{check_buffer, no_backward, no_workspace, read_tensors};
+use crate::error::Result;
+use crate::types::*;
+use crate::{block_mask, params, sized, tensor};
+
+/// Size and alignment of the device workspace that hyperattn_cuda_forward() needs for the same arguments. Needs no
+/// device. The tensors' data are not looked at and may be NULL; *out is written on success only.
+///
+///     hyperattn_layout need;
+///     hyperattn_cuda_exec exec = { .struct_size = sizeof exec, .stream = stream };
+///     if (hyperattn_cuda_forward_workspace(&params, &tensors, &need) == HYPERATTN_STATUS_OK) {
+///         cudaMalloc(&exec.workspace.data, need.size);
+///         exec.workspace.size = need.size;
+///     }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
     params: *const hyperattn_params,
     tensors: *const hyperattn_tensors,
     out: *mut hyperattn_layout,
 ) -> hyperattn_status {
-    let _ = (params, tensors, out);
-    not_built("hyperattn_cuda_forward_workspace")
+    guard(|| {
+        check_pointer(out.cast_const(), "out")?;
+        // SAFETY: the pointers are what the header asks for.
+        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
+        // SAFETY: as above.
+        let tensors = unsafe { device_tensors(&from, &|_, _| Ok(())) }?;
+        let Layout { size, align } = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
+        // SAFETY: out is aligned and, not being NULL, writable.
+        unsafe { out.write(hyperattn_layout { size, align }) };
+        Ok(())
+    })
 }
 
-/// hyperattn_forward() for tensors in device memory, enqueued on exec.stream. HYPERATTN_STATUS_UNSUPPORTED when
-/// hyperattn_has_feature(HYPERATTN_FEATURE_CUDA) is false, as in this version.
+/// hyperattn_forward() for tensors in device memory, enqueued on exec->stream: it returns before the outputs are
+/// complete, and does not wait for the device. params, tensors and exec are read before it returns; what they point to in
+/// device memory must stay until the stream has passed the call. Addresses must be multiples of the elements' size.
+///
+/// With a workspace nothing is allocated on the device, so that a call can be captured in a graph and replayed: with the same
+/// addresses, on what they then hold. The first call in a context loads the kernels, and where the build has none for the
+/// device, NVRTC compiles them, which takes a while: make it outside of what is timed.
+///
+/// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it;
+/// HYPERATTN_STATUS_CUDA for other errors of the driver. What goes wrong while the kernels run is reported where the
+/// stream is waited for, as CUDA does.
+///
+///     hyperattn_cuda_exec exec = { .struct_size = sizeof exec, .stream = stream };
+///     if (hyperattn_cuda_forward(&params, &tensors, &exec) != HYPERATTN_STATUS_OK)
+///         fprintf(stderr, "%s\n", hyperattn_last_error());
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_forward(
     params: *const hyperattn_params,
     tensors: *const hyperattn_tensors,
     exec: *const hyperattn_cuda_exec,
 ) -> hyperattn_status {
-    let _ = (params, tensors, exec);
-    not_built("hyperattn_cuda_forward")
+    guard(|| {
+        // SAFETY: the pointers are what the header asks for.
+        let (options, from, exec) =
+            unsafe { (params::read(params)?, read_tensors(tensors)?, read_exec(exec)?) };
+        // SAFETY: as above.
+        let tensors = unsafe { device_tensors(&from, &check_data) }?;
+        let workspace = if !exec.workspace.data.is_null() {
+            Some((exec.workspace.data as u64, exec.workspace.size))
+        } else if options.may_allocate {
+            None
+        } else {
+            let need = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
+            return Err(no_workspace(need.size));
+        };
+        // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
+        unsafe { hyperattn_cuda::forward(&options.params, &tensors, workspace, exec.stream.cast()) }?;
+        Ok(())
+    })
 }
 
-/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs. Like
-/// hyperattn_cuda_forward_workspace().
+/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs. This version answers
+/// HYPERATTN_STATUS_UNSUPPORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
     params: *const hyperattn_params,
@@ -36,10 +87,10 @@ pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
     out: *mut hyperattn_layout,
 ) -> hyperattn_status {
     let _ = (params, tensors, out);
-    not_built("hyperattn_cuda_backward_workspace")
+    guard(|| Err(no_backward("hyperattn_cuda_backward_workspace")))
 }
 
-/// hyperattn_backward() for tensors in device memory. Like hyperattn_cuda_forward().
+/// hyperattn_backward() for tensors in device memory. This version answers HYPERATTN_STATUS_UNSUPPORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_backward(
     params: *const hyperattn_params,
@@ -48,9 +99,67 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
     exec: *const hyperattn_cuda_exec,
 ) -> hyperattn_status {
     let _ = (params, tensors, grads, exec);
-    not_built("hyperattn_cuda_backward")
+    guard(|| Err(no_backward("hyperattn_cuda_backward")))
 }
 
-fn not_built(entry: &str) -> hyperattn_status {
-    guard(|| Err(hyperattn_cuda::not_built(entry).into()))
+/// The address and layout of a tensor with elements.
+fn check_data(name: &str, from: &hyperattn_tensor) -> Result<()> {
+    tensor::check_data(name, from, &tensor::layout(name, from)?)
+}
+
+/// The tensors of a call, each of them passed to `check` too.
+///
+/// # Safety
+/// The block mask is NULL or points to as many readable bytes as its struct_size says.
+unsafe fn device_tensors(
+    from: &hyperattn_tensors,
+    check: &dyn Fn(&str, &hyperattn_tensor) -> Result<()>,
+) -> Result<DeviceTensors> {
+    let required = |name: &str, from: &hyperattn_tensor| -> Result<DeviceTensor> {
+        let layout = tensor::layout(name, from)?;
+        check(name, from)?;
+        Ok(DeviceTensor { address: from.data as u64, layout })
+    };
+    let optional = |name: &str, from: &hyperattn_tensor| {
+        (!from.data.is_null()).then(|| required(name, from)).transpose()
+    };
+    let (q, k) = (required("q", &from.q)?, required("k", &from.k)?);
+    Ok(DeviceTensors {
+        q,
+        k,
+        v: required("v", &from.v)?,
+        out: required("out", &from.out)?,
+        lse: optional("lse", &from.lse)?,
+        // SAFETY: the caller's contract.
+        block_mask: unsafe { block_mask::read_counts(from.block_mask, &q.layout, &k.layout) }?.map(
+            |(mask, from)| DeviceBlockMask {
+                query_block: mask.query_block,
+                key_block: mask.key_block,
+                num_query_blocks: mask.num_query_blocks,
+                num_key_blocks: mask.num_key_blocks,
+                row_offsets: from.row_offsets as u64,
+                columns: from.columns as u64,
+                head_stride: mask.head_stride,
+            },
+        ),
+        error: optional("error", &from.error)?,
+        keys_per_query: None,
+    })
+}
+
+/// # Safety
+/// `pointer` is NULL or points to as many readable bytes as its struct_size says.
+unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cuda_exec> {
+    let defaults = hyperattn_cuda_exec {
+        struct_size: size_of::<hyperattn_cuda_exec>(),
+        workspace: hyperattn_buffer { data: std::ptr::null_mut(), size: 0 },
+        stream: std::ptr::null_mut(),
+    };
+    if pointer.is_null() {
+        return Ok(defaults);
+    }
+    // SAFETY: the caller's contract.
+    let exec = unsafe { sized::read(pointer, "exec", defaults) }?;
+    check_buffer(&exec.workspace)?;
+    Ok(exec)
 }

@@ -61,6 +61,9 @@ impl From<core_api::Error> for Failure {
             }
             core_api::ErrorKind::Unsupported => HYPERATTN_STATUS_UNSUPPORTED,
             core_api::ErrorKind::WorkspaceTooSmall => HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
+            core_api::ErrorKind::DeviceUnavailable => HYPERATTN_STATUS_DEVICE_UNAVAILABLE,
+            core_api::ErrorKind::OutOfMemory => HYPERATTN_STATUS_OUT_OF_MEMORY,
+            core_api::ErrorKind::Device => HYPERATTN_STATUS_CUDA,
             _ => HYPERATTN_STATUS_INTERNAL,
         };
         Failure::new(status, format_args!("{error}"))

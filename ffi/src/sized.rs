@@ -140,6 +140,7 @@ sized!(hyperattn_block_mask {
 sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error });
 sized!(hyperattn_threadpool { ctx, num_threads, parallel_for });
 sized!(hyperattn_cpu_exec { workspace, num_threads, reserved, pool });
+sized!(hyperattn_cuda_exec { workspace, stream });
 sized!(hyperattn_diagnosis { alpha, kappa, captured_mass, estimated_error, true_error, keys_per_query });
 
 #[cfg(test)]
@@ -159,6 +160,7 @@ mod tests {
         check::<hyperattn_tensors>();
         check::<hyperattn_threadpool>();
         check::<hyperattn_cpu_exec>();
+        check::<hyperattn_cuda_exec>();
         check::<hyperattn_diagnosis>();
     }
 

@@ -67,7 +67,8 @@ pub(crate) fn layout(name: &str, tensor: &hyperattn_tensor) -> Result<TensorLayo
     Ok(layout)
 }
 
-fn check_data(name: &str, tensor: &hyperattn_tensor, layout: &TensorLayout) -> Result<()> {
+/// A tensor with elements is somewhere.
+pub(crate) fn check_data(name: &str, tensor: &hyperattn_tensor, layout: &TensorLayout) -> Result<()> {
     if tensor.data.is_null() && !layout.is_empty() {
         return Err(Failure::invalid(format_args!("{name}.data is NULL")));
     }

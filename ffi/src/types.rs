@@ -82,9 +82,10 @@ pub const HYPERATTN_RESIDUAL_NONE: u32 = 2;
 /// Something that a build may have: one of HYPERATTN_FEATURE_*.
 pub type hyperattn_feature = u32;
 
-/// This build has the bodies of the CUDA entry points.
+/// This build has the bodies of the CUDA entry points. Whether there is a device they tell themselves.
 pub const HYPERATTN_FEATURE_CUDA: u32 = 1;
-/// It has CUDA kernels that were compiled at build time.
+/// It has CUDA kernels that were compiled at build time. Without them the first call in a process has NVRTC compile them,
+/// where that library is found.
 pub const HYPERATTN_FEATURE_CUDA_AOT: u32 = 2;
 /// The library can run its own threads.
 pub const HYPERATTN_FEATURE_THREADS: u32 = 3;
@@ -171,6 +172,9 @@ pub struct hyperattn_tensor {
 /// queries meet exactly, ascending and unique; the residual stands for all other keys.
 ///
 /// Under a causal mask the pattern chooses among the keys of each sub-problem that is estimated.
+///
+/// For the CPU both arrays are in host memory, and what they hold is checked. For CUDA this struct is in host memory and
+/// both arrays are in device memory; they are read in the stream's order and what they hold is not checked.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct hyperattn_block_mask {
@@ -361,13 +365,15 @@ pub struct hyperattn_cpu_exec {
 /// The CUDA runtime's stream object, known to this header by name only.
 pub enum CUstream_st {}
 
-/// How to run on CUDA: enqueue on a stream of the calling thread's current context.
+/// How to run on CUDA: on a stream of the calling thread's current context. After any call of the CUDA runtime that is the
+/// device's own. NULL instead of a pointer to it means: allocate scratch, use the legacy default stream.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct hyperattn_cuda_exec {
     /// sizeof(hyperattn_cuda_exec).
     pub struct_size: usize,
-    /// Device memory; {NULL, 0} = stream-ordered allocation.
+    /// Device memory of the size and alignment that the workspace query answers for the same arguments; it is the call's
+    /// until the stream has passed it. {NULL, 0} = stream-ordered allocation.
     pub workspace: hyperattn_buffer,
     /// A cudaStream_t or CUstream; NULL = the legacy default stream.
     pub stream: *mut CUstream_st,

@@ -58,8 +58,8 @@ pub extern "C" fn hyperattn_cpu_isa() -> *const c_char {
 #[unsafe(no_mangle)]
 pub extern "C" fn hyperattn_has_feature(feature: hyperattn_feature) -> bool {
     match feature {
-        HYPERATTN_FEATURE_CUDA => hyperattn_cuda::BUILT,
-        HYPERATTN_FEATURE_THREADS => true,
+        HYPERATTN_FEATURE_CUDA | HYPERATTN_FEATURE_THREADS => true,
+        HYPERATTN_FEATURE_CUDA_AOT => hyperattn_cuda::COMPILED_AT_BUILD,
         _ => false,
     }
 }

@@ -102,10 +102,11 @@
 /// Blocks only.
 #define HYPERATTN_RESIDUAL_NONE 2
 
-/// This build has the bodies of the CUDA entry points.
+/// This build has the bodies of the CUDA entry points. Whether there is a device they tell themselves.
 #define HYPERATTN_FEATURE_CUDA 1
 
-/// It has CUDA kernels that were compiled at build time.
+/// It has CUDA kernels that were compiled at build time. Without them the first call in a process has NVRTC compile them,
+/// where that library is found.
 #define HYPERATTN_FEATURE_CUDA_AOT 2
 
 /// The library can run its own threads.
@@ -213,6 +214,9 @@ typedef struct hyperattn_params {
 /// queries meet exactly, ascending and unique; the residual stands for all other keys.
 ///
 /// Under a causal mask the pattern chooses among the keys of each sub-problem that is estimated.
+///
+/// For the CPU both arrays are in host memory, and what they hold is checked. For CUDA this struct is in host memory and
+/// both arrays are in device memory; they are read in the stream's order and what they hold is not checked.
 typedef struct hyperattn_block_mask {
     /// sizeof(hyperattn_block_mask).
     size_t struct_size;
@@ -374,11 +378,13 @@ typedef struct hyperattn_diagnosis {
     double keys_per_query;
 } hyperattn_diagnosis;
 
-/// How to run on CUDA: enqueue on a stream of the calling thread's current context.
+/// How to run on CUDA: on a stream of the calling thread's current context. After any call of the CUDA runtime that is the
+/// device's own. NULL instead of a pointer to it means: allocate scratch, use the legacy default stream.
 typedef struct hyperattn_cuda_exec {
     /// sizeof(hyperattn_cuda_exec).
     size_t struct_size;
-    /// Device memory; {NULL, 0} = stream-ordered allocation.
+    /// Device memory of the size and alignment that the workspace query answers for the same arguments; it is the call's
+    /// until the stream has passed it. {NULL, 0} = stream-ordered allocation.
     struct hyperattn_buffer workspace;
     /// A cudaStream_t or CUstream; NULL = the legacy default stream.
     struct CUstream_st *stream;
@@ -540,25 +546,45 @@ hyperattn_status hyperattn_diagnose(const struct hyperattn_params *params,
                                     struct hyperattn_diagnosis *heads,
                                     size_t count);
 
-/// Size and alignment of the device workspace that hyperattn_cuda_forward() needs.
-/// HYPERATTN_STATUS_UNSUPPORTED when hyperattn_has_feature(HYPERATTN_FEATURE_CUDA) is false, as in this version.
+/// Size and alignment of the device workspace that hyperattn_cuda_forward() needs for the same arguments. Needs no
+/// device. The tensors' data are not looked at and may be NULL; *out is written on success only.
+///
+///     hyperattn_layout need;
+///     hyperattn_cuda_exec exec = { .struct_size = sizeof exec, .stream = stream };
+///     if (hyperattn_cuda_forward_workspace(&params, &tensors, &need) == HYPERATTN_STATUS_OK) {
+///         cudaMalloc(&exec.workspace.data, need.size);
+///         exec.workspace.size = need.size;
+///     }
 hyperattn_status hyperattn_cuda_forward_workspace(const struct hyperattn_params *params,
                                                   const struct hyperattn_tensors *tensors,
                                                   struct hyperattn_layout *out);
 
-/// hyperattn_forward() for tensors in device memory, enqueued on exec.stream. HYPERATTN_STATUS_UNSUPPORTED when
-/// hyperattn_has_feature(HYPERATTN_FEATURE_CUDA) is false, as in this version.
+/// hyperattn_forward() for tensors in device memory, enqueued on exec->stream: it returns before the outputs are
+/// complete, and does not wait for the device. params, tensors and exec are read before it returns; what they point to in
+/// device memory must stay until the stream has passed the call. Addresses must be multiples of the elements' size.
+///
+/// With a workspace nothing is allocated on the device, so that a call can be captured in a graph and replayed: with the same
+/// addresses, on what they then hold. The first call in a context loads the kernels, and where the build has none for the
+/// device, NVRTC compiles them, which takes a while: make it outside of what is timed.
+///
+/// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it;
+/// HYPERATTN_STATUS_CUDA for other errors of the driver. What goes wrong while the kernels run is reported where the
+/// stream is waited for, as CUDA does.
+///
+///     hyperattn_cuda_exec exec = { .struct_size = sizeof exec, .stream = stream };
+///     if (hyperattn_cuda_forward(&params, &tensors, &exec) != HYPERATTN_STATUS_OK)
+///         fprintf(stderr, "%s\n", hyperattn_last_error());
 hyperattn_status hyperattn_cuda_forward(const struct hyperattn_params *params,
                                         const struct hyperattn_tensors *tensors,
                                         const struct hyperattn_cuda_exec *exec);
 
-/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs. Like
-/// hyperattn_cuda_forward_workspace().
+/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs. This version answers
+/// HYPERATTN_STATUS_UNSUPPORTED.
 hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params *params,
                                                    const struct hyperattn_tensors *tensors,
                                                    struct hyperattn_layout *out);
 
-/// hyperattn_backward() for tensors in device memory. Like hyperattn_cuda_forward().
+/// hyperattn_backward() for tensors in device memory. This version answers HYPERATTN_STATUS_UNSUPPORTED.
 hyperattn_status hyperattn_cuda_backward(const struct hyperattn_params *params,
                                          const struct hyperattn_tensors *tensors,
                                          const struct hyperattn_grads *grads,

@@ -144,6 +144,7 @@ int main(int argc, char **argv)
     bad_block_masks();
     bad_merges();
     bad_diagnoses();
+    bad_cuda_calls();
     unsupported_calls();
     /* Mistakes leave nothing behind. */
     fresh_calls_succeed();

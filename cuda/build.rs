@@ -1,0 +1,158 @@
+//! Embeds the device code: its source in one piece, and where nvcc is found, a fat binary made of it.
+//!
+//! nvcc is HYPERATTN_NVCC, else the one on PATH, else that of CUDA_HOME or CUDA_PATH. HYPERATTN_NVCC=none builds without.
+//! Nothing of CUDA is needed otherwise, and nothing is downloaded.
+
+use std::collections::HashSet;
+use std::env;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Instruction sets that the fat binary has code for, as nvcc calls their virtual and real architectures.
+const TARGETS: [(&str, &str); 3] =
+    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100")];
+/// What later devices compile for themselves.
+const PORTABLE: &str = "compute_90";
+
+fn main() {
+    let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
+    let kernels = here.join("kernels");
+    println!("cargo::rerun-if-changed=build.rs");
+    // The folder's own change tells of new files.
+    println!("cargo::rerun-if-changed={}", kernels.display());
+    for variable in ["HYPERATTN_NVCC", "PATH", "CUDA_HOME", "CUDA_PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+
+    let mut source = String::new();
+    flatten(&kernels, Path::new("entry.cu"), &mut HashSet::new(), &mut source);
+    write_if_changed(&out.join("kernels.cu"), source.as_bytes());
+    let mut terminated = source.into_bytes();
+    terminated.push(0);
+    write_if_changed(&out.join("kernels.cu.0"), &terminated);
+
+    let built = match nvcc() {
+        Some(nvcc) => compile(&nvcc, &out),
+        None => None,
+    };
+    let mut embedded = String::from(
+        "pub(super) const SOURCE: &std::ffi::CStr =\n\
+         \x20   match std::ffi::CStr::from_bytes_with_nul(include_bytes!(concat!(env!(\"OUT_DIR\"), \"/kernels.cu.0\"))) {\n\
+         \x20       Ok(source) => source,\n\
+         \x20       Err(_) => panic!(\"the source has a 0 in it\"),\n\
+         \x20   };\n",
+    );
+    embedded.push_str(match built {
+        Some(()) => {
+            "static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!(\"OUT_DIR\"), \"/kernels.fatbin\")));\n\
+             pub(super) const BUILT: Option<&Aligned<[u8]>> = Some(IMAGE);\n"
+        }
+        None => "pub(super) const BUILT: Option<&Aligned<[u8]>> = None;\n",
+    });
+    write_if_changed(&out.join("embedded.rs"), embedded.as_bytes());
+}
+
+/// Appends `file` with its includes in their places, each once.
+fn flatten(root: &Path, file: &Path, done: &mut HashSet<PathBuf>, to: &mut String) {
+    let path = root.join(file);
+    println!("cargo::rerun-if-changed={}", path.display());
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let folder = file.parent().unwrap_or(Path::new(""));
+    let line = |to: &mut String, number: usize| {
+        writeln!(to, "#line {number} \"{}\"", file.display()).expect("a string grows");
+    };
+    line(to, 1);
+    for (index, text) in text.lines().enumerate() {
+        let directive = text.trim();
+        if let Some(name) = included_by(directive) {
+            let included = folder.join(name);
+            if done.insert(included.clone()) {
+                flatten(root, &included, done, to);
+                line(to, index + 2);
+            } else {
+                to.push('\n');
+            }
+        } else if directive == "#pragma once" {
+            to.push('\n');
+        } else {
+            to.push_str(text);
+            to.push('\n');
+        }
+    }
+}
+
+/// The name in `#include "name"`.
+fn included_by(directive: &str) -> Option<&str> {
+    directive.strip_prefix("#include \"")?.split_once('"').map(|(name, _)| name)
+}
+
+/// Keeps the time of a file that stays the same.
+fn write_if_changed(path: &Path, bytes: &[u8]) {
+    if fs::read(path).is_ok_and(|old| old == bytes) {
+        return;
+    }
+    fs::write(path, bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
+/// A compiler, and whether the caller has asked for this one.
+struct Nvcc {
+    path: PathBuf,
+    asked: bool,
+}
+
+fn nvcc() -> Option<Nvcc> {
+    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    if let Some(path) = env::var_os("HYPERATTN_NVCC").filter(|path| !path.is_empty()) {
+        return (path != "none").then(|| Nvcc { path: path.into(), asked: true });
+    }
+    let on_path = env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>());
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let folders = on_path.into_iter().flatten().chain(homes.map(|home| Path::new(&home).join("bin")));
+    let found = folders.map(|folder| folder.join(&name)).find(|path| path.is_file());
+    found.map(|path| Nvcc { path, asked: false })
+}
+
+/// Makes kernels.fatbin, and ptxas.txt with the registers and spills of every kernel. Where nvcc cannot, the build fails if
+/// it was asked for by name; otherwise it goes on without.
+fn compile(nvcc: &Nvcc, out: &Path) -> Option<()> {
+    let fail = |what: &str| {
+        if nvcc.asked {
+            panic!("{}: {what}", nvcc.path.display());
+        }
+        println!("cargo::warning={}: {what}; no device code is built in", nvcc.path.display());
+        None
+    };
+    let known = match Command::new(&nvcc.path).arg("--list-gpu-code").output() {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(output) => return fail(String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => return fail(&error.to_string()),
+    };
+    let mut command = Command::new(&nvcc.path);
+    // The architectures are compiled beside each other.
+    command.args(["-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "0"]);
+    for (virtual_, real) in TARGETS {
+        // The list has no variants of an architecture.
+        if known.split_whitespace().any(|name| name == real.trim_end_matches('a')) {
+            command.arg("-gencode").arg(format!("arch={virtual_},code={real}"));
+        } else {
+            println!("cargo::warning={} does not know {real}", nvcc.path.display());
+        }
+    }
+    command.arg("-gencode").arg(format!("arch={PORTABLE},code={PORTABLE}"));
+    let output = command.arg("-o").arg(out.join("kernels.fatbin")).arg(out.join("kernels.cu")).output();
+    match output {
+        Ok(output) if output.status.success() => {
+            fs::write(out.join("ptxas.txt"), &output.stderr).expect("the build's folder is writable");
+            Some(())
+        }
+        Ok(output) => fail(&format!(
+            "{}\n{}",
+            String::from_utf8_lossy(&output.stdout).trim(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        )),
+        Err(error) => fail(&error.to_string()),
+    }
+}

@@ -1,0 +1,60 @@
+// All device code in one source: nvcc compiles it at build time, NVRTC at run time.
+#include "hyperattn/types.cuh"
+#include "hyperattn/work.cuh"
+
+#include "hyperattn/exact_tiles.cuh"
+#include "hyperattn/fill_heads.cuh"
+
+#include "hyperattn/block_mask_tiles.cuh"
+#include "hyperattn/bucket_sort.cuh"
+#include "hyperattn/hash.cuh"
+#include "hyperattn/paper_tiles.cuh"
+#include "hyperattn/projections.cuh"
+#include "hyperattn/row_norm.cuh"
+#include "hyperattn/sample.cuh"
+
+#include "hyperattn/budget.cuh"
+#include "hyperattn/probe.cuh"
+#include "hyperattn/refine.cuh"
+#include "hyperattn/refined_tiles.cuh"
+#include "hyperattn/represent.cuh"
+#include "hyperattn/summary.cuh"
+#include "hyperattn/weigh.cuh"
+#include "hyperattn/weigh_f32.cuh"
+
+#include "hyperattn/attend_any.cuh"
+#include "hyperattn/attend_mma.cuh"
+#include "hyperattn/attend_wgmma.cuh"
+
+// The host's mirrors in cuda/src/abi.rs count on these.
+static_assert(sizeof(hyperattn::View) == 32, "View");
+static_assert(sizeof(hyperattn::Segment) == 24, "Segment");
+static_assert(sizeof(hyperattn::Tile) == 32, "Tile");
+static_assert(sizeof(hyperattn::AttendParams) == 296, "AttendParams");
+
+// The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
+static_assert(hyperattn::hopper::THREADS == 384, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<64>::KEYS == 128, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<96>::KEYS == 128, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<128>::KEYS == 128, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<192>::KEYS == 96, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<256>::KEYS == 64, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<64>::SHARED_BYTES == 172496, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<96>::SHARED_BYTES == 202032, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<128>::SHARED_BYTES == 202032, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<192>::SHARED_BYTES == 200704, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<256>::SHARED_BYTES == 199936, "attend_wgmma");
+static_assert(hyperattn::mma::Shape<64>::THREADS == 128, "attend_mma");
+static_assert(hyperattn::mma::Shape<96>::THREADS == 128, "attend_mma");
+static_assert(hyperattn::mma::Shape<128>::THREADS == 128, "attend_mma");
+static_assert(hyperattn::mma::Shape<192>::THREADS == 256, "attend_mma");
+static_assert(hyperattn::mma::Shape<256>::THREADS == 256, "attend_mma");
+static_assert(hyperattn::mma::Shape<64>::SHARED_BYTES == 34976, "attend_mma");
+static_assert(hyperattn::mma::Shape<96>::SHARED_BYTES == 51360, "attend_mma");
+static_assert(hyperattn::mma::Shape<128>::SHARED_BYTES == 67744, "attend_mma");
+static_assert(hyperattn::mma::Shape<192>::SHARED_BYTES == 100512, "attend_mma");
+static_assert(hyperattn::mma::Shape<256>::SHARED_BYTES == 100000, "attend_mma");
+static_assert(hyperattn::simt::THREADS == 256, "attend_any");
+static_assert(hyperattn::simt::Shape<64>::SHARED_BYTES == 85152, "attend_any");
+static_assert(hyperattn::simt::Shape<128>::SHARED_BYTES == 85152, "attend_any");
+static_assert(hyperattn::simt::Shape<256>::SHARED_BYTES == 48288, "attend_any");

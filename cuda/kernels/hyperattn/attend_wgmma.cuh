@@ -1,0 +1,84 @@
+// Attention on Hopper for queries, keys and values of one 16-bit type: executes the tiles of work.cuh.
+//
+// Launched with one block of THREADS threads per multiprocessor and Shape<DIM>::SHARED_BYTES of dynamic shared memory.
+// DIM is at least head_dim and value_dim, which are multiples of 8; rows of q, k, v and the extra columns are aligned
+// to 16 bytes. The tensor maps are of [dim, row, head, batch] with boxes of 64 x Shape<DIM>::KEYS elements, 128-byte
+// swizzle and zeros out of bounds; without them every block is gathered.
+#pragma once
+
+#include "attend_wgmma_compute.cuh"
+#include "attend_wgmma_load.cuh"
+
+namespace hyperattn {
+namespace hopper {
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+
+template <u32 TYPE, u32 DIM>
+__device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k_map, const TensorMap &v_map)
+{
+    using S = Shape<DIM>;
+    extern __shared__ __align__(1024) char shared[];
+    u32 start = shared_address(shared);
+    u32 data = (start + 1023) & ~1023u;
+    typename S::Control &control = *(typename S::Control *)(shared + (data - start) + S::CONTROL_AT);
+
+    if (threadIdx.x == 0) {
+        for (u32 i = 0; i < S::QUERY_STAGES; ++i) {
+            barrier_init(shared_address(&control.query_full[i]), LOADER_WARPS);
+            barrier_init(shared_address(&control.query_empty[i]), CONSUMER_WARPS);
+        }
+        for (u32 i = 0; i < S::KEY_STAGES; ++i) {
+            barrier_init(shared_address(&control.key_full[i]), LOADER_WARPS);
+            barrier_init(shared_address(&control.key_empty[i]), CONSUMER_WARPS);
+            barrier_init(shared_address(&control.value_full[i]), LOADER_WARPS);
+            barrier_init(shared_address(&control.value_empty[i]), CONSUMER_WARPS);
+        }
+        for (u32 i = 0; i < NUMBER_STAGES; ++i)
+            barrier_init(shared_address(&control.number_full[i]), 1);
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    // Together no more than the registers that the block starts with.
+    u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
+    if (warpgroup == 0) {
+        registers_decrease<72>();
+        load<TYPE, DIM>(p, k_map, v_map, control, data);
+    } else {
+        registers_increase<216>();
+        Consumer<TYPE, DIM>(p, control, data, warpgroup - 1).run();
+    }
+}
+
+#endif
+
+} // namespace hopper
+} // namespace hyperattn
+
+// Other targets have the names only.
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#define HYPERATTN_ATTEND(TYPE, DIM) hyperattn::hopper::attend<TYPE, DIM>(p, k_map, v_map)
+#else
+#define HYPERATTN_ATTEND(TYPE, DIM) __trap()
+#endif
+
+#define HYPERATTN_ATTEND_WGMMA(NAME, TYPE, DIM) \
+    extern "C" __global__ void __launch_bounds__(hyperattn::hopper::THREADS, 1) \
+        attend_wgmma_##NAME##_##DIM(const __grid_constant__ hyperattn::AttendParams p, \
+                                    const __grid_constant__ hyperattn::TensorMap k_map, \
+                                    const __grid_constant__ hyperattn::TensorMap v_map) \
+    { \
+        HYPERATTN_ATTEND(TYPE, DIM); \
+    }
+
+HYPERATTN_ATTEND_WGMMA(bf16, hyperattn::BF16, 64)
+HYPERATTN_ATTEND_WGMMA(bf16, hyperattn::BF16, 96)
+HYPERATTN_ATTEND_WGMMA(bf16, hyperattn::BF16, 128)
+HYPERATTN_ATTEND_WGMMA(bf16, hyperattn::BF16, 192)
+HYPERATTN_ATTEND_WGMMA(bf16, hyperattn::BF16, 256)
+HYPERATTN_ATTEND_WGMMA(f16, hyperattn::F16, 64)
+HYPERATTN_ATTEND_WGMMA(f16, hyperattn::F16, 96)
+HYPERATTN_ATTEND_WGMMA(f16, hyperattn::F16, 128)
+HYPERATTN_ATTEND_WGMMA(f16, hyperattn::F16, 192)
+HYPERATTN_ATTEND_WGMMA(f16, hyperattn::F16, 256)

@@ -1,0 +1,506 @@
+// A computing warpgroup of the Hopper attention kernel: 64 rows of each tile.
+//
+// The logits of a block are computed while the values of the block before are multiplied and summed. Logits are
+//     slope * product + shift
+// in base 2; weights are 2^(logit - max) of the largest logit so far.
+#pragma once
+
+#include "attend_wgmma_layout.cuh"
+#include "barrier.cuh"
+#include "convert.cuh"
+#include "wgmma.cuh"
+
+namespace hyperattn {
+namespace hopper {
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
+
+// A logit is large if its absolute value is above this, see weigh().
+constexpr float LARGE_LOGIT = 4194304.0f;
+
+__device__ __forceinline__ float exp2_approximate(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Over the four lanes that hold a row.
+__device__ __forceinline__ float row_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+__device__ __forceinline__ float row_sum(float x)
+{
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+// The two rows of a thread.
+struct Rows {
+    float max[2];
+    // This thread's part.
+    float sum[2];
+    // Factors that the last weights put on what was accumulated before.
+    float factor[2];
+    u32 row[2];
+    u32 limit[2];
+};
+
+// Logits in place of products, -inf where a key is masked. Without branches, like weigh().
+template <u32 KEYS>
+__device__ __forceinline__ void make_logits(float (&scores)[KEYS / 2], const KeyStage<KEYS> &stage, u32 flags,
+                                            const Rows &rows, u32 lane, float slope, float shift)
+{
+    bool all = !(flags & BLOCK_MASKED);
+    u32 limit_0 = flags & BLOCK_LIMITED ? rows.limit[0] : NO_ROW;
+    u32 limit_1 = flags & BLOCK_LIMITED ? rows.limit[1] : NO_ROW;
+#pragma unroll
+    for (u32 j = 0; j < KEYS / 8; ++j) {
+        u32 first = stage.position[8 * j + 2 * (lane & 3)];
+        u32 second = stage.position[8 * j + 2 * (lane & 3) + 1];
+        float *s = &scores[4 * j];
+        s[0] = all || first < limit_0 ? fmaf(s[0], slope, shift) : minus_infinity();
+        s[1] = all || second < limit_0 ? fmaf(s[1], slope, shift) : minus_infinity();
+        s[2] = all || first < limit_1 ? fmaf(s[2], slope, shift) : minus_infinity();
+        s[3] = all || second < limit_1 ? fmaf(s[3], slope, shift) : minus_infinity();
+    }
+}
+
+// Weights in place of products; a row's maximum, sum and factor follow. Without branches: values are multiplied
+// meanwhile, and branches would have the compiler move the scores to other registers.
+template <u32 KEYS>
+__device__ __forceinline__ void weigh(float (&scores)[KEYS / 2], float slope, float shift, Rows &rows)
+{
+    float largest[2] = {fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3])};
+#pragma unroll
+    for (u32 j = 1; j < KEYS / 8; ++j) {
+        largest[0] = fmaxf(largest[0], fmaxf(scores[4 * j], scores[4 * j + 1]));
+        largest[1] = fmaxf(largest[1], fmaxf(scores[4 * j + 2], scores[4 * j + 3]));
+    }
+    // The exponent of a weight is row_slope * product + offset.
+    float row_slope[2], offset[2];
+    float power = __uint_as_float(__float_as_uint(slope) & 0x7f800000);
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+        float product = row_max(largest[r]);
+        float logit = fmaf(product, slope, shift);
+        float max = fmaxf(rows.max[r], logit);
+        float center = max == minus_infinity() ? 0.0f : max;
+        rows.factor[r] = exp2_approximate(rows.max[r] - center);
+        rows.max[r] = max;
+        // The rounding of a large maximum must not become a large exponent. Its last place is above 1/4 then, so the
+        // products' differences may as well be scaled by a power of two, which takes them without any rounding.
+        bool large = fabsf(center) > LARGE_LOGIT && logit != minus_infinity();
+        row_slope[r] = large ? power : slope;
+        offset[r] = large ? fmaf(-product, power, logit - center) : shift - center;
+    }
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (u32 j = 0; j < KEYS / 8; ++j) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            float weight = exp2_approximate(fmaf(scores[4 * j + i], row_slope[i / 2], offset[i / 2]));
+            sum[i / 2] += weight;
+            scores[4 * j + i] = weight;
+        }
+    }
+    // Never so, weights are about 1 at most. It has them computed here: the compiler would wait for the products with
+    // the values first.
+    if (__any_sync(ALL_LANES, sum[0] + sum[1] > 1e30f))
+        asm volatile("nanosleep.u32 0;" ::: "memory");
+    rows.sum[0] = fmaf(rows.sum[0], rows.factor[0], sum[0]);
+    rows.sum[1] = fmaf(rows.sum[1], rows.factor[1], sum[1]);
+}
+
+// Accumulated values follow a change of the maximum.
+template <u32 COLUMNS> __device__ __forceinline__ void rescale(float (&accumulated)[COLUMNS / 2], const Rows &rows)
+{
+    if (!__any_sync(ALL_LANES, rows.factor[0] != 1.0f || rows.factor[1] != 1.0f))
+        return;
+#pragma unroll
+    for (u32 i = 0; i < COLUMNS / 2; ++i)
+        accumulated[i] *= rows.factor[i / 2 & 1];
+}
+
+// Adds the elements that the loaders took out of the block's values to rows that see them: what is not finite swamps
+// any weight.
+template <u32 TYPE, u32 KEYS, u32 COLUMNS>
+__device__ __forceinline__ void add_not_finite(const AttendParams &p, u32 batch, u32 head,
+                                               const ValueStage<KEYS> &stage, const Rows &rows, u32 lane,
+                                               float (&accumulated)[COLUMNS / 2])
+{
+    constexpr u32 EXPONENT = TYPE == BF16 ? 0x7f80 : 0x7c00;
+    constexpr u32 WARP_KEYS = KEYS / LOADER_WARPS;
+#pragma unroll 1
+    for (u32 key = 0; key < KEYS; ++key) {
+        if (!(stage.not_finite[key / WARP_KEYS] >> (key % WARP_KEYS) & 1))
+            continue;
+        u32 position = stage.position[key];
+        const char *value = p.v.row(batch, head / p.group, stage.row[key]) + 4 * (lane & 3);
+        bool seen[2] = {position < rows.limit[0], position < rows.limit[1]};
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; ++j) {
+            if (8 * j >= p.value_dim)
+                continue;
+            u32 pair = *(const u32 *)(value + 16 * j);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                u32 element = i & 1 ? pair >> 16 : pair & 0xffff;
+                if (seen[i / 2] && (element & EXPONENT) == EXPONENT)
+                    accumulated[4 * j + i] += f32_from_16<TYPE>((u16)element);
+            }
+        }
+    }
+}
+
+// The body of a computing warpgroup, whose number is `group`.
+template <u32 TYPE, u32 DIM> struct Consumer {
+    using S = Shape<DIM>;
+    static constexpr u32 KEYS = S::KEYS;
+    // Whether the two warpgroups take turns in issuing products, so that one's weights are computed beside the other's
+    // products. Named barrier 1 + group is passed when it is the group's turn.
+    static constexpr bool TURNS = DIM <= 128;
+
+    const AttendParams &p;
+    typename S::Control &control;
+    u32 data;
+    u32 group;
+    u32 lane;
+
+    // Of the tile.
+    u32 batch;
+    u32 head;
+
+    float scores[KEYS / 2];
+    u32 weights[KEYS / 4];
+    float accumulated[DIM / 2];
+    Rows rows;
+    Ring<S::QUERY_STAGES> query_ring;
+    Ring<S::KEY_STAGES> ring;
+
+    __device__ __forceinline__ Consumer(const AttendParams &params, typename S::Control &shared_control,
+                                        u32 shared_data, u32 number)
+        : p(params), control(shared_control), data(shared_data), group(number), lane(threadIdx.x % 32)
+    {
+    }
+
+    // The warp is done with a stage.
+    __device__ __forceinline__ void release(const u64 &barrier)
+    {
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(shared_address(&barrier));
+    }
+
+    __device__ __forceinline__ void multiply_keys(u32 stage)
+    {
+        products_begin();
+        u32 queries = opaque(data + query_ring.stage * S::QUERY_BYTES + group * 64 * ROW_BYTES);
+        u32 keys = opaque(data + S::KEYS_AT + stage * S::KEY_BYTES);
+#pragma unroll
+        for (u32 k = 0; k < DIM / 16; ++k) {
+            u32 within = k % 4 * 32;
+            multiply_shared<TYPE, KEYS>(scores, operand<16>(queries + k / 4 * S::QUERY_CHUNK_BYTES + within),
+                                        operand<16>(keys + k / 4 * S::KEY_CHUNK_BYTES + within), k != 0);
+        }
+        products_commit();
+    }
+
+    __device__ __forceinline__ void multiply_values(u32 stage)
+    {
+        products_begin();
+        u32 values = opaque(data + S::VALUES_AT + stage * S::KEY_BYTES);
+#pragma unroll
+        for (u32 k = 0; k < KEYS / 16; ++k)
+            multiply_registers<TYPE, DIM>(accumulated, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
+                                          weights[4 * k + 3], operand<S::KEY_CHUNK_BYTES>(values + k * 16 * ROW_BYTES));
+        products_commit();
+    }
+
+    // Whether the logits of the block in `stage` have to be made before the largest is sought: some are masked, or the
+    // largest product is not the largest logit.
+    __device__ __forceinline__ bool special(u32 flags) const { return (flags & BLOCK_MASKED) || p.scale_log2 < 0.0f; }
+
+    __device__ __forceinline__ u32 block_flags(u32 stage) const
+    {
+        const u32 *flags = control.key[stage].flags;
+        return __shfl_sync(ALL_LANES, flags[0] | flags[1] | flags[2] | flags[3], 0);
+    }
+
+    // Weights of the block in `stage` from its products; its key stage is released.
+    template <bool SPECIAL> __device__ __forceinline__ void weigh_block(u32 stage, u32 flags)
+    {
+        const KeyStage<KEYS> &key_stage = control.key[stage];
+        float slope = p.scale_log2;
+        float shift = key_stage.log_weight;
+        if (SPECIAL) {
+            make_logits<KEYS>(scores, key_stage, flags, rows, lane, slope, shift);
+            slope = 1.0f;
+            shift = 0.0f;
+        }
+        release(control.key_empty[stage]);
+        if (flags & BLOCK_LAST)
+            release(control.query_empty[query_ring.stage]);
+        weigh<KEYS>(scores, slope, shift, rows);
+    }
+
+    // Products of the block's keys beside those of the values before, then its weights.
+    template <bool SPECIAL>
+    __device__ __forceinline__ void step(u32 flags, Ring<S::KEY_STAGES> before)
+    {
+        pin(weights);
+        pin(accumulated);
+        multiply_keys(ring.stage);
+        barrier_wait(shared_address(&control.value_full[before.stage]), before.phase);
+        multiply_values(before.stage);
+        if (TURNS)
+            named_barrier_arrive(2 - group, CONSUMERS * WARPGROUP);
+        products_wait<1>();
+        pin(scores);
+        weigh_block<SPECIAL>(ring.stage, flags);
+        pin(scores);
+        products_wait<0>();
+        pin(accumulated);
+        pin(weights);
+        pack_weights();
+    }
+
+    __device__ __forceinline__ void pack_weights()
+    {
+#pragma unroll
+        for (u32 i = 0; i < KEYS / 4; ++i)
+            weights[i] = f32_to_16x2<TYPE>(scores[2 * i], scores[2 * i + 1]);
+    }
+
+    // After the products with a block's values.
+    __device__ __forceinline__ void finish_values(u32 stage, u32 flags)
+    {
+        const ValueStage<KEYS> &value_stage = control.value[stage];
+        if ((flags & (BLOCK_LIMITED | BLOCK_MASKED)) == (BLOCK_LIMITED | BLOCK_MASKED)) {
+            u32 found = value_stage.not_finite[0] | value_stage.not_finite[1] | value_stage.not_finite[2] |
+                        value_stage.not_finite[3];
+            if (found)
+                add_not_finite<TYPE, KEYS, DIM>(p, batch, head, value_stage, rows, lane, accumulated);
+        }
+        release(control.value_empty[stage]);
+    }
+
+    __device__ __forceinline__ void attend()
+    {
+        barrier_wait(shared_address(&control.key_full[ring.stage]), ring.phase);
+        u32 flags = block_flags(ring.stage);
+        multiply_keys(ring.stage);
+        products_wait<0>();
+        pin(scores);
+        if (special(flags))
+            weigh_block<true>(ring.stage, flags);
+        else
+            weigh_block<false>(ring.stage, flags);
+        pack_weights();
+        rescale<DIM>(accumulated, rows);
+
+        while (!(flags & BLOCK_LAST)) {
+            Ring<S::KEY_STAGES> before = ring;
+            u32 flags_before = flags;
+            ring.advance();
+            barrier_wait(shared_address(&control.key_full[ring.stage]), ring.phase);
+            flags = block_flags(ring.stage);
+            if (TURNS)
+                named_barrier_sync(1 + group, CONSUMERS * WARPGROUP);
+            if (special(flags))
+                step<true>(flags, before);
+            else
+                step<false>(flags, before);
+            finish_values(before.stage, flags_before);
+            rescale<DIM>(accumulated, rows);
+        }
+
+        barrier_wait(shared_address(&control.value_full[ring.stage]), ring.phase);
+        pin(weights);
+        pin(accumulated);
+        multiply_values(ring.stage);
+        products_wait<0>();
+        pin(accumulated);
+        pin(weights);
+        finish_values(ring.stage, flags);
+        ring.advance();
+    }
+
+    __device__ __forceinline__ u64 state_index(u32 row) const
+    {
+        return (u64)(batch * p.heads_q + head) * p.n_q + row;
+    }
+
+    __device__ __forceinline__ void begin(u32 flags)
+    {
+#pragma unroll
+        for (u32 i = 0; i < DIM / 2; ++i)
+            accumulated[i] = 0.0f;
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) {
+            rows.max[r] = minus_infinity();
+            rows.sum[r] = 0.0f;
+            if (!(flags & TILE_RESUME) || rows.row[r] == NO_ROW)
+                continue;
+            u64 index = state_index(rows.row[r]);
+            rows.max[r] = p.state_max[index];
+            float sum = p.state_sum[index];
+            if (sum == 0.0f)
+                continue;
+            rows.sum[r] = (lane & 3) == 0 ? sum : 0.0f;
+            const float *state = p.state_accumulated + index * p.value_dim + 2 * (lane & 3);
+#pragma unroll
+            for (u32 j = 0; j < DIM / 8; ++j) {
+                if (8 * j < p.value_dim) {
+                    float2 pair = *(const float2 *)(state + 8 * j);
+                    accumulated[4 * j + 2 * r] = pair.x;
+                    accumulated[4 * j + 2 * r + 1] = pair.y;
+                }
+            }
+        }
+    }
+
+    // Writes columns of a row as f32: lanes exchange halves, so that each writes 16 bytes.
+    template <u32 R> __device__ __forceinline__ void write_f32(char *to, bool write, bool aligned)
+    {
+        bool odd = lane & 1;
+#pragma unroll
+        for (u32 j = 0; j < DIM / 8; j += 2) {
+            float even_0 = accumulated[4 * j + 2 * R], even_1 = accumulated[4 * j + 2 * R + 1];
+            float odd_0 = accumulated[4 * j + 4 + 2 * R], odd_1 = accumulated[4 * j + 5 + 2 * R];
+            float other_0 = __shfl_xor_sync(ALL_LANES, odd ? even_0 : odd_0, 1);
+            float other_1 = __shfl_xor_sync(ALL_LANES, odd ? even_1 : odd_1, 1);
+            u32 column = 8 * (j + odd) + 2 * (lane & 2);
+            if (!write || column >= p.value_dim)
+                continue;
+            float4 four = odd ? make_float4(other_0, other_1, odd_0, odd_1)
+                              : make_float4(even_0, even_1, other_0, other_1);
+            float *at = (float *)to + column;
+            if (aligned) {
+                *(float4 *)at = four;
+            } else {
+                at[0] = four.x;
+                at[1] = four.y;
+                at[2] = four.z;
+                at[3] = four.w;
+            }
+        }
+    }
+
+    // Writes columns of a row as 16-bit elements: the lanes of a row transpose 4 x 4 pairs, each writes 16 bytes.
+    template <u32 R> __device__ __forceinline__ void write_16(char *to, bool write, bool aligned)
+    {
+        bool high = lane & 2, odd = lane & 1;
+#pragma unroll
+        for (u32 j = 0; j < DIM / 8; j += 4) {
+            u32 pairs[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                float first = accumulated[4 * (j + i) + 2 * R], second = accumulated[4 * (j + i) + 2 * R + 1];
+                pairs[i] = p.out_type == BF16 ? bf16x2_from_f32(first, second) : f16x2_from_f32(first, second);
+            }
+            // Of pairs 0 and 1 (lanes 0 and 1) or 2 and 3, this lane's and those of the lane two further.
+            u32 own_0 = high ? pairs[2] : pairs[0], own_1 = high ? pairs[3] : pairs[1];
+            u32 far_0 = __shfl_xor_sync(ALL_LANES, high ? pairs[0] : pairs[2], 2);
+            u32 far_1 = __shfl_xor_sync(ALL_LANES, high ? pairs[1] : pairs[3], 2);
+            // By number of the lane they come from, modulo 2: low lane, then high lane.
+            u32 low_0 = high ? far_0 : own_0, low_1 = high ? far_1 : own_1;
+            u32 high_0 = high ? own_0 : far_0, high_1 = high ? own_1 : far_1;
+            u32 near_low = __shfl_xor_sync(ALL_LANES, odd ? low_0 : low_1, 1);
+            u32 near_high = __shfl_xor_sync(ALL_LANES, odd ? high_0 : high_1, 1);
+            u32 column = 8 * (j + (lane & 3));
+            if (!write || column >= p.value_dim)
+                continue;
+            uint4 eight = odd ? make_uint4(near_low, low_1, near_high, high_1)
+                              : make_uint4(low_0, near_low, high_0, near_high);
+            u16 *at = (u16 *)to + column;
+            if (aligned) {
+                *(uint4 *)at = eight;
+            } else {
+                u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i)
+                    at[i] = (u16)(words[i / 2] >> (i & 1) * 16);
+            }
+        }
+    }
+
+    template <u32 R> __device__ __forceinline__ void end_row(u32 flags)
+    {
+        float sum = row_sum(rows.sum[R]);
+        bool write = rows.row[R] != NO_ROW;
+        u32 row = write ? rows.row[R] : 0;
+        bool writes_numbers = write && (lane & 3) == 0;
+        if (flags & TILE_STORE) {
+            u64 index = state_index(row);
+            if (writes_numbers) {
+                p.state_max[index] = rows.max[R];
+                p.state_sum[index] = sum;
+            }
+            write_f32<R>((char *)(p.state_accumulated + index * p.value_dim), write, true);
+            return;
+        }
+        bool empty = sum == 0.0f;
+        if (writes_numbers && p.lse.data)
+            *(float *)p.lse.row(batch, head, row) =
+                empty ? minus_infinity() : (rows.max[R] + log2f(sum)) * 0.693147180559945309f;
+        float factor = 1.0f / sum;
+#pragma unroll
+        for (u32 j = 0; j < DIM / 8; ++j) {
+            accumulated[4 * j + 2 * R] = empty ? 0.0f : accumulated[4 * j + 2 * R] * factor;
+            accumulated[4 * j + 2 * R + 1] = empty ? 0.0f : accumulated[4 * j + 2 * R + 1] * factor;
+        }
+        char *to = p.out.row(batch, head, row);
+        bool aligned = ((u64)to & 15) == 0;
+        if (p.out_type == F32)
+            write_f32<R>(to, write, aligned);
+        else
+            write_16<R>(to, write, aligned);
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        // The first turn is group 0's.
+        if (TURNS && group == 1)
+            named_barrier_arrive(1, CONSUMERS * WARPGROUP);
+        u32 first_row = group * 64 + (threadIdx.x / 32 % 4) * 16 + lane / 4;
+        for (;;) {
+            barrier_wait(shared_address(&control.query_full[query_ring.stage]), query_ring.phase);
+            const QueryStage &query = control.query[query_ring.stage];
+            if (query.rows == 0)
+                break;
+            batch = query.batch;
+            head = query.head;
+            u32 flags = query.flags;
+            bool has_keys = query.has_keys;
+#pragma unroll
+            for (u32 r = 0; r < 2; ++r) {
+                rows.row[r] = query.row[first_row + 8 * r];
+                rows.limit[r] = p.limit(rows.row[r]);
+                // From here on it is the row of the outputs.
+                if (flags & TILE_COMPACT && rows.row[r] != NO_ROW)
+                    rows.row[r] = query.first_output + first_row + 8 * r;
+            }
+            begin(flags);
+            if (has_keys)
+                attend();
+            else
+                release(control.query_empty[query_ring.stage]);
+            query_ring.advance();
+            end_row<0>(flags);
+            end_row<1>(flags);
+        }
+        if (TURNS && group == 0)
+            named_barrier_sync(1, CONSUMERS * WARPGROUP);
+    }
+};
+
+#endif
+
+} // namespace hopper
+} // namespace hyperattn

@@ -1,0 +1,50 @@
+// The uniform residual's keys: sample_size positions of every rectangle of a pass, for every KV head, independent and
+// with the CPU's draws.
+#pragma once
+
+#include "levels.cuh"
+#include "philox.cuh"
+
+namespace hyperattn {
+
+struct SampleParams {
+    Pass pass;
+    u64 seed;
+    u64 offset;
+    // [KV heads of the set][rectangles][sample_size].
+    u32 *positions;
+    // Of a batch item.
+    u32 heads_kv;
+    // Of the set, counted through the batch.
+    u32 first_head;
+    u32 set_heads;
+    u32 sample_size;
+};
+
+static_assert(sizeof(SampleParams) == 88, "the host's mirror of this struct counts on it");
+
+// Position of draw `index` in the keys of a rectangle.
+__device__ __forceinline__ u32 sampled_position(const Stream &stream, const Rectangle &rectangle, u32 index)
+{
+    u32 len = rectangle.key_end - rectangle.key_start;
+    return rectangle.key_start + below(stream.uniform(rectangle.key_start, len, index), len);
+}
+
+} // namespace hyperattn
+
+// One thread per sample: grid ceil(set_heads * rectangles * sample_size / 128), block 128.
+extern "C" __global__ void __launch_bounds__(128) paper_samples(const __grid_constant__ hyperattn::SampleParams params)
+{
+    using namespace hyperattn;
+    u64 at = (u64)blockIdx.x * 128 + threadIdx.x;
+    if (at >= (u64)params.set_heads * params.pass.count * params.sample_size)
+        return;
+    u32 index = (u32)(at % params.sample_size);
+    u32 item = (u32)(at / params.sample_size);
+    u32 head = (params.first_head + item / params.pass.count) % params.heads_kv;
+    Rectangle rectangle;
+    if (!params.pass.rectangle(params.pass.first + item % params.pass.count, rectangle))
+        return;
+    Stream stream(params.seed, params.offset, head, PURPOSE_UNIFORM_KEY);
+    params.positions[at] = sampled_position(stream, rectangle, index);
+}

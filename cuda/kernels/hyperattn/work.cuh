@@ -1,0 +1,142 @@
+// What selection writes and attention kernels execute: tiles of queries, and for each a list of segments of keys. Every
+// estimator is such a list; all of it is one online softmax.
+#pragma once
+
+#include "types.cuh"
+
+namespace hyperattn {
+
+// Queries of a tile, at most.
+constexpr u32 TILE_ROWS = 128;
+
+// A run of keys that all queries of a tile meet.
+//
+// Key number j of it has the position
+//     SEGMENT_LISTED ? positions[first + j] : first + j
+// and is row
+//     SEGMENT_SORTED ? key_order[position] : position
+// of its KV head. With SEGMENT_EXTRA key j is extra column number first + j instead, which is in no tensor; nothing else
+// may then be set but a weight.
+struct Segment {
+    u32 first;
+    u32 count;
+    u32 flags;
+    // Added to the logits (base 2).
+    float log_weight;
+    // Keys whose position is in [hidden_start, hidden_end) do not count.
+    u32 hidden_start;
+    u32 hidden_end;
+};
+
+enum SegmentFlags : u32 {
+    SEGMENT_LISTED = 1,
+    SEGMENT_SORTED = 2,
+    // A query sees positions below its causal limit only, see AttendParams::visible. Never with SEGMENT_SORTED.
+    SEGMENT_LIMITED = 4,
+    SEGMENT_EXTRA = 8,
+};
+
+// Queries that meet the same keys, of one head.
+struct Tile {
+    u32 batch;
+    u32 head;
+    // Query number i of it is row (flags & TILE_SORTED) ? query_order[first_query + i] : first_query + i of its head.
+    u32 first_query;
+    // 0 to TILE_ROWS; a tile of 0 is passed over.
+    u32 rows;
+    u32 flags;
+    u32 first_segment;
+    u32 segments;
+    u32 reserved;
+};
+
+enum TileFlags : u32 {
+    TILE_SORTED = 1,
+    // The rows go on from their stored states.
+    TILE_RESUME = 2,
+    // The rows' states are stored; without it the outputs are written.
+    TILE_STORE = 4,
+    // Outputs are written to row first_query + i instead of the query's own row; there are no states.
+    TILE_COMPACT = 8,
+};
+
+// The state of one row between launches is (max, sum, accumulated): weights are 2^(logit - max), `sum` is theirs, `accumulated` that
+// of the weighted values. A row that has met nothing has max -inf and sum 0, and its accumulated values are undefined.
+struct AttendParams {
+    View q;
+    View k;
+    View v;
+    View out;
+    // f32, natural logarithm; data is null where it is not wanted.
+    View lse;
+    u32 q_type;
+    // Of k and v.
+    u32 kv_type;
+    u32 out_type;
+    u32 heads_q;
+    // Query heads of a KV head: query head h reads KV head h / group.
+    u32 group;
+    u32 n_q;
+    u32 n_k;
+    u32 head_dim;
+    u32 value_dim;
+    // Row i sees the first clamp(i + visible, 0, n_k) keys in SEGMENT_LIMITED segments.
+    i32 visible;
+    // Factor on products of a query and a key that gives logits in base 2.
+    float scale_log2;
+    u32 tile_count;
+    const Tile *tiles;
+    const Segment *segments;
+    const u32 *positions;
+    // [batch][heads_q][n_q] and [batch][heads_kv][n_k].
+    const u32 *query_order;
+    const u32 *key_order;
+    // [extra column][head_dim] and [extra column][value_dim], elements of kv_type.
+    const char *extra_keys;
+    const char *extra_values;
+    // [batch][heads_q][n_q], the last one times value_dim.
+    float *state_max;
+    float *state_sum;
+    float *state_accumulated;
+    // 0 before the launch: tiles are handed out in their order.
+    u32 *next_tile;
+
+    __device__ __forceinline__ u32 kv_head(const Tile &tile) const { return tile.head / group; }
+    __device__ __forceinline__ u32 heads_kv() const { return heads_q / group; }
+
+    __device__ __forceinline__ u32 query_row(const Tile &tile, u32 i) const
+    {
+        u32 position = tile.first_query + i;
+        if (tile.flags & TILE_SORTED)
+            return query_order[(u64)(tile.batch * heads_q + tile.head) * n_q + position];
+        return position;
+    }
+
+    // Where the outputs of query number i go, which is row `row` of its head.
+    __device__ __forceinline__ u32 output_row(const Tile &tile, u32 i, u32 row) const
+    {
+        return tile.flags & TILE_COMPACT ? tile.first_query + i : row;
+    }
+
+    __device__ __forceinline__ u32 limit(u32 row) const
+    {
+        i64 keys = (i64)row + visible;
+        return keys < 0 ? 0 : keys > n_k ? n_k : (u32)keys;
+    }
+
+    // Position of key j of a segment that has no extra columns.
+    __device__ __forceinline__ u32 position(const Segment &segment, u32 j) const
+    {
+        return segment.flags & SEGMENT_LISTED ? positions[segment.first + j] : segment.first + j;
+    }
+
+    // Row of the key at a position.
+    __device__ __forceinline__ u32 key_row(const Tile &tile, const Segment &segment, u32 position) const
+    {
+        if (segment.flags & SEGMENT_SORTED)
+            return key_order[(u64)(tile.batch * heads_kv() + kv_head(tile)) * n_k + position];
+        return position;
+    }
+};
+
+} // namespace hyperattn

@@ -1,0 +1,151 @@
+//! The forward pass: checks, scratch memory, and the method.
+
+use std::ffi::c_void;
+
+use hyperattn_core::{Error, ErrorKind, Layout, Method, Params, Result};
+
+use crate::call::{Call, DeviceTensors};
+use crate::driver::{CUstream, Driver, driver};
+use crate::image::{Loaded, loaded};
+use crate::launch::Queue;
+use crate::workspace::{Carver, WORKSPACE_ALIGN};
+use crate::{exact, paper, refined};
+
+/// Size and alignment of the workspace that [`forward`] needs for these options and tensors. Needs no device, and no
+/// address is looked at. Every error that does not concern addresses, contents or the device is reported here too.
+pub fn forward_workspace(params: &Params, tensors: &DeviceTensors) -> Result<Layout> {
+    let call = Call::new(params, tensors)?;
+    Ok(Layout { size: size(&call)?, align: WORKSPACE_ALIGN })
+}
+
+/// Attention of tensors in the device's memory, enqueued on `stream` of the calling thread's current context; it has not
+/// been computed when this returns.
+///
+/// With `workspace` (address and bytes, see [`forward_workspace`]) nothing is allocated on the device, so that the call can be
+/// captured in a graph; without, memory is allocated and freed in the stream's order. Nothing waits for the device. The
+/// first call in a context loads code, which takes a while, and longer where NVRTC has to compile it.
+///
+/// On an error of the arguments or the device's absence nothing has been enqueued.
+///
+/// # Safety
+/// `stream` is a stream of the current context or NULL, its default stream. From the call's turn in the stream until it is
+/// done, the tensors that `tensors` describe are memory of the context's device, their elements readable, those of the
+/// outputs writable and used by nobody else; a block mask's arrays hold what [`hyperattn_core::BlockMask`] says; the
+/// workspace's memory is the call's alone.
+pub unsafe fn forward(
+    params: &Params,
+    tensors: &DeviceTensors,
+    workspace: Option<(u64, usize)>,
+    stream: *mut c_void,
+) -> Result<()> {
+    let call = Call::new(params, tensors)?;
+    tensors.check_addresses()?;
+    let need = size(&call)?;
+    if let Some((address, size)) = workspace {
+        check_workspace(address, size, need)?;
+    }
+    let driver = driver()?;
+    let loaded = loaded(driver)?;
+    let stream: CUstream = stream.cast();
+    if let Some((address, _)) = workspace {
+        // SAFETY: the caller's contract; the workspace has been checked.
+        return unsafe { run(driver, &loaded, stream, &call, address) };
+    }
+    // SAFETY: the stream is of the current context (contract).
+    let address = unsafe { driver.allocate(need.max(1), stream) }?;
+    // SAFETY: as above; the memory is there from here on in the stream's order.
+    let result = unsafe { run(driver, &loaded, stream, &call, address) };
+    // SAFETY: it was allocated on this stream, and all its uses are enqueued.
+    let freed = unsafe { driver.free(address, stream) };
+    result.and(freed)
+}
+
+fn check_workspace(address: u64, size: usize, need: usize) -> Result<()> {
+    let too_small =
+        |sentence: std::fmt::Arguments<'_>| Err(Error::new(ErrorKind::WorkspaceTooSmall, sentence));
+    if !address.is_multiple_of(WORKSPACE_ALIGN as u64) {
+        return too_small(format_args!(
+            "workspace.data = {address:#x} is not a multiple of {WORKSPACE_ALIGN}"
+        ));
+    }
+    if size < need {
+        return too_small(format_args!("workspace.size = {size} bytes but {need} are needed"));
+    }
+    Ok(())
+}
+
+/// What computes the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Run {
+    Exact,
+    Paper,
+    Refined,
+}
+
+impl Run {
+    fn of(call: &Call<'_>) -> Self {
+        let (params, problem) = (call.params, &call.problem);
+        let refining_is_exact =
+            problem.n_k <= params.min_seq_len.max(params.budget as usize) || problem.n_q == 0;
+        match params.method {
+            Method::Paper if paper::estimates(call) => Run::Paper,
+            Method::Refined if !refining_is_exact => Run::Refined,
+            // The caller's blocks are METHOD_PAPER's.
+            Method::Auto if call.tensors.block_mask.is_some() && paper::estimates(call) => Run::Paper,
+            _ => Run::Exact,
+        }
+    }
+}
+
+/// The parts of the workspace.
+enum Buffers {
+    Exact(exact::Buffers),
+    Paper(paper::Buffers),
+    Refined(refined::Buffers),
+}
+
+impl Buffers {
+    fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Self> {
+        Ok(match Run::of(call) {
+            Run::Exact => Buffers::Exact(exact::carve(call, carver)?),
+            Run::Paper => Buffers::Paper(paper::carve(call, carver)?),
+            Run::Refined => Buffers::Refined(refined::carve(call, carver)?),
+        })
+    }
+}
+
+/// Bytes of the workspace.
+fn size(call: &Call<'_>) -> Result<usize> {
+    let mut carver = Carver::measuring();
+    Buffers::carve(call, &mut carver)?;
+    carver.used().ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidArgument,
+            format_args!("the shapes need more scratch memory than an address space holds"),
+        )
+    })
+}
+
+/// Enqueues the call with the workspace at `address`.
+///
+/// # Safety
+/// As for [`forward`]; the workspace has as many bytes as [`size`] says, at a multiple of [`WORKSPACE_ALIGN`].
+unsafe fn run(
+    driver: &Driver,
+    loaded: &Loaded,
+    stream: CUstream,
+    call: &Call<'_>,
+    address: u64,
+) -> Result<()> {
+    let buffers = Buffers::carve(call, &mut Carver::new(address))?;
+    // SAFETY: what is loaded is the current context's; the stream is the caller's contract.
+    let queue = unsafe { Queue::new(driver, loaded, stream) };
+    // SAFETY: the caller's contract.
+    unsafe {
+        match &buffers {
+            Buffers::Exact(buffers) => exact::run(&queue, call, buffers),
+            Buffers::Paper(buffers) => paper::run(&queue, call, buffers),
+            Buffers::Refined(buffers) => refined::run(&queue, call, buffers),
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! The device code: which image of it, and the module that a context has made of it.
+//!
+//! An image compiled at build time, where it is for the device; else the source, compiled by NVRTC for exactly this
+//! device when a process first asks, where NVRTC is found; else there is none.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use cudarc::nvrtc::sys;
+use hyperattn_core::{Error, ErrorKind, Result};
+
+use crate::driver::{CUmodule, Context, Device, Driver, unavailable};
+use crate::launch::Kernels;
+
+mod embedded {
+    //! What the build script found and made.
+
+    /// The driver reads numbers of up to 8 bytes at the start of an image.
+    #[repr(align(64))]
+    pub(super) struct Aligned<T: ?Sized>(pub(super) T);
+
+    include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
+}
+
+/// Whether an image was compiled at build time.
+pub(crate) const COMPILED_AT_BUILD: bool = embedded::BUILT.is_some();
+
+/// What a context has loaded.
+pub(crate) struct Loaded {
+    context: Context,
+    pub(crate) device: Device,
+    pub(crate) kernels: Kernels,
+}
+
+/// The module of the current context, loaded at its first call.
+///
+/// What is kept of a context that has been destroyed is small and is not used again: its number never comes back. It goes
+/// when a new context has its address.
+pub(crate) fn loaded(driver: &Driver) -> Result<Arc<Loaded>> {
+    static LOADED: Mutex<Vec<Arc<Loaded>>> = Mutex::new(Vec::new());
+    let context = driver.current()?;
+    // Held while loading, so that several threads' first calls load once.
+    let mut all = lock(&LOADED);
+    if let Some(found) = all.iter().find(|loaded| loaded.context == context) {
+        return Ok(found.clone());
+    }
+    let device = driver.device()?;
+    let module = driver.outside_capture(|| load(driver, &device))?;
+    all.retain(|loaded| loaded.context.handle != context.handle);
+    let new = Arc::new(Loaded { context, device, kernels: Kernels::new(module) });
+    all.push(new.clone());
+    Ok(new)
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What the mutexes here guard is whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load(driver: &Driver, device: &Device) -> Result<CUmodule> {
+    if device.major < 8 {
+        return Err(unavailable(format_args!(
+            "the device has compute capability {}.{}; 8.0 or later is needed",
+            device.major, device.minor
+        )));
+    }
+    if let Some(image) = embedded::BUILT
+        && !*COMPILE_ALWAYS
+    {
+        // SAFETY: the image is nvcc's fat binary.
+        if let Some(module) = unsafe { driver.load_module(&image.0) }? {
+            return Ok(module);
+        }
+    }
+    let image = compiled(&architecture(device))?;
+    // SAFETY: the image is NVRTC's cubin.
+    unsafe { driver.load_module(&image) }?.ok_or_else(|| {
+        unavailable(format_args!(
+            "the code that NVRTC {} made for compute capability {}.{} is not for this driver, which is for CUDA {}.{}",
+            nvrtc().map_or_else(|_| String::from("?"), |nvrtc| nvrtc.version()),
+            device.major,
+            device.minor,
+            driver.version() / 1000,
+            driver.version() % 1000 / 10
+        ))
+    })
+}
+
+/// The environment variable HYPERATTN_CUDA_IMAGE = nvrtc passes over the image of the build, to try NVRTC's. Read once.
+static COMPILE_ALWAYS: LazyLock<bool> =
+    LazyLock::new(|| std::env::var_os("HYPERATTN_CUDA_IMAGE").is_some_and(|value| value == "nvrtc"));
+
+/// What NVRTC calls the device's own instruction set; that of 9.0 has tensor core instructions that later ones lack.
+fn architecture(device: &Device) -> String {
+    match (device.major, device.minor) {
+        (9, 0) => String::from("sm_90a"),
+        (major, minor) => format!("sm_{major}{minor}"),
+    }
+}
+
+/// The source compiled for `architecture`, once in a process; an error is kept too, as trying again takes seconds.
+fn compiled(architecture: &str) -> Result<Arc<[u8]>> {
+    type Entry = (String, Result<Arc<[u8]>>);
+    static COMPILED: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+    let mut all = lock(&COMPILED);
+    if let Some((_, image)) = all.iter().find(|(name, _)| name == architecture) {
+        return image.clone();
+    }
+    let image = compile(embedded::SOURCE, architecture).map(Arc::from);
+    all.push((architecture.to_owned(), image.clone()));
+    image
+}
+
+type NvrtcCode = c_uint;
+type Program = *mut c_void;
+
+/// NVRTC's functions. Loaded like the driver's, and for the same reasons.
+struct Nvrtc {
+    version: unsafe extern "system" fn(*mut c_int, *mut c_int) -> NvrtcCode,
+    create: unsafe extern "system" fn(
+        *mut Program,
+        *const c_char,
+        *const c_char,
+        c_int,
+        *const *const c_char,
+        *const *const c_char,
+    ) -> NvrtcCode,
+    compile: unsafe extern "system" fn(Program, c_int, *const *const c_char) -> NvrtcCode,
+    log_size: unsafe extern "system" fn(Program, *mut usize) -> NvrtcCode,
+    log: unsafe extern "system" fn(Program, *mut c_char) -> NvrtcCode,
+    cubin_size: unsafe extern "system" fn(Program, *mut usize) -> NvrtcCode,
+    cubin: unsafe extern "system" fn(Program, *mut c_char) -> NvrtcCode,
+    destroy: unsafe extern "system" fn(*mut Program) -> NvrtcCode,
+}
+
+fn nvrtc() -> Result<Nvrtc> {
+    // SAFETY: opening the library runs its initialisers only.
+    if !unsafe { sys::is_culib_present() } {
+        let built = match COMPILED_AT_BUILD {
+            true => "that of the build is not for this device and driver",
+            false => "there was no nvcc at build time",
+        };
+        return Err(unavailable(format_args!(
+            "no device code: {built}, and libnvrtc is not found to compile it now"
+        )));
+    }
+    // SAFETY: the types are those of the symbols in nvrtc.h, but for the result: an enum of 32 bits.
+    unsafe {
+        Ok(Nvrtc {
+            version: symbol("nvrtcVersion")?,
+            create: symbol("nvrtcCreateProgram")?,
+            compile: symbol("nvrtcCompileProgram")?,
+            log_size: symbol("nvrtcGetProgramLogSize")?,
+            log: symbol("nvrtcGetProgramLog")?,
+            cubin_size: symbol("nvrtcGetCUBINSize")?,
+            cubin: symbol("nvrtcGetCUBIN")?,
+            destroy: symbol("nvrtcDestroyProgram")?,
+        })
+    }
+}
+
+/// One function of NVRTC's library, which is there.
+///
+/// # Safety
+/// `F` is the type of that function.
+unsafe fn symbol<F: Copy>(name: &str) -> Result<F> {
+    // SAFETY: the library has been found.
+    let library = unsafe { sys::culib() };
+    // SAFETY: the caller's contract.
+    match unsafe { library.get::<F>(name.as_bytes()) } {
+        Ok(function) => Ok(*function),
+        Err(_) => Err(unavailable(format_args!("the NVRTC on this machine has no {name}; it is too old"))),
+    }
+}
+
+impl Nvrtc {
+    fn version(&self) -> String {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: both are writable.
+        unsafe { (self.version)(&mut major, &mut minor) };
+        format!("{major}.{minor}")
+    }
+
+    fn check(&self, code: NvrtcCode, what: &str) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Device,
+            format_args!("{what} of NVRTC {} failed with code {code}", self.version()),
+        ))
+    }
+
+    /// The first error of a compilation.
+    fn complaint(&self, program: Program) -> String {
+        let mut size = 0;
+        // SAFETY: the program lives; `size` is writable.
+        if unsafe { (self.log_size)(program, &mut size) } != 0 {
+            return String::new();
+        }
+        let mut log = vec![0u8; size + 1];
+        // SAFETY: the log has `size` bytes, its terminator among them, and there is room for one more.
+        unsafe { (self.log)(program, log.as_mut_ptr().cast()) };
+        let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
+        log.lines().find(|line| line.contains("error")).unwrap_or(log.trim()).to_owned()
+    }
+
+    fn cubin_of(&self, program: Program, architecture: &str) -> Result<Vec<u8>> {
+        const INVALID_OPTION: NvrtcCode = 5;
+        let option = CString::new(format!("--gpu-architecture={architecture}")).unwrap_or_default();
+        let options = [option.as_ptr(), c"--std=c++17".as_ptr(), c"--define-macro=HYPERATTN_NVRTC".as_ptr()];
+        // SAFETY: the program lives, and there are as many terminated options as said.
+        let code = unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) };
+        if code == INVALID_OPTION {
+            return Err(unavailable(format_args!(
+                "no device code: NVRTC {} cannot compile for {architecture}",
+                self.version()
+            )));
+        }
+        if code != 0 {
+            return Err(Error::new(
+                ErrorKind::Device,
+                format_args!("NVRTC {} for {architecture}: {}", self.version(), self.complaint(program)),
+            ));
+        }
+        let mut size = 0;
+        // SAFETY: the program lives; `size` is writable.
+        self.check(unsafe { (self.cubin_size)(program, &mut size) }, "nvrtcGetCUBINSize")?;
+        let mut cubin = vec![0u8; size];
+        // SAFETY: the cubin has `size` bytes.
+        self.check(unsafe { (self.cubin)(program, cubin.as_mut_ptr().cast()) }, "nvrtcGetCUBIN")?;
+        Ok(cubin)
+    }
+}
+
+/// The machine code of `source` for a device's own instruction set.
+fn compile(source: &CStr, architecture: &str) -> Result<Vec<u8>> {
+    let nvrtc = nvrtc()?;
+    let mut program: Program = std::ptr::null_mut();
+    // SAFETY: `program` is writable, the strings are terminated, and there are no headers.
+    let code = unsafe {
+        (nvrtc.create)(
+            &mut program,
+            source.as_ptr(),
+            c"hyperattn.cu".as_ptr(),
+            0,
+            std::ptr::null(),
+            std::ptr::null(),
+        )
+    };
+    nvrtc.check(code, "nvrtcCreateProgram")?;
+    let cubin = nvrtc.cubin_of(program, architecture);
+    // SAFETY: the program was created above, and is not used again.
+    unsafe { (nvrtc.destroy)(&mut program) };
+    cubin
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_source_compiles_for_every_architecture() {
+        if let Err(error) = nvrtc() {
+            println!("SKIPPED: {error}");
+            return;
+        }
+        for architecture in ["sm_80", "sm_90a", "sm_100"] {
+            match compile(embedded::SOURCE, architecture) {
+                Ok(cubin) => assert!(cubin.starts_with(b"\x7fELF"), "{architecture}: {} bytes", cubin.len()),
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_of_the_source_is_told() {
+        if let Err(error) = nvrtc() {
+            println!("SKIPPED: {error}");
+            return;
+        }
+        let error = compile(c"__global__ void broken() { undeclared(); }", "sm_80").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.message().contains("undeclared"), "{error}");
+        let error = compile(c"__global__ void fine() {}", "sm_1").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::DeviceUnavailable, "{error}");
+    }
+
+    #[test]
+    fn the_source_stands_alone() {
+        let source = embedded::SOURCE.to_str().expect("the kernels are text");
+        assert!(source.contains("exact_tiles"));
+        let mut lines = source.lines().map(str::trim);
+        assert!(lines.all(|line| !line.starts_with("#include") && !line.starts_with("#pragma once")));
+    }
+
+    #[test]
+    fn devices_have_their_own_architecture() {
+        let device = |major, minor| Device { major, minor, multiprocessors: 1, shared_bytes: 0, l2_bytes: 0 };
+        for (device, name) in [
+            (device(8, 0), "sm_80"),
+            (device(8, 9), "sm_89"),
+            (device(9, 0), "sm_90a"),
+            (device(12, 0), "sm_120"),
+        ] {
+            assert_eq!(architecture(&device), name);
+        }
+    }
+}

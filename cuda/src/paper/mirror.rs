@@ -1,0 +1,208 @@
+//! Mirrors of the structs in the kernels' levels, projections, hash, bucket_sort, sample, paper_tiles, block_mask_tiles
+//! and row_norm.cuh, which say what the fields mean.
+
+use crate::abi::{AttendParams, Segment, Tile, View};
+use crate::launch::Argument;
+use crate::workspace::Pointer;
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Rectangle {
+    pub(crate) query_start: u32,
+    pub(crate) query_end: u32,
+    pub(crate) key_start: u32,
+    pub(crate) key_end: u32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Square {
+    pub(crate) query_start: u32,
+    pub(crate) key_start: u32,
+    pub(crate) len: u32,
+    pub(crate) leaf: u32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Pass {
+    pub(crate) kind: u32,
+    pub(crate) level: u32,
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+    pub(crate) one: Rectangle,
+    pub(crate) square: Square,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct ProjectionParams {
+    pub(crate) seed: u64,
+    pub(crate) offset: u64,
+    pub(crate) projections: Pointer<f32>,
+    pub(crate) heads_kv: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) num_projs: u32,
+    pub(crate) width: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct HashSide {
+    pub(crate) rows: View,
+    pub(crate) ranks: Pointer<u32>,
+    pub(crate) element: u32,
+    pub(crate) heads: u32,
+    pub(crate) heads_per_projection: u32,
+    pub(crate) first_head: u32,
+    pub(crate) set_heads: u32,
+    pub(crate) count: u32,
+    pub(crate) unit: u32,
+    pub(crate) blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct HashParams {
+    pub(crate) query: HashSide,
+    pub(crate) key: HashSide,
+    pub(crate) projections: Pointer<f32>,
+    pub(crate) head_dim: u32,
+    pub(crate) reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct SortSide {
+    pub(crate) ranks: Pointer<u32>,
+    pub(crate) from: Pointer<u32>,
+    pub(crate) to: Pointer<u32>,
+    pub(crate) rows: u32,
+    pub(crate) heads: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct SortParams {
+    pub(crate) pass: Pass,
+    pub(crate) query: SortSide,
+    pub(crate) key: SortSide,
+    pub(crate) counters: Pointer<u32>,
+    pub(crate) chunks: u32,
+    pub(crate) shift: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct SampleParams {
+    pub(crate) pass: Pass,
+    pub(crate) seed: u64,
+    pub(crate) offset: u64,
+    pub(crate) positions: Pointer<u32>,
+    pub(crate) heads_kv: u32,
+    pub(crate) first_head: u32,
+    pub(crate) set_heads: u32,
+    pub(crate) sample_size: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct PassTiles {
+    pub(crate) pass: Pass,
+    pub(crate) tiles: Pointer<Tile>,
+    pub(crate) segments: Pointer<Segment>,
+    pub(crate) heads_q: u32,
+    pub(crate) group: u32,
+    pub(crate) first_kv_head: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) blocks: u32,
+    pub(crate) tiles_per_block: u32,
+    pub(crate) flags: u32,
+    pub(crate) visited: u32,
+    pub(crate) sample_size: u32,
+    pub(crate) most_keys: u32,
+    pub(crate) log_weight: f32,
+    pub(crate) log_weight_less: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct PaperTileParams {
+    pub(crate) common: PassTiles,
+    pub(crate) exact: u32,
+    pub(crate) limited: u32,
+    pub(crate) visible: i32,
+    pub(crate) block_size: u32,
+    pub(crate) sorted: u32,
+    pub(crate) reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct BlockMaskTileParams {
+    pub(crate) common: PassTiles,
+    pub(crate) seed: u64,
+    pub(crate) offset: u64,
+    pub(crate) row_offsets: u64,
+    pub(crate) columns: u64,
+    pub(crate) head_stride: u64,
+    pub(crate) positions: Pointer<u32>,
+    pub(crate) heads_kv: u32,
+    pub(crate) per_head: u32,
+    pub(crate) query_block: u32,
+    pub(crate) key_block: u32,
+    pub(crate) segments_per_block: u32,
+    pub(crate) reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct RowNormParams {
+    pub(crate) common: PassTiles,
+    pub(crate) attend: AttendParams,
+    pub(crate) seed: u64,
+    pub(crate) offset: u64,
+    pub(crate) exact_max: Pointer<f32>,
+    pub(crate) exact_sum: Pointer<f32>,
+    pub(crate) exact_accumulated: Pointer<f32>,
+    pub(crate) norms: Pointer<f32>,
+    pub(crate) prefix: Pointer<f64>,
+    pub(crate) positions: Pointer<u32>,
+    pub(crate) norm_positions: Pointer<u32>,
+    pub(crate) norm_weights: Pointer<f32>,
+    pub(crate) tau: Pointer<u32>,
+    pub(crate) row_offsets: u64,
+    pub(crate) columns: u64,
+    pub(crate) head_stride: u64,
+    pub(crate) query_block: u32,
+    pub(crate) key_block: u32,
+    pub(crate) block_size: u32,
+    pub(crate) sorted: u32,
+    pub(crate) sample_size: u32,
+    pub(crate) log2_kappa: f32,
+    pub(crate) log2_cap: f32,
+    pub(crate) log2_cap_less: f32,
+}
+
+// What the .cuh files state too.
+const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 40);
+const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
+const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 88);
+const _: () = assert!(size_of::<PassTiles>() == 112 && size_of::<PaperTileParams>() == 136);
+const _: () = assert!(size_of::<BlockMaskTileParams>() == 184);
+const _: () = assert!(size_of::<RowNormParams>() == 256 + size_of::<AttendParams>());
+
+// SAFETY: a mirror of the struct of that name.
+unsafe impl Argument for ProjectionParams {}
+// SAFETY: as above.
+unsafe impl Argument for HashParams {}
+// SAFETY: as above.
+unsafe impl Argument for SortParams {}
+// SAFETY: as above.
+unsafe impl Argument for SampleParams {}
+// SAFETY: as above.
+unsafe impl Argument for PaperTileParams {}
+// SAFETY: as above.
+unsafe impl Argument for BlockMaskTileParams {}
+// SAFETY: as above.
+unsafe impl Argument for RowNormParams {}
