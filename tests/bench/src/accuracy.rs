@@ -11,6 +11,9 @@ use crate::tensor::Tensor;
 /// The oracle gets at most about this many (query, key) pairs: some seconds.
 const MOST_PAIRS: usize = 1 << 23;
 
+/// Bytes of the heads that are computed at a time, in f64.
+const MOST_BYTES: usize = 1 << 30;
+
 /// Seed of the sample of rows.
 const SEED: u64 = 2024;
 
@@ -28,13 +31,12 @@ pub fn accuracy(problem: &Problem, inputs: &Inputs, out: &Tensor) -> Accuracy {
     let Shape { batch, heads_q, heads_kv, n_q, n_k, head_dim, .. } = inputs.shape;
     let heads = batch * heads_q;
     let rows = sample(heads * n_q, (MOST_PAIRS / n_k).max(1));
-    let (mut actual, mut expected) = (Vec::new(), Vec::new());
     let [q, k, v] = &inputs.tensors;
-    for of_head in rows.chunk_by(|a, b| a / n_q == b / n_q) {
-        let (batch, head) = (of_head[0] / n_q / heads_q, of_head[0] / n_q % heads_q);
+    let of_head = |rows: &[usize]| -> (Vec<f64>, Vec<f64>) {
+        let (batch, head) = (rows[0] / n_q / heads_q, rows[0] / n_q % heads_q);
         let kv_head = head / (heads_q / heads_kv);
         let (keys, values) = (k.head(batch, kv_head), v.head(batch, kv_head));
-        let exact: Vec<Vec<f64>> = (of_head.par_iter())
+        let exact: Vec<Vec<f64>> = (rows.par_iter())
             .map(|row| {
                 let row = row % n_q;
                 let visible = visible_keys(problem.params.mask, n_q, n_k, row);
@@ -45,8 +47,17 @@ pub fn accuracy(problem: &Problem, inputs: &Inputs, out: &Tensor) -> Accuracy {
                 hyperattn_reference::exact(&problem, |_, _| true).out
             })
             .collect();
-        expected.extend(exact.into_iter().flatten());
-        actual.extend(of_head.iter().flat_map(|row| out.row(batch, head, row % n_q)));
+        (rows.iter().flat_map(|row| out.row(batch, head, row % n_q)).collect(), exact.concat())
+    };
+    let of_heads: Vec<&[usize]> = rows.chunk_by(|a, b| a / n_q == b / n_q).collect();
+    let at_a_time = (MOST_BYTES / (2 * n_k * head_dim * size_of::<f64>())).max(1);
+    let (mut actual, mut expected) = (Vec::new(), Vec::new());
+    for some in of_heads.chunks(at_a_time) {
+        let rows: Vec<_> = some.par_iter().map(|rows| of_head(rows)).collect();
+        for (its_actual, its_expected) in rows {
+            actual.extend(its_actual);
+            expected.extend(its_expected);
+        }
     }
     Accuracy { error: relative_frobenius_error(&actual, &expected), rows: rows.len() }
 }

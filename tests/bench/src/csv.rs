@@ -18,6 +18,17 @@ pub struct Memory {
     pub added_bytes: Option<u64>,
 }
 
+/// The peak beside a problem.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OfPeak {
+    /// The instruction.
+    pub name: String,
+    /// Its rate on as many threads.
+    pub gflops: f64,
+    /// Rate of the operations that were computed, over the peak.
+    pub fraction: f64,
+}
+
 /// One measured problem. `README.md` describes the columns.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
@@ -29,7 +40,7 @@ pub struct Record {
     pub group: usize,
     /// Who computed, with the version where it is not this library.
     pub implementation: String,
-    /// The kernel table; empty for other libraries.
+    /// The kernel table, or the architecture of the GPU; empty for other libraries.
     pub isa: String,
     /// What was computed.
     pub problem: Problem,
@@ -39,12 +50,8 @@ pub struct Record {
     pub time_ms: Summary,
     /// Exact attention's operations over the median time.
     pub gflops: f64,
-    /// The instruction of the peak.
-    pub peak: String,
-    /// Its rate on as many threads.
-    pub peak_gflops: f64,
-    /// Rate of the operations that were computed, over the peak.
-    pub fraction_of_peak: f64,
+    /// The machine's own; absent where it is not measured.
+    pub peak: Option<OfPeak>,
     /// Time over the time of the group's first problem.
     pub ratio: Summary,
     /// Keys and columns that a query meets.
@@ -108,8 +115,9 @@ impl Record {
         fields.extend(Problem::SETTINGS.iter().map(|name| self.problem.get(name)));
         fields.push(self.runs.to_string());
         fields.extend([time_ms.median, time_ms.low, time_ms.high, self.gflops].map(digits));
-        fields.push(self.peak.clone());
-        fields.extend([self.peak_gflops, self.fraction_of_peak].map(digits));
+        fields.extend(self.peak.as_ref().map_or_else(Default::default, |peak| {
+            [peak.name.clone(), digits(peak.gflops), digits(peak.fraction)]
+        }));
         fields.extend([ratio.median, ratio.low, ratio.high, self.keys_per_query].map(digits));
         fields.push(self.estimated_error.map_or_else(String::new, digits));
         fields.push(accuracy.map_or_else(String::new, |accuracy| digits(accuracy.error)));
@@ -138,6 +146,8 @@ impl Record {
         let bytes = |name: &str| maybe(name, text(name));
         let error = maybe("error", text("error"))?;
         let rows = maybe("error_rows", text("error_rows"))?;
+        let rate = |name: &str| maybe::<f64>(name, text(name));
+        let peak = rate("peak_gflops")?.zip(rate("fraction_of_peak")?);
         Ok(Record {
             list: text("list").to_string(),
             line: number("line", text("line"))?,
@@ -152,9 +162,7 @@ impl Record {
                 high: float("time_high_ms")?,
             },
             gflops: float("gflops")?,
-            peak: text("peak").to_string(),
-            peak_gflops: float("peak_gflops")?,
-            fraction_of_peak: float("fraction_of_peak")?,
+            peak: peak.map(|(gflops, fraction)| OfPeak { name: text("peak").to_string(), gflops, fraction }),
             ratio: Summary { median: float("ratio")?, low: float("ratio_low")?, high: float("ratio_high")? },
             keys_per_query: float("keys_per_query")?,
             estimated_error: maybe("estimated_error", text("estimated_error"))?,
@@ -227,9 +235,7 @@ pub(crate) mod tests {
             runs: 7,
             time_ms: Summary { median: time_ms, low: 0.5 * time_ms, high: 2.0 * time_ms },
             gflops: 123.45,
-            peak: "f32 fma avx2".into(),
-            peak_gflops: 150.0,
-            fraction_of_peak: 0.823,
+            peak: Some(OfPeak { name: "f32 fma avx2".into(), gflops: 150.0, fraction: 0.823 }),
             ratio: Summary { median: 1.0, low: 0.99, high: 1.01 },
             keys_per_query: 512.0,
             estimated_error: Some(2.5e-7),
@@ -247,7 +253,7 @@ pub(crate) mod tests {
     fn records_survive_writing_and_reading() {
         let mut bare = record(&[("method", "auto"), ("dtype_k", "f16"), ("n", "1m")], 12340.0);
         (bare.accuracy, bare.memory, bare.waiting) = (None, Memory::default(), None);
-        bare.estimated_error = None;
+        (bare.estimated_error, bare.peak) = (None, None);
         bare.isa = String::new();
         let mut infinite = record(&[("residual", "row_norm")], 2e-5);
         infinite.accuracy = Some(Accuracy { error: f64::INFINITY, rows: 1 });

@@ -2,7 +2,11 @@
 //! `README.md` says how to run it and what every column means.
 
 pub mod accuracy;
+pub mod cpu;
 pub mod csv;
+pub mod cuda;
+pub mod device;
+pub mod driver;
 pub mod executor;
 pub mod group;
 pub mod inputs;

@@ -7,11 +7,14 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hyperattn_bench::csv::{self, Record};
+use hyperattn_bench::cuda::Cuda;
+use hyperattn_bench::device::Device;
 use hyperattn_bench::group::{Place, measure};
-use hyperattn_bench::options::{Options, USAGE};
+use hyperattn_bench::options::{Options, Target, USAGE};
 use hyperattn_bench::peer::Peer;
 use hyperattn_bench::plot::{self, Kind};
 use hyperattn_bench::problem_list::{self, Group};
+use hyperattn_bench::table::Unit;
 use hyperattn_bench::{series, table};
 
 fn main() -> ExitCode {
@@ -42,6 +45,7 @@ type List = (String, Vec<Group>);
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let lists: Vec<List> = options.lists.iter().map(|path| read_list(path)).collect::<Result<_, _>>()?;
+    let Some(devices) = devices(options)? else { return Ok(()) };
     let mut csv = match &options.csv {
         Some(path) => Some(File::create(path).map_err(|error| format!("{}: {error}", path.display()))?),
         None => None,
@@ -49,19 +53,24 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if let Some(csv) = &mut csv {
         writeln!(csv, "{}", csv::header())?;
     }
-    let mut peer = if options.torch { start_torch()? } else { None };
+    let mut peers = if options.torch { start_torch(options.target)? } else { Vec::new() };
     println!("{}", machine());
+    let mut unit = Unit::Giga;
+    if let [Device::Cuda(cuda)] = &devices[..] {
+        println!("{}", cuda.describe());
+        unit = Unit::Tera;
+    }
 
     let (mut refused, mut number) = (0, 0);
     for (name, groups) in &lists {
         let width = table::width(groups.iter().flatten().map(|entry| &entry.problem));
-        println!("\n{name}\n{}", table::header(width));
+        println!("\n{name}\n{}", table::header(width, unit));
         let mut records: Vec<Record> = Vec::new();
-        for kernels in &options.tables {
+        for device in &devices {
             for group in groups {
                 number += 1;
                 let place = Place { list: name, group: number };
-                let measured = match measure(place, group, kernels, options.budget, peer.as_mut()) {
+                let measured = match measure(place, group, device, options.budget, &mut peers) {
                     Ok(measured) => measured,
                     Err(error) => {
                         refused += 1;
@@ -70,13 +79,13 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
                     }
                 };
                 for record in &measured.records {
-                    println!("{}", table::row(record, width));
+                    println!("{}", table::row(record, width, unit));
                     if let Some(csv) = &mut csv {
                         writeln!(csv, "{}", record.to_line())?;
                     }
                 }
-                if let Some(reason) = measured.without_peer {
-                    println!("SKIPPED: PyTorch on {}: {reason}", group[0].problem.label());
+                for (peer, reason) in measured.without {
+                    println!("SKIPPED: {peer} on {}: {reason}", group[0].problem.label());
                 }
                 records.extend(measured.records);
             }
@@ -96,9 +105,10 @@ fn redraw(options: &Options) -> Result<(), Box<dyn Error>> {
     let records = csv::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?;
     for of_list in records.chunk_by(|a, b| a.list == b.list) {
         let width = table::width(of_list.iter().map(|record| &record.problem));
-        println!("\n{}\n{}", of_list[0].list, table::header(width));
+        let unit = Unit::of(of_list);
+        println!("\n{}\n{}", of_list[0].list, table::header(width, unit));
         for record in of_list {
-            println!("{}", table::row(record, width));
+            println!("{}", table::row(record, width, unit));
         }
         finish_list(&of_list[0].list, of_list, options.plot.as_deref())?;
     }
@@ -142,18 +152,37 @@ fn read_list(path: &Path) -> Result<List, String> {
     Ok((name, problem_list::parse(&file, &text)?))
 }
 
-/// PyTorch, or a line that says why not.
-fn start_torch() -> Result<Option<Peer>, String> {
-    match Peer::torch() {
-        Ok(peer) => Ok(Some(peer)),
-        Err(reason) if std::env::var_os("HYPERATTN_REQUIRE_TOOLS").is_some_and(|value| value == "1") => {
-            Err(format!("PyTorch is required: {reason}"))
-        }
-        Err(reason) => {
-            println!("SKIPPED: PyTorch: {reason}");
-            Ok(None)
-        }
+/// What computes; `None` after a line that says why there is nothing.
+fn devices(options: &Options) -> Result<Option<Vec<Device>>, Box<dyn Error>> {
+    if options.target == Target::Cpu {
+        return Ok(Some(options.tables.iter().map(|kernels| Device::Cpu(kernels)).collect()));
     }
+    let reason = match Cuda::find() {
+        Ok(cuda) => match cuda.load()? {
+            None => return Ok(Some(vec![Device::Cuda(cuda)])),
+            Some(reason) => reason,
+        },
+        Err(reason) => reason,
+    };
+    skip("CUDA", &reason)?;
+    Ok(None)
+}
+
+/// PyTorch, or a line that says why not.
+fn start_torch(target: Target) -> Result<Vec<Peer>, String> {
+    match Peer::torch(target) {
+        Ok(peers) => Ok(peers),
+        Err(reason) => skip("PyTorch", &reason).map(|()| Vec::new()),
+    }
+}
+
+/// Says that something is not there, which is an error where it is required.
+fn skip(what: &str, reason: &str) -> Result<(), String> {
+    if std::env::var_os("HYPERATTN_REQUIRE_TOOLS").is_some_and(|value| value == "1") {
+        return Err(format!("{what} is required: {reason}"));
+    }
+    println!("SKIPPED: {what}: {reason}");
+    Ok(())
 }
 
 /// The processor by its own name, and how many of its threads this process may use.

@@ -12,9 +12,10 @@ Measures lists of problems: time, share of the machine's peak, error, memory.
 Usage: cargo bench-all [OPTIONS] [LIST]...
 
 LIST is a file, or the name of a list in tests/bench/problems
-[default: short exact paper growth threads refined]
+[default: short exact paper growth threads refined; with --device cuda: cuda]
 
 Options:
+  --device NAME     cpu or cuda, the first GPU of the machine [default: cpu]
   --isa NAME        the kernels to measure: scalar, avx2, ..., or all that the machine can run [default: the best]
   --budget SECONDS  time for the calls of each problem [default: 1]
   --peer torch      time PyTorch on the same problems, in turns
@@ -27,12 +28,36 @@ Options:
 /// What runs when no list is named.
 pub const DEFAULT_LISTS: [&str; 6] = ["short", "exact", "paper", "growth", "threads", "refined"];
 
+/// What runs on a GPU when no list is named.
+pub const DEFAULT_CUDA_LIST: &str = "cuda";
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The processor.
+    Cpu,
+    /// The first GPU.
+    Cuda,
+}
+
+impl Target {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Target::Cpu => "cpu",
+            Target::Cuda => "cuda",
+        }
+    }
+}
+
 /// The options of one run.
 #[derive(Debug)]
 pub struct Options {
     /// Files to read.
     pub lists: Vec<PathBuf>,
-    /// Tables to measure.
+    /// What computes.
+    pub target: Target,
+    /// Tables to measure on the processor.
     pub tables: Vec<&'static Kernels>,
     /// Time for each problem.
     pub budget: Duration,
@@ -54,6 +79,7 @@ impl Options {
     pub fn parse(arguments: &[String]) -> Result<Option<Self>, String> {
         let mut options = Options {
             lists: Vec::new(),
+            target: Target::Cpu,
             tables: vec![Kernels::detect(None)],
             budget: Duration::from_secs(1),
             torch: false,
@@ -61,6 +87,7 @@ impl Options {
             plot: None,
             redraw: None,
         };
+        let mut isa_is_given = false;
         let mut rest = arguments.iter();
         while let Some(argument) = rest.next() {
             if !argument.starts_with('-') {
@@ -77,7 +104,12 @@ impl Options {
             let mut value =
                 || value.or_else(|| rest.next().map(String::as_str)).ok_or(format!("{name} needs a value"));
             match name {
-                "--isa" => options.tables = tables(value()?)?,
+                "--device" => match value()? {
+                    "cpu" => options.target = Target::Cpu,
+                    "cuda" => options.target = Target::Cuda,
+                    other => return Err(format!("--device takes cpu or cuda, not \"{other}\"")),
+                },
+                "--isa" => (options.tables, isa_is_given) = (tables(value()?)?, true),
                 "--budget" => options.budget = budget(value()?)?,
                 "--peer" => match value()? {
                     "torch" => options.torch = true,
@@ -89,16 +121,27 @@ impl Options {
                 _ => return Err(format!("unknown argument \"{argument}\"")),
             }
         }
+        if isa_is_given && options.target != Target::Cpu {
+            return Err("--isa chooses kernels of the processor; leave it out with --device cuda".to_string());
+        }
         if options.lists.is_empty() {
-            options.lists = DEFAULT_LISTS.iter().map(|name| list_file(name)).collect();
+            options.lists = match options.target {
+                Target::Cpu => DEFAULT_LISTS.iter().map(|name| list_file(name)).collect(),
+                Target::Cuda => vec![list_file(DEFAULT_CUDA_LIST)],
+            };
         }
         Ok(Some(options))
     }
 }
 
-/// Where the lists of this crate are.
+/// Where the lists of this crate are: in its folder, or beside a program that was taken to another machine.
 pub fn shipped_lists_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("problems")
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("problems");
+    let program = std::env::current_exe().unwrap_or_default();
+    match program.parent() {
+        Some(beside) if !folder.is_dir() => beside.join("problems"),
+        _ => folder,
+    }
 }
 
 /// A file that exists is meant; any other name is one of this crate's lists.
@@ -140,6 +183,8 @@ mod tests {
     #[test]
     fn reads_every_option() {
         let arguments = [
+            "--device",
+            "cpu",
             "--isa",
             "all",
             "--budget=0.5",
@@ -155,7 +200,7 @@ mod tests {
         let options = parse(&arguments).unwrap().unwrap();
         assert_eq!(options.tables.len(), Kernels::available().count());
         assert_eq!(options.budget, Duration::from_millis(500));
-        assert!(options.torch);
+        assert!(options.torch && options.target == Target::Cpu);
         assert_eq!(
             [options.csv, options.plot, options.redraw],
             ["a", "b", "c"].map(|name| Some(PathBuf::from(name)))
@@ -174,9 +219,24 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_has_a_list_of_its_own_which_the_processor_does_not_run() {
+        let options = parse(&["--device=cuda"]).unwrap().unwrap();
+        assert_eq!(options.target, Target::Cuda);
+        assert_eq!(options.lists, [shipped_lists_folder().join("cuda.txt")]);
+        assert!(options.lists[0].is_file());
+        assert!(!DEFAULT_LISTS.contains(&DEFAULT_CUDA_LIST));
+        let named = parse(&["quick", "--device", "cuda"]).unwrap().unwrap();
+        assert_eq!(named.lists, [shipped_lists_folder().join("quick.txt")]);
+    }
+
+    #[test]
     fn refuses_the_rest() {
         for bad in [
-            &["--isa", "best"][..],
+            &["--device", "tpu"][..],
+            &["--device"],
+            &["--device=cuda", "--isa=scalar"],
+            &["--isa=scalar", "--device=cuda"],
+            &["--isa", "best"],
             &["--isa"],
             &["--budget", "0"],
             &["--budget", "-1"],

@@ -12,6 +12,9 @@ const ALIGN: usize = 64;
 /// Numbers drawn from one generator; any number of threads draws the same.
 const CHUNK: usize = 1 << 14;
 
+/// Rows that one thread converts at a time, at least.
+const ROWS: usize = 1 << 8;
+
 /// An element type with its conversions.
 trait Number: Element + Send + Sync {
     fn from_f32(x: f32) -> Self;
@@ -52,11 +55,41 @@ struct Buffer<T> {
 }
 
 impl<T: Number> Buffer<T> {
-    /// `len` NaNs.
-    fn new(len: usize) -> Self {
-        let memory = vec![T::from_f32(f32::NAN); len + ALIGN / size_of::<T>()];
+    /// `len` numbers, written once and by all threads, as large ones take longer to touch than to compute. `numbers(i)`
+    /// makes those of chunk i, a pair at a time.
+    fn filled<I: FnMut() -> [f32; 2]>(len: usize, numbers: impl Fn(usize) -> I + Sync) -> Self {
+        let mut memory: Vec<T> = Vec::with_capacity(len + ALIGN / size_of::<T>());
         let start = memory.as_ptr().align_offset(ALIGN);
+        let spare = &mut memory.spare_capacity_mut()[..start + len];
+        let (before, aligned) = spare.split_at_mut(start);
+        for to in before {
+            to.write(T::from_f32(f32::NAN));
+        }
+        aligned.par_chunks_mut(CHUNK).enumerate().for_each(|(index, chunk)| {
+            let mut pair = numbers(index);
+            for to in chunk.chunks_mut(2) {
+                for (to, number) in to.iter_mut().zip(pair()) {
+                    to.write(T::from_f32(number));
+                }
+            }
+        });
+        // SAFETY: the elements before `start` and the `len` behind them have just been written.
+        unsafe { memory.set_len(start + len) };
         Buffer { memory, start }
+    }
+
+    /// `len` NaNs.
+    fn nans(len: usize) -> Self {
+        Self::filled(len, |_| || [f32::NAN; 2])
+    }
+
+    /// `len` standard normal numbers.
+    fn normals(len: usize, seed: u64) -> Self {
+        let seed = Generator::new(seed).next_u64();
+        Self::filled(len, |chunk| {
+            let mut generator = Generator::new(seed ^ chunk as u64);
+            move || normal_pair(generator.next_u64())
+        })
     }
 
     fn numbers(&self) -> &[T] {
@@ -67,15 +100,16 @@ impl<T: Number> Buffer<T> {
         &mut self.memory[self.start..]
     }
 
-    fn fill_normal(&mut self, seed: u64) {
-        self.numbers_mut().par_chunks_mut(CHUNK).enumerate().for_each(|(index, chunk)| {
-            let mut generator = Generator::new(Generator::new(seed).next_u64() ^ index as u64);
-            for pair in chunk.chunks_mut(2) {
-                for (to, normal) in pair.iter_mut().zip(normal_pair(generator.next_u64())) {
-                    *to = T::from_f32(normal);
-                }
-            }
-        });
+    fn bytes(&self) -> &[u8] {
+        let numbers = self.numbers();
+        // SAFETY: numbers without padding are bytes, as many as said.
+        unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let numbers = self.numbers_mut();
+        // SAFETY: as above, and any bytes are a number of each type.
+        unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
     }
 }
 
@@ -116,10 +150,25 @@ impl Tensor {
     pub fn new(dtype: DType, shape: [usize; 4], order: MemoryOrder) -> Self {
         let len = shape.iter().product();
         let numbers = match dtype {
-            DType::F32 => Numbers::F32(Buffer::new(len)),
-            DType::F16 => Numbers::F16(Buffer::new(len)),
-            DType::BF16 => Numbers::BF16(Buffer::new(len)),
+            DType::F32 => Numbers::F32(Buffer::nans(len)),
+            DType::F16 => Numbers::F16(Buffer::nans(len)),
+            DType::BF16 => Numbers::BF16(Buffer::nans(len)),
         };
+        Self::over(numbers, dtype, shape, order)
+    }
+
+    /// Independent standard normal numbers.
+    pub fn normal(dtype: DType, shape: [usize; 4], order: MemoryOrder, seed: u64) -> Self {
+        let len = shape.iter().product();
+        let numbers = match dtype {
+            DType::F32 => Numbers::F32(Buffer::normals(len, seed)),
+            DType::F16 => Numbers::F16(Buffer::normals(len, seed)),
+            DType::BF16 => Numbers::BF16(Buffer::normals(len, seed)),
+        };
+        Self::over(numbers, dtype, shape, order)
+    }
+
+    fn over(numbers: Numbers, dtype: DType, shape: [usize; 4], order: MemoryOrder) -> Self {
         let shape = shape.map(|extent| extent as i64);
         let [_, heads, sequence, head_dim] = shape;
         let mut layout = TensorLayout::contiguous(dtype, shape);
@@ -127,13 +176,6 @@ impl Tensor {
             layout.stride = [heads * sequence * head_dim, head_dim, heads * head_dim, 1];
         }
         Tensor { numbers, layout }
-    }
-
-    /// Independent standard normal numbers.
-    pub fn normal(dtype: DType, shape: [usize; 4], order: MemoryOrder, seed: u64) -> Self {
-        let mut tensor = Self::new(dtype, shape, order);
-        on_buffer!(&mut tensor.numbers, buffer => buffer.fill_normal(seed));
-        tensor
     }
 
     /// For reading.
@@ -148,6 +190,16 @@ impl Tensor {
         on_buffer!(&mut self.numbers, buffer => TensorMut::new(buffer.numbers_mut(), shape, stride))
     }
 
+    /// The memory, as it is copied to a device.
+    pub fn bytes(&self) -> &[u8] {
+        on_buffer!(&self.numbers, buffer => buffer.bytes())
+    }
+
+    /// The memory, as it is copied from a device.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        on_buffer!(&mut self.numbers, buffer => buffer.bytes_mut())
+    }
+
     /// Element type, extents and strides.
     pub fn layout(&self) -> &TensorLayout {
         &self.layout
@@ -155,25 +207,27 @@ impl Tensor {
 
     /// Row `row` of one head.
     pub fn row(&self, batch: usize, head: usize, row: usize) -> Vec<f64> {
-        let mut to = Vec::new();
-        self.append_row(batch, head, row, &mut to);
+        let mut to = vec![0.0; self.layout.shape[3] as usize];
+        self.read_row(batch, head, row, &mut to);
         to
     }
 
     /// All rows of one head, one after another.
     pub fn head(&self, batch: usize, head: usize) -> Vec<f64> {
         let [_, _, rows, head_dim] = self.layout.shape.map(|extent| extent as usize);
-        let mut to = Vec::with_capacity(rows * head_dim);
-        (0..rows).for_each(|row| self.append_row(batch, head, row, &mut to));
+        let mut to = vec![0.0; rows * head_dim];
+        let rows = to.par_chunks_exact_mut(head_dim).with_min_len(ROWS).enumerate();
+        rows.for_each(|(row, to)| self.read_row(batch, head, row, to));
         to
     }
 
-    fn append_row(&self, batch: usize, head: usize, row: usize, to: &mut Vec<f64>) {
+    fn read_row(&self, batch: usize, head: usize, row: usize, to: &mut [f64]) {
         let [b, h, s, _] = self.layout.stride.map(|stride| stride as usize);
         let start = batch * b + head * h + row * s;
-        let head_dim = self.layout.shape[3] as usize;
         on_buffer!(&self.numbers, buffer => {
-            to.extend(buffer.numbers()[start..start + head_dim].iter().map(|x| x.to_f64()));
+            for (to, x) in to.iter_mut().zip(&buffer.numbers()[start..]) {
+                *to = x.to_f64();
+            }
         });
     }
 }
@@ -234,5 +288,28 @@ mod tests {
         }
         let empty = Tensor::new(DType::BF16, shape, MemoryOrder::Bhsd);
         assert!(empty.head(0, 0).iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn bytes_are_the_elements_and_nothing_else() {
+        for (dtype, size) in [(DType::F32, 4), (DType::F16, 2), (DType::BF16, 2)] {
+            let from = Tensor::normal(dtype, [1, 2, 3, 5], MemoryOrder::Bshd, 3);
+            assert_eq!(from.bytes().len(), 30 * size);
+            let mut to = Tensor::new(dtype, [1, 2, 3, 5], MemoryOrder::Bshd);
+            assert_ne!(to.head(0, 1), from.head(0, 1));
+            to.bytes_mut().copy_from_slice(from.bytes());
+            assert_eq!(to.head(0, 1), from.head(0, 1));
+        }
+    }
+
+    /// Chunks have generators of their own, so that no part of a tensor is another's copy.
+    #[test]
+    fn no_head_repeats_another() {
+        let tensor = Tensor::normal(DType::BF16, [1, 4, 2 * CHUNK / 16, 16], MemoryOrder::Bhsd, 5);
+        let heads: Vec<Vec<f64>> = (0..4).map(|head| tensor.head(0, head)).collect();
+        for (index, head) in heads.iter().enumerate() {
+            assert_ne!(head[..CHUNK], head[CHUNK..]);
+            assert!(heads[..index].iter().all(|other| other[..CHUNK] != head[..CHUNK]));
+        }
     }
 }

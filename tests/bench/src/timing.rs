@@ -13,6 +13,23 @@ pub trait Member {
     /// What the call answers.
     fn call(&mut self) -> Result<f64, Box<dyn Error>>;
 
+    /// The seconds of each of `count` calls, and before them with `warm_up` one that is not timed.
+    ///
+    /// # Errors
+    /// What a call answers.
+    fn calls(&mut self, count: usize, warm_up: bool) -> Result<Vec<f64>, Box<dyn Error>> {
+        if warm_up {
+            self.call()?;
+        }
+        (0..count).map(|_| self.call()).collect()
+    }
+
+    /// Turns of calls shorter than this begin with one that is not timed: caches and clock rate are then the
+    /// member's own again.
+    fn short(&self) -> f64 {
+        SHORT
+    }
+
     /// It is this member's turn.
     fn begin(&mut self) {}
 
@@ -20,18 +37,17 @@ pub trait Member {
     fn rest(&mut self) {}
 }
 
+/// See [`Member::short`].
+pub const SHORT: f64 = 2e-3;
+
 /// Fewest and most turns.
 const TURNS: [f64; 2] = [3.0, 30.0];
 
 /// Most timed calls of a member in a turn.
-const MOST_CALLS: f64 = 50.0;
+pub const MOST_CALLS: usize = 50;
 
 /// A member whose first call is longer than this many budgets is not called again: that call counts.
 const LONG: f64 = 10.0;
-
-/// Before calls shorter than this one runs untimed in each turn: caches and clock rate are then the
-/// member's own again.
-const SHORT: f64 = 2e-3;
 
 /// The seconds of every timed call of one member.
 #[derive(Clone, Debug, PartialEq)]
@@ -94,13 +110,11 @@ pub fn in_turns(members: &mut [&mut dyn Member], budget: Duration) -> Result<Vec
                 continue;
             }
             member.begin();
-            if seconds < SHORT {
-                member.call()?;
-            }
             // Members of about the same speed are called equally often.
             let calls = of_slowest * (slowest / seconds).floor();
-            let calls = calls.clamp(1.0, MOST_CALLS) as usize;
-            times.turns.push((0..calls).map(|_| member.call()).collect::<Result<_, _>>()?);
+            let calls = calls.clamp(1.0, MOST_CALLS as f64) as usize;
+            let warm_up = seconds < member.short();
+            times.turns.push(member.calls(calls, warm_up)?);
             member.rest();
         }
     }
