@@ -6,8 +6,9 @@ use hyperattn_core::{DType, ErrorKind, Mask};
 
 use support::device::{Context, Device, Memory, Stream, cuda, current_context, synchronize};
 use support::expect::assert_near;
+use support::graph::Graph;
 use support::problem::{Inputs, OnDevice, Setup};
-use support::tensor::{Arrangement, Tensor};
+use support::tensor::{Arrangement, POISON, Tensor};
 
 const MASKS: [Mask; 3] = [Mask::None, Mask::CausalBottomRight, Mask::CausalTopLeft];
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -229,51 +230,6 @@ fn without_a_workspace() {
     assert_near(&setup, &inputs, &again.outcome());
 }
 
-/// Captured calls: the number of nodes that allocate, and a graph to launch.
-struct Graph(cudarc::driver::sys::CUgraphExec);
-
-impl Graph {
-    fn capture(stream: &Stream, body: impl FnOnce()) -> Self {
-        use cudarc::driver::sys;
-        const GLOBAL: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
-        cuda!(cuStreamBeginCapture_v2(stream.handle(), GLOBAL));
-        body();
-        let mut graph: sys::CUgraph = std::ptr::null_mut();
-        cuda!(cuStreamEndCapture(stream.handle(), &mut graph));
-        let mut count = 0;
-        cuda!(cuGraphGetNodes(graph, std::ptr::null_mut(), &mut count));
-        let mut nodes = vec![std::ptr::null_mut(); count];
-        cuda!(cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count));
-        for &node in &nodes {
-            let mut kind = sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
-            cuda!(cuGraphNodeGetType(node, &mut kind));
-            assert!(
-                matches!(
-                    kind,
-                    sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL
-                        | sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET
-                ),
-                "a call with a workspace enqueues kernels and fills only, not {kind:?}"
-            );
-        }
-        let mut executable: sys::CUgraphExec = std::ptr::null_mut();
-        cuda!(cuGraphInstantiateWithFlags(&mut executable, graph, 0));
-        cuda!(cuGraphDestroy(graph));
-        Graph(executable)
-    }
-
-    fn launch(&self, stream: &Stream) {
-        cuda!(cuGraphLaunch(self.0, stream.handle()));
-        stream.synchronize();
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        cuda!(cuGraphExecDestroy(self.0));
-    }
-}
-
 #[test]
 fn captured_and_replayed() {
     let Some(_device) = Device::alone() else { return };
@@ -398,8 +354,8 @@ fn a_wrong_workspace_leaves_the_outputs_alone() {
         assert_eq!(result.unwrap_err().kind(), ErrorKind::WorkspaceTooSmall);
     }
     stream.synchronize();
-    let poison = f32::from_le_bytes([0xa5; 4]);
-    assert!(on_device.lse.values(false).iter().all(|&x| x == poison));
+    let poison = u32::from_le_bytes([POISON; 4]);
+    assert!(on_device.lse.values(false).iter().all(|&x| x.to_bits() == poison));
 }
 
 /// The second head lies more than 2^31 elements after the first.

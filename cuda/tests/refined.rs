@@ -1,8 +1,9 @@
-//! REFINED on a device: its errors, by the oracle, against those of the CPU on the same numbers, and what a row must not feel.
-//! Skips itself where there is no device.
+//! REFINED on a device: its errors, by the oracle, against those of the CPU on the same numbers, and what a row must
+//! not feel. Skips itself where there is no device.
 
 mod support;
 
+use std::cell::OnceCell;
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -56,7 +57,8 @@ fn oracle(params: &Params, inputs: &Inputs) -> Vec<f64> {
     })
 }
 
-/// The relative error that rounding to 16 bits makes even in exact attention, and by how much an error may be off besides.
+/// The relative error that rounding to 16 bits makes even in exact attention, and by how much an error may be off
+/// besides.
 fn rounding(inputs: &Inputs, out: DType) -> [f64; 2] {
     let DTypes { q, kv } = inputs.dtypes;
     let of_type = |dtype| match dtype {
@@ -75,8 +77,9 @@ fn most(values: impl Iterator<Item = f64>) -> f64 {
     values.fold(0.0, f64::max)
 }
 
-/// Asserts that the error of every head is the CPU's to 5 %, its estimate to 10 % and its keys to a thousandth, given the exact
-/// output `truth`. The CPU runs in f32 and in the call's own types: what 16 bits do to the choice of keys is between them.
+/// Asserts that the error of every head is the CPU's to 5 %, its estimate to 10 % and its keys to a thousandth, given
+/// the exact output `truth`. The CPU runs in f32 and in the call's own types: what 16 bits do to the choice of keys
+/// is between them.
 fn assert_agrees(what: &str, call: &Call<'_>, outcome: &Outcome, truth: &[f64]) {
     let Call { params, inputs, .. } = *call;
     let what = format!("{what}, {params:?}, {:?}, {:?}, {:?}", inputs.shape, inputs.dtypes, call.out);
@@ -94,13 +97,15 @@ fn assert_agrees(what: &str, call: &Call<'_>, outcome: &Outcome, truth: &[f64]) 
     for reference in &references {
         println!("  CPU       {:.4?}, keys {:.1?}", reference.error, reference.keys_per_query);
     }
-    // An estimate near the target may fall on either side of it: then the budget is that of a slightly different target.
+    // An estimate near the target may fall on either side of it: then the budget is that of a slightly different
+    // target.
     let slack = if inputs.dtypes == DType::F32.into() { 0.02 } else { 0.1 };
     let with_target = |factor: f32| {
         let target_error = params.target_error * factor;
         if params.target_error > 0.0 { cpu(&Params { target_error, ..*params }) } else { references.clone() }
     };
-    let (loose, strict) = (with_target(1.0 + slack), with_target(1.0 - slack));
+    let bounds = OnceCell::new();
+    let bounds = || bounds.get_or_init(|| (with_target(1.0 + slack), with_target(1.0 - slack)));
     let [rounded, absolute] = rounding(inputs, call.out);
     let visible = mean_visible_keys(params.mask, &inputs.shape);
     for head in 0..errors.len() {
@@ -108,12 +113,6 @@ fn assert_agrees(what: &str, call: &Call<'_>, outcome: &Outcome, truth: &[f64]) 
         let of = |outcomes: &[Outcome]| -> Vec<f64> {
             outcomes.iter().map(|outcome| f64::from(outcome.keys_per_query[head])).collect()
         };
-        let few = least(of(&loose).into_iter());
-        let many = most(of(&strict).into_iter());
-        assert!(
-            few * (1.0 - 1e-3) <= keys && keys <= many * (1.0 + 1e-3),
-            "{what}: head {head} meets {keys} keys per query, the CPU {few} to {many}"
-        );
         // Of the references with the same budget.
         let alike: Vec<usize> = of(&references)
             .into_iter()
@@ -122,6 +121,12 @@ fn assert_agrees(what: &str, call: &Call<'_>, outcome: &Outcome, truth: &[f64]) 
             .map(|(index, _)| index)
             .collect();
         if alike.is_empty() {
+            let (loose, strict) = bounds();
+            let (few, many) = (least(of(loose).into_iter()), most(of(strict).into_iter()));
+            assert!(
+                few * (1.0 - 1e-3) <= keys && keys <= many * (1.0 + 1e-3),
+                "{what}: head {head} meets {keys} keys per query, the CPU {few} to {many}"
+            );
             println!("  head {head}: the budget is at the edge, {few} to {many} keys");
             continue;
         }
@@ -142,7 +147,8 @@ fn assert_agrees(what: &str, call: &Call<'_>, outcome: &Outcome, truth: &[f64]) 
             "{what}: estimate {estimate:.5} of head {head}, expected {lowest:.5} to {highest:.5}"
         );
         // As many keys as this has a head that the target has made exact.
-        if params.target_error > 0.0 && visible > 2.0 * f64::from(params.budget) && keys > 0.99 * visible {
+        let exact = visible > 2.0 * f64::from(params.budget) && keys > 0.99 * visible;
+        if params.target_error > 0.0 && exact && most(of_cpu()) == 0.0 {
             assert_eq!(estimate, 0.0, "{what}: head {head} is exact");
         }
     }
@@ -261,10 +267,13 @@ fn options() {
             Params { scale: -0.1, ..base },
             Params { seed: 77, offset: u64::MAX, ..base },
         ];
-        for dtype in DTYPES {
+        for (turn, dtype) in DTYPES.into_iter().enumerate() {
             let inputs = topics.clone().rounded(dtype);
             let truth = oracle(&base, &inputs);
-            for params in options {
+            // Half of them for each type of 16 bits.
+            let options =
+                options.into_iter().enumerate().filter(|(index, _)| turn == 0 || index % 2 == turn - 1);
+            for (_, params) in options {
                 let check = |call: &Call<'_>| {
                     if call.params.scale == base.scale {
                         assert_agrees("options", call, &call.run(), &truth);
@@ -280,19 +289,15 @@ fn options() {
     }
 }
 
-/// Half of the queries want one far key more than all others: with a target it is found.
+/// Half of the queries of each head want one far key more than all others.
 #[test]
-fn a_needle_is_found_with_a_target() {
+fn needles() {
     let Some(_device) = Device::first() else { return };
+    let heads = [40, 200, 500, 700, 900].map(|position| needle(square(2048, 64), position, 2130));
+    let inputs = together(&heads);
     for mask in [Mask::None, Mask::CausalBottomRight] {
         for dtype in DTYPES {
-            let heads = [40, 200, 500, 700, 900].map(|position| needle(square(2048, 64), position, 2130));
-            let inputs = together(&heads).rounded(dtype);
-            let params = refined(mask, 256, 0.05);
-            let outcome = Call::new(&params, &inputs).run();
-            let errors = head_errors(&outcome.out, &oracle(&params, &inputs), &inputs.shape);
-            println!("needles, {mask:?}, {dtype:?}: errors {errors:.4?}, estimated {:.4?}", outcome.error);
-            assert!(errors.iter().all(|&error| error <= 0.1), "{mask:?}, {dtype:?}: errors {errors:.4?}");
+            check_targets("needles", &refined(mask, 400, 0.0), &inputs.clone().rounded(dtype), &TARGETS);
         }
     }
 }
@@ -329,7 +334,8 @@ fn targets_out_of_reach_and_within() {
     }
 }
 
-/// Of four queries every one is a probe row, so the estimate is the truth up to rounding. Of fewer some count for nothing.
+/// Of four queries every one is a probe row, so the estimate is the truth up to rounding. Of fewer some count for
+/// nothing.
 #[test]
 fn few_queries() {
     let Some(_device) = Device::first() else { return };

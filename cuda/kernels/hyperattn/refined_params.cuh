@@ -262,7 +262,10 @@ __device__ __forceinline__ u32 kv_number(const RefinedParams &p, const QueryTile
 __device__ __forceinline__ uint4 load_16_bytes(const char *from)
 {
     uint4 x;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    // Volatile: conditions on which the address is valid must stay before it.
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
     return x;
 }
 

@@ -39,8 +39,8 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The CPU's answer, with inputs of these types (which hold the numbers) and an f32 output. Who runs the tasks changes
-    /// no bit.
+    /// The CPU's answer, with inputs of these types (which hold the numbers) and an f32 output. Who runs the tasks
+    /// changes no bit.
     pub fn on_cpu(&self, dtypes: impl Into<DTypes>) -> Outcome {
         let inputs = Inputs { dtypes: dtypes.into(), ..self.inputs.clone() };
         let setup = Setup::new(Kernels::detect(None), self.params, &inputs);
@@ -164,8 +164,8 @@ impl Prepared {
         unsafe { hyperattn_cuda::forward(&self.params, &self.tensors(), workspace, stream.raw()) }
     }
 
-    /// What the outputs hold; the stream has been waited for. Panics where the call wrote behind its workspace or around
-    /// an output, or left a part of one as it was.
+    /// What the outputs hold; the stream has been waited for. Panics where the call wrote behind its workspace or
+    /// around an output, or left a part of one as it was.
     pub fn outcome(&self) -> Outcome {
         assert!(
             self.workspace.read(self.needed, GUARD.len()) == GUARD,

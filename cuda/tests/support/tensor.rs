@@ -30,7 +30,7 @@ pub struct Tensor {
 }
 
 /// What memory holds before anything is written.
-const POISON: u8 = 0xff;
+pub const POISON: u8 = 0xff;
 
 /// Elements before and after the view, so that a step beyond it is seen; a multiple of 16 bytes.
 const MARGIN: i64 = 24;
