@@ -144,9 +144,12 @@ fn large_logits_do_not_overflow() {
     }
 }
 
+/// Rows that share a warp with one that sees it may weigh relative to another logit: they are as near to what they were as
+/// two roundings are.
 #[test]
 fn a_nan_stays_with_the_rows_that_see_it() {
     let Some(_device) = Device::first() else { return };
+    let norm = |row: &mut dyn Iterator<Item = f32>| row.map(|x| x * x).sum::<f32>().sqrt();
     for dtype in DTYPES {
         for dim in [64, 128, 192] {
             for at in [0, 63, 100, 128, 200, 299] {
@@ -161,8 +164,16 @@ fn a_nan_stays_with_the_rows_that_see_it() {
                         let (now, before) =
                             (&outcome.out[row * dim..][..dim], &clean.out[row * dim..][..dim]);
                         if row < at {
-                            assert_eq!(now, before, "{setup:?}: row {row}, NaN at {at}");
-                            assert_eq!(outcome.lse[row], clean.lse[row], "{setup:?}: row {row}, NaN at {at}");
+                            let tolerance = match dtype {
+                                DType::F32 => 1e-6,
+                                DType::F16 => 2e-3,
+                                DType::BF16 => 1.6e-2,
+                            };
+                            let difference = norm(&mut now.iter().zip(before).map(|(a, b)| a - b));
+                            let near = difference <= tolerance * norm(&mut before.iter().copied());
+                            assert!(near, "{setup:?}: row {row} is {difference:e} off, NaN at {at}");
+                            let lse = (outcome.lse[row] - clean.lse[row]).abs();
+                            assert!(lse <= 1e-5, "{setup:?}: lse of row {row} is {lse:e} off, NaN at {at}");
                         } else {
                             assert!(now[5].is_nan(), "{setup:?}: row {row} does not show the NaN at {at}");
                         }

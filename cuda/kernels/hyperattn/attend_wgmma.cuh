@@ -25,13 +25,13 @@ __device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k
 
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < S::QUERY_STAGES; ++i) {
-            barrier_init(shared_address(&control.query_full[i]), LOADER_WARPS);
+            barrier_init(shared_address(&control.query_full[i]), LOADER_ARRIVALS);
             barrier_init(shared_address(&control.query_empty[i]), CONSUMER_WARPS);
         }
         for (u32 i = 0; i < S::KEY_STAGES; ++i) {
-            barrier_init(shared_address(&control.key_full[i]), LOADER_WARPS);
+            barrier_init(shared_address(&control.key_full[i]), LOADER_ARRIVALS);
             barrier_init(shared_address(&control.key_empty[i]), CONSUMER_WARPS);
-            barrier_init(shared_address(&control.value_full[i]), LOADER_WARPS);
+            barrier_init(shared_address(&control.value_full[i]), LOADER_ARRIVALS);
             barrier_init(shared_address(&control.value_empty[i]), CONSUMER_WARPS);
         }
         for (u32 i = 0; i < NUMBER_STAGES; ++i)
@@ -40,13 +40,12 @@ __device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k
     }
     __syncthreads();
 
-    // Together no more than the registers that the block starts with.
     u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
-        registers_decrease<72>();
+        registers_decrease<Shape<DIM>::LOADER_REGISTERS>();
         load<TYPE, DIM>(p, k_map, v_map, control, data);
     } else {
-        registers_increase<216>();
+        registers_increase<Shape<DIM>::CONSUMER_REGISTERS>();
         Consumer<TYPE, DIM>(p, control, data, warpgroup - 1).run();
     }
 }

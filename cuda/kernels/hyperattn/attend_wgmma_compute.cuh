@@ -2,7 +2,7 @@
 //
 // The logits of a block are computed while the values of the block before are multiplied and summed. Logits are
 //     slope * product + shift
-// in base 2; weights are 2^(logit - max) of the largest logit so far.
+// in base 2; weights are 2^(logit - max), where max is not much below the largest logit so far.
 #pragma once
 
 #include "attend_wgmma_layout.cuh"
@@ -42,16 +42,22 @@ __device__ __forceinline__ float row_sum(float x)
 
 // The two rows of a thread.
 struct Rows {
+    // What weights are relative to: not much below the largest logit.
     float max[2];
     // This thread's part.
     float sum[2];
-    // Factors that the last weights put on what was accumulated before.
-    float factor[2];
     u32 row[2];
     u32 limit[2];
 };
 
-// Logits in place of products, -inf where a key is masked. Without branches, like weigh().
+// The exponents of a block's weights are slope * product + offset.
+struct Exponents {
+    float slope[2];
+    float offset[2];
+};
+
+// Logits in place of products, -inf where a key is masked. Without branches: values are
+// multiplied meanwhile, and branches would have the compiler move the scores to other registers.
 template <u32 KEYS>
 __device__ __forceinline__ void make_logits(float (&scores)[KEYS / 2], const KeyStage<KEYS> &stage, u32 flags,
                                             const Rows &rows, u32 lane, float slope, float shift)
@@ -71,10 +77,14 @@ __device__ __forceinline__ void make_logits(float (&scores)[KEYS / 2], const Key
     }
 }
 
-// Weights in place of products; a row's maximum, sum and factor follow. Without branches: values are multiplied
-// meanwhile, and branches would have the compiler move the scores to other registers.
-template <u32 KEYS>
-__device__ __forceinline__ void weigh(float (&scores)[KEYS / 2], float slope, float shift, Rows &rows)
+// A row's maximum is only raised when a thread's weights of a block sum up to more than this: most blocks then need no
+// maximum at all, and leave what was accumulated alone.
+constexpr float LARGEST_SUM = 16384.0f;
+
+// Raises the maxima of a warp's rows to a block's. What was accumulated follows.
+template <u32 KEYS, u32 COLUMNS>
+__device__ __forceinline__ Exponents raise(const float (&scores)[KEYS / 2], float slope, float shift, Rows &rows,
+                                           float (&accumulated)[COLUMNS / 2])
 {
     float largest[2] = {fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3])};
 #pragma unroll
@@ -82,8 +92,8 @@ __device__ __forceinline__ void weigh(float (&scores)[KEYS / 2], float slope, fl
         largest[0] = fmaxf(largest[0], fmaxf(scores[4 * j], scores[4 * j + 1]));
         largest[1] = fmaxf(largest[1], fmaxf(scores[4 * j + 2], scores[4 * j + 3]));
     }
-    // The exponent of a weight is row_slope * product + offset.
-    float row_slope[2], offset[2];
+    Exponents exponents;
+    float factor[2];
     float power = __uint_as_float(__float_as_uint(slope) & 0x7f800000);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
@@ -91,40 +101,36 @@ __device__ __forceinline__ void weigh(float (&scores)[KEYS / 2], float slope, fl
         float logit = fmaf(product, slope, shift);
         float max = fmaxf(rows.max[r], logit);
         float center = max == minus_infinity() ? 0.0f : max;
-        rows.factor[r] = exp2_approximate(rows.max[r] - center);
+        factor[r] = exp2_approximate(rows.max[r] - center);
         rows.max[r] = max;
+        rows.sum[r] *= factor[r];
         // The rounding of a large maximum must not become a large exponent. Its last place is above 1/4 then, so the
         // products' differences may as well be scaled by a power of two, which takes them without any rounding.
         bool large = fabsf(center) > LARGE_LOGIT && logit != minus_infinity();
-        row_slope[r] = large ? power : slope;
-        offset[r] = large ? fmaf(-product, power, logit - center) : shift - center;
+        exponents.slope[r] = large ? power : slope;
+        exponents.offset[r] = large ? fmaf(-product, power, logit - center) : shift - center;
     }
-    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (u32 j = 0; j < KEYS / 8; ++j) {
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            float weight = exp2_approximate(fmaf(scores[4 * j + i], row_slope[i / 2], offset[i / 2]));
-            sum[i / 2] += weight;
-            scores[4 * j + i] = weight;
-        }
-    }
-    // Never so, weights are about 1 at most. It has them computed here: the compiler would wait for the products with
-    // the values first.
-    if (__any_sync(ALL_LANES, sum[0] + sum[1] > 1e30f))
-        asm volatile("nanosleep.u32 0;" ::: "memory");
-    rows.sum[0] = fmaf(rows.sum[0], rows.factor[0], sum[0]);
-    rows.sum[1] = fmaf(rows.sum[1], rows.factor[1], sum[1]);
-}
-
-// Accumulated values follow a change of the maximum.
-template <u32 COLUMNS> __device__ __forceinline__ void rescale(float (&accumulated)[COLUMNS / 2], const Rows &rows)
-{
-    if (!__any_sync(ALL_LANES, rows.factor[0] != 1.0f || rows.factor[1] != 1.0f))
-        return;
 #pragma unroll
     for (u32 i = 0; i < COLUMNS / 2; ++i)
-        accumulated[i] *= rows.factor[i / 2 & 1];
+        accumulated[i] *= factor[i / 2 & 1];
+    return exponents;
+}
+
+// Weights of products, and each thread's sums of them.
+template <u32 TYPE, u32 KEYS>
+__device__ __forceinline__ void weigh(const float (&scores)[KEYS / 2], const Exponents &exponents,
+                                      u32 (&weights)[KEYS / 4], float (&sum)[2])
+{
+    sum[0] = sum[1] = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < KEYS / 4; ++i) {
+        u32 r = i & 1;
+        float first = exp2_approximate(fmaf(scores[2 * i], exponents.slope[r], exponents.offset[r]));
+        float second = exp2_approximate(fmaf(scores[2 * i + 1], exponents.slope[r], exponents.offset[r]));
+        sum[r] += first;
+        sum[r] += second;
+        weights[i] = f32_to_16x2<TYPE>(first, second);
+    }
 }
 
 // Adds the elements that the loaders took out of the block's values to rows that see them: what is not finite swamps
@@ -232,12 +238,13 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return __shfl_sync(ALL_LANES, flags[0] | flags[1] | flags[2] | flags[3], 0);
     }
 
-    // Weights of the block in `stage` from its products; its key stage is released.
-    template <bool SPECIAL> __device__ __forceinline__ void weigh_block(u32 stage, u32 flags)
+    // Ends the use of the keys in `stage`. Logits are slope * score + shift then.
+    template <bool SPECIAL>
+    __device__ __forceinline__ void finish_keys(u32 stage, u32 flags, float &slope, float &shift)
     {
         const KeyStage<KEYS> &key_stage = control.key[stage];
-        float slope = p.scale_log2;
-        float shift = key_stage.log_weight;
+        slope = p.scale_log2;
+        shift = key_stage.log_weight;
         if (SPECIAL) {
             make_logits<KEYS>(scores, key_stage, flags, rows, lane, slope, shift);
             slope = 1.0f;
@@ -246,35 +253,81 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         release(control.key_empty[stage]);
         if (flags & BLOCK_LAST)
             release(control.query_empty[query_ring.stage]);
-        weigh<KEYS>(scores, slope, shift, rows);
+    }
+
+    // Weights of the block, relative to the rows' maxima as they are if that will do.
+    __device__ __forceinline__ void weigh_block(float slope, float shift)
+    {
+        Exponents exponents;
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) {
+            exponents.slope[r] = slope;
+            exponents.offset[r] = shift - rows.max[r];
+        }
+        float sum[2];
+        weigh<TYPE, KEYS>(scores, exponents, weights, sum);
+        bool fine = sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM && fabsf(rows.max[0]) < LARGE_LOGIT &&
+                    fabsf(rows.max[1]) < LARGE_LOGIT;
+        if (!__all_sync(ALL_LANES, fine)) {
+            exponents = raise<KEYS, DIM>(scores, slope, shift, rows, accumulated);
+            weigh<TYPE, KEYS>(scores, exponents, weights, sum);
+        }
+        rows.sum[0] += sum[0];
+        rows.sum[1] += sum[1];
+    }
+
+    // The same for a tile's first block.
+    __device__ __forceinline__ void weigh_first_block(float slope, float shift)
+    {
+        Exponents exponents = raise<KEYS, DIM>(scores, slope, shift, rows, accumulated);
+        float sum[2];
+        weigh<TYPE, KEYS>(scores, exponents, weights, sum);
+        rows.sum[0] += sum[0];
+        rows.sum[1] += sum[1];
+    }
+
+    // Of the block in `ring`; returns its flags. Threads' copies are ordered before the products.
+    __device__ __forceinline__ u32 wait_for_keys()
+    {
+        barrier_wait(shared_address(&control.key_full[ring.stage]), ring.phase);
+        u32 flags = block_flags(ring.stage);
+        if (flags & BLOCK_GATHERED)
+            async_proxy_fence();
+        return flags;
+    }
+
+    __device__ __forceinline__ void wait_for_values(const Ring<S::KEY_STAGES> &place, u32 flags)
+    {
+        // Not one wait before the branch: the compiler would serialize the products around it.
+        if (flags & BLOCK_GATHERED) {
+            barrier_wait(shared_address(&control.value_full[place.stage]), place.phase);
+            async_proxy_fence();
+        } else {
+            barrier_wait(shared_address(&control.value_full[place.stage]), place.phase);
+        }
     }
 
     // Products of the block's keys beside those of the values before, then its weights.
     template <bool SPECIAL>
-    __device__ __forceinline__ void step(u32 flags, Ring<S::KEY_STAGES> before)
+    __device__ __forceinline__ void step(u32 flags, Ring<S::KEY_STAGES> before, u32 flags_before)
     {
         pin(weights);
         pin(accumulated);
         multiply_keys(ring.stage);
-        barrier_wait(shared_address(&control.value_full[before.stage]), before.phase);
+        wait_for_values(before, flags_before);
         multiply_values(before.stage);
         if (TURNS)
             named_barrier_arrive(2 - group, CONSUMERS * WARPGROUP);
         products_wait<1>();
         pin(scores);
-        weigh_block<SPECIAL>(ring.stage, flags);
-        pin(scores);
+        float slope, shift;
+        finish_keys<SPECIAL>(ring.stage, flags, slope, shift);
         products_wait<0>();
+        pin(scores);
         pin(accumulated);
         pin(weights);
-        pack_weights();
-    }
-
-    __device__ __forceinline__ void pack_weights()
-    {
-#pragma unroll
-        for (u32 i = 0; i < KEYS / 4; ++i)
-            weights[i] = f32_to_16x2<TYPE>(scores[2 * i], scores[2 * i + 1]);
+        finish_values(before.stage, flags_before);
+        weigh_block(slope, shift);
     }
 
     // After the products with a block's values.
@@ -292,35 +345,31 @@ template <u32 TYPE, u32 DIM> struct Consumer {
 
     __device__ __forceinline__ void attend()
     {
-        barrier_wait(shared_address(&control.key_full[ring.stage]), ring.phase);
-        u32 flags = block_flags(ring.stage);
+        u32 flags = wait_for_keys();
         multiply_keys(ring.stage);
         products_wait<0>();
         pin(scores);
+        float slope, shift;
         if (special(flags))
-            weigh_block<true>(ring.stage, flags);
+            finish_keys<true>(ring.stage, flags, slope, shift);
         else
-            weigh_block<false>(ring.stage, flags);
-        pack_weights();
-        rescale<DIM>(accumulated, rows);
+            finish_keys<false>(ring.stage, flags, slope, shift);
+        weigh_first_block(slope, shift);
 
         while (!(flags & BLOCK_LAST)) {
             Ring<S::KEY_STAGES> before = ring;
             u32 flags_before = flags;
             ring.advance();
-            barrier_wait(shared_address(&control.key_full[ring.stage]), ring.phase);
-            flags = block_flags(ring.stage);
+            flags = wait_for_keys();
             if (TURNS)
                 named_barrier_sync(1 + group, CONSUMERS * WARPGROUP);
             if (special(flags))
-                step<true>(flags, before);
+                step<true>(flags, before, flags_before);
             else
-                step<false>(flags, before);
-            finish_values(before.stage, flags_before);
-            rescale<DIM>(accumulated, rows);
+                step<false>(flags, before, flags_before);
         }
 
-        barrier_wait(shared_address(&control.value_full[ring.stage]), ring.phase);
+        wait_for_values(ring, flags);
         pin(weights);
         pin(accumulated);
         multiply_values(ring.stage);
@@ -393,7 +442,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     }
 
     // Writes columns of a row as 16-bit elements: the lanes of a row transpose 4 x 4 pairs, each writes 16 bytes.
-    template <u32 R> __device__ __forceinline__ void write_16(char *to, bool write, bool aligned)
+    template <u32 R, u32 OUT> __device__ __forceinline__ void write_16(char *to, bool write, bool aligned)
     {
         bool high = lane & 2, odd = lane & 1;
 #pragma unroll
@@ -402,7 +451,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
                 float first = accumulated[4 * (j + i) + 2 * R], second = accumulated[4 * (j + i) + 2 * R + 1];
-                pairs[i] = p.out_type == BF16 ? bf16x2_from_f32(first, second) : f16x2_from_f32(first, second);
+                pairs[i] = f32_to_16x2<OUT>(first, second);
             }
             // Of pairs 0 and 1 (lanes 0 and 1) or 2 and 3, this lane's and those of the lane two further.
             u32 own_0 = high ? pairs[2] : pairs[0], own_1 = high ? pairs[3] : pairs[1];
@@ -449,18 +498,28 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         if (writes_numbers && p.lse.data)
             *(float *)p.lse.row(batch, head, row) =
                 empty ? minus_infinity() : (rows.max[R] + log2f(sum)) * 0.693147180559945309f;
-        float factor = 1.0f / sum;
+        float factor = empty ? 0.0f : 1.0f / sum;
 #pragma unroll
         for (u32 j = 0; j < DIM / 8; ++j) {
-            accumulated[4 * j + 2 * R] = empty ? 0.0f : accumulated[4 * j + 2 * R] * factor;
-            accumulated[4 * j + 2 * R + 1] = empty ? 0.0f : accumulated[4 * j + 2 * R + 1] * factor;
+            accumulated[4 * j + 2 * R] *= factor;
+            accumulated[4 * j + 2 * R + 1] *= factor;
+        }
+        // Weights of 0 have made NaN of values that are not finite.
+        if (__any_sync(ALL_LANES, empty)) {
+#pragma unroll
+            for (u32 j = 0; j < DIM / 8; ++j) {
+                accumulated[4 * j + 2 * R] = empty ? 0.0f : accumulated[4 * j + 2 * R];
+                accumulated[4 * j + 2 * R + 1] = empty ? 0.0f : accumulated[4 * j + 2 * R + 1];
+            }
         }
         char *to = p.out.row(batch, head, row);
         bool aligned = ((u64)to & 15) == 0;
         if (p.out_type == F32)
             write_f32<R>(to, write, aligned);
+        else if (p.out_type == BF16)
+            write_16<R, BF16>(to, write, aligned);
         else
-            write_16<R>(to, write, aligned);
+            write_16<R, F16>(to, write, aligned);
     }
 
     __device__ __forceinline__ void run()

@@ -15,8 +15,10 @@ constexpr u32 CONSUMERS = 2;
 constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr u32 ALL_LANES = 0xffffffff;
 
-// Arrivals that complete a phase: one of each warp.
+// Arrivals that complete a phase: of the loaders one of each warp and one of each thread, of the consumers one of each
+// warp.
 constexpr u32 LOADER_WARPS = 4;
+constexpr u32 LOADER_ARRIVALS = LOADER_WARPS + WARPGROUP;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
 
 // Bytes of a row of a chunk, and its elements.
@@ -37,6 +39,8 @@ enum BlockFlags : u32 {
     BLOCK_LIMITED = 2,
     // The tile's last block.
     BLOCK_LAST = 4,
+    // Copied by threads, not by the copy engine.
+    BLOCK_GATHERED = 8,
 };
 
 struct alignas(16) QueryStage {
@@ -71,6 +75,9 @@ template <u32 DIM> struct Shape {
     static constexpr u32 KEYS = DIM <= 128 ? 128 : DIM <= 192 ? 96 : 64;
     static constexpr u32 CHUNKS = (DIM + ROW_ELEMENTS - 1) / ROW_ELEMENTS;
     static constexpr u32 WARP_KEYS = KEYS / LOADER_WARPS;
+    // Of a thread; together no more than the block starts with.
+    static constexpr u32 LOADER_REGISTERS = DIM <= 64 ? 72 : 56;
+    static constexpr u32 CONSUMER_REGISTERS = DIM <= 64 ? 216 : 224;
     static constexpr u32 QUERY_STAGES = DIM <= 128 ? 2 : 1;
     static constexpr u32 KEY_STAGES = DIM <= 64 ? 4 : 2;
     static constexpr u32 QUERY_CHUNK_BYTES = TILE_ROWS * ROW_BYTES;

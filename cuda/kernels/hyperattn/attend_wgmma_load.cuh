@@ -15,52 +15,31 @@ namespace hopper {
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 
-// Stages whose copies this warp has issued but not announced: copies of 16 bytes report their end to their thread only.
-// At most two wait while a third is issued. A warp must not wait for a consumer before it has announced all of them.
-struct Unannounced {
-    u32 newer = 0;
-    u32 older = 0;
+// Waits with the whole warp: lanes that had come apart would stay so, and one that waits holds up one that has work.
+__device__ __forceinline__ void warp_wait(u32 barrier, u32 parity)
+{
+    __syncwarp();
+    barrier_wait(barrier, parity);
+    __syncwarp();
+}
 
-    // A stage's barrier, after its copies.
-    __device__ __forceinline__ void push(u32 barrier)
-    {
-        copies_commit();
-        if (older) {
-            copies_wait<2>();
-            announce(older);
-        }
-        older = newer;
-        newer = barrier;
-    }
+// This warp's arrivals on a barrier, for its copies too.
+__device__ __forceinline__ void warp_arrive(u32 barrier, u32 lane)
+{
+    __syncwarp();
+    if (lane == 0)
+        barrier_arrive(barrier, LOADER_ARRIVALS / LOADER_WARPS);
+}
 
-    __device__ __forceinline__ void flush()
-    {
-        if (!newer)
-            return;
-        copies_wait<0>();
-        if (older)
-            announce(older);
-        announce(newer);
-        older = newer = 0;
-    }
-
-    // Waits for a phase of a barrier.
-    __device__ __forceinline__ void wait(u32 barrier, u32 parity)
-    {
-        if (__all_sync(ALL_LANES, barrier_test(barrier, parity)))
-            return;
-        flush();
-        barrier_wait(barrier, parity);
-    }
-
-    __device__ __forceinline__ static void announce(u32 barrier)
-    {
-        async_proxy_fence();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            barrier_arrive(barrier);
-    }
-};
+// The warp's arrivals, its copies' when they end: it does not wait for them. The consumers order them before what the
+// tensor cores read.
+__device__ __forceinline__ void warp_arrive_after_copies(u32 barrier, u32 lane)
+{
+    copies_arrive(barrier);
+    __syncwarp();
+    if (lane == 0)
+        barrier_arrive(barrier);
+}
 
 // Address of 16 bytes of a row in a chunk.
 __device__ __forceinline__ u32 swizzled(u32 chunk, u32 row, u32 part)
@@ -68,25 +47,41 @@ __device__ __forceinline__ u32 swizzled(u32 chunk, u32 row, u32 part)
     return chunk + row * ROW_BYTES + ((part ^ (row & 7)) << 4);
 }
 
-// Issues copies of a warp's rows to a stage. Lane i names row i of the warp, or NO_ROW for zeros.
+// Issues copies of a warp's rows to a stage. Lane i names row i of the warp, or NO_ROW for zeros; `WHOLE` if all are
+// rows and of all the chunks' elements. Copies of no bytes do not touch their address.
+template <u32 WARP_ROWS, u32 CHUNKS, bool WHOLE>
+__device__ __forceinline__ void copy_rows_as(u32 stage, u32 warp, u32 lane, u32 row, const char *from, i64 row_stride,
+                                             u32 dim)
+{
+    constexpr u32 CHUNK_BYTES = WARP_ROWS * LOADER_WARPS * ROW_BYTES;
+    u32 part = lane & 7;
+    u32 first = lane >> 3;
+    u32 given = WHOLE ? 0 : __ballot_sync(ALL_LANES, row != NO_ROW) >> first;
+    from += part * 16;
+    // Rows of odd steps lie in the swizzle's other half.
+    u32 to = swizzled(stage, warp * WARP_ROWS + first, part);
+    u32 to_odd = to ^ 64;
+#pragma unroll
+    for (u32 step = 0; step < WARP_ROWS / 4; ++step) {
+        u32 source = __shfl_sync(ALL_LANES, row, 4 * step + first);
+        const char *elements = from + source * row_stride;
+#pragma unroll
+        for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
+            bool copied = WHOLE || ((given >> (4 * step) & 1) && chunk * ROW_ELEMENTS + part * 8 < dim);
+            copy_16_bytes((step % 2 ? to_odd : to) + step * 4 * ROW_BYTES + chunk * CHUNK_BYTES,
+                          elements + chunk * ROW_BYTES, copied ? 16 : 0);
+        }
+    }
+}
+
 template <u32 WARP_ROWS, u32 CHUNKS>
 __device__ __forceinline__ void copy_rows(u32 stage, u32 warp, u32 lane, u32 row, const char *from, i64 row_stride,
                                           u32 dim)
 {
-    constexpr u32 CHUNK_BYTES = WARP_ROWS * LOADER_WARPS * ROW_BYTES;
-    u32 part = lane & 7;
-#pragma unroll 2
-    for (u32 step = 0; step < WARP_ROWS; step += 4) {
-        u32 within = step + (lane >> 3);
-        u32 source = __shfl_sync(ALL_LANES, row, within);
-        const char *elements = source == NO_ROW ? from : from + source * row_stride + part * 16;
-        u32 to = swizzled(stage, warp * WARP_ROWS + within, part);
-#pragma unroll
-        for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-            bool valid = source != NO_ROW && chunk * ROW_ELEMENTS + part * 8 < dim;
-            copy_16_bytes(to + chunk * CHUNK_BYTES, valid ? elements + chunk * ROW_BYTES : from, valid ? 16 : 0);
-        }
-    }
+    if (__all_sync(ALL_LANES, row != NO_ROW || lane >= WARP_ROWS) && dim == CHUNKS * ROW_ELEMENTS)
+        copy_rows_as<WARP_ROWS, CHUNKS, true>(stage, warp, lane, row, from, row_stride, dim);
+    else
+        copy_rows_as<WARP_ROWS, CHUNKS, false>(stage, warp, lane, row, from, row_stride, dim);
 }
 
 // Sets elements that are not finite to 0 in the rows that this warp has copied, each lane in what it copied itself.
@@ -178,14 +173,19 @@ template <u32 KEYS> struct Blocks {
     }
 };
 
+// What the loaders note in a block's flags for themselves.
+enum LoadFlags : u32 {
+    // Fetched by the copy engine.
+    LOAD_PLAIN = 16,
+    LOAD_EXTRA = 32,
+};
+
 // A block with its keys looked up.
 struct LoadBlock {
-    bool plain;
-    bool extra;
-    // Of the block for the consumers, but BLOCK_LAST.
+    // Also the consumers', but BLOCK_LAST.
     u32 flags;
     float log_weight;
-    // Row of the lane's key, or of the first key if `plain`.
+    // Row of the lane's key, or of the first key if plain.
     u32 row;
     // Of the lane's key.
     u32 position;
@@ -198,21 +198,21 @@ __device__ __forceinline__ LoadBlock look_up(const AttendParams &p, const Tile &
     constexpr u32 WARP_KEYS = KEYS / LOADER_WARPS;
     const Segment &segment = blocks.segment;
     LoadBlock block;
-    block.plain = maps && blocks.plain();
-    block.extra = segment.flags & SEGMENT_EXTRA;
-    block.flags = 0;
+    block.flags = maps && blocks.plain() ? LOAD_PLAIN : BLOCK_GATHERED;
     block.log_weight = segment.log_weight;
     block.row = segment.first + blocks.start;
     block.position = 0;
-    if (block.plain)
+    if (block.flags & LOAD_PLAIN)
         return block;
+    if (segment.flags & SEGMENT_EXTRA)
+        block.flags |= LOAD_EXTRA;
 
     u32 key = blocks.start + warp * WARP_KEYS + lane;
     bool seen = lane < WARP_KEYS && key < blocks.count;
     bool seen_by_all = true;
     block.row = NO_ROW;
     block.position = NO_ROW;
-    if (seen && block.extra) {
+    if (seen && (segment.flags & SEGMENT_EXTRA)) {
         block.row = segment.first + key;
         block.position = 0;
     } else if (seen) {
@@ -281,8 +281,8 @@ __device__ __forceinline__ void load(const AttendParams &p, const TensorMap &k_m
 
     Ring<NUMBER_STAGES> number_ring;
     Ring<S::QUERY_STAGES> query_ring;
-    Ring<S::KEY_STAGES> ring;
-    Unannounced unannounced;
+    Ring<S::KEY_STAGES> key_ring;
+    Ring<S::KEY_STAGES> value_ring;
 
     u32 upcoming = 0;
     if (drawer) {
@@ -297,7 +297,7 @@ __device__ __forceinline__ void load(const AttendParams &p, const TensorMap &k_m
             control.number[number_ring.stage] = with_rows(p, upcoming);
             barrier_arrive(shared_address(&control.number_full[number_ring.stage]));
         }
-        unannounced.wait(shared_address(&control.number_full[number_ring.stage]), number_ring.phase);
+        warp_wait(shared_address(&control.number_full[number_ring.stage]), number_ring.phase);
         u32 number = control.number[number_ring.stage];
         number_ring.advance();
         bool more = number < p.tile_count;
@@ -307,12 +307,10 @@ __device__ __forceinline__ void load(const AttendParams &p, const TensorMap &k_m
         u32 query_full = shared_address(&control.query_full[query_ring.stage]);
         QueryStage &query = control.query[query_ring.stage];
         if (!more) {
-            unannounced.flush();
-            barrier_wait(shared_address(&control.query_empty[query_ring.stage]), query_ring.phase ^ 1);
+            warp_wait(shared_address(&control.query_empty[query_ring.stage]), query_ring.phase ^ 1);
             if (drawer)
                 query.rows = 0;
-            if (lane == 0)
-                barrier_arrive(query_full);
+            warp_arrive(query_full, lane);
             break;
         }
 
@@ -325,9 +323,7 @@ __device__ __forceinline__ void load(const AttendParams &p, const TensorMap &k_m
         tile_limits(p, tile, lane, blocks.lowest, blocks.highest);
         u32 kv_head = p.kv_head(tile);
 
-        // The copies of the tile before have had time to arrive.
-        unannounced.flush();
-        unannounced.wait(shared_address(&control.query_empty[query_ring.stage]), query_ring.phase ^ 1);
+        warp_wait(shared_address(&control.query_empty[query_ring.stage]), query_ring.phase ^ 1);
         copy_rows<TILE_ROWS / LOADER_WARPS, S::CHUNKS>(data + query_ring.stage * S::QUERY_BYTES, warp, lane, query_row,
                                                        p.q.row(tile.batch, tile.head, 0), p.q.row_stride, p.head_dim);
         bool have = blocks.advance(p);
@@ -340,83 +336,101 @@ __device__ __forceinline__ void load(const AttendParams &p, const TensorMap &k_m
             query.has_keys = have;
             query.first_output = tile.first_query;
         }
-        unannounced.push(query_full);
+        copies_commit();
         query_ring.advance();
+        // Waits for the copies, unlike those of keys and values: the consumers would order them together with their
+        // stores of outputs, which takes long.
+        auto announce_queries = [&]() {
+            copies_commit();
+            copies_wait<1>();
+            async_proxy_fence();
+            warp_arrive(query_full, lane);
+        };
+        if (!have) {
+            announce_queries();
+            continue;
+        }
 
-        LoadBlock next;
-        if (have)
-            next = look_up(p, tile, blocks, maps, warp, lane);
-        while (have) {
-            LoadBlock block = next;
-            have = blocks.advance(p);
-
-            u32 keys = data + S::KEYS_AT + ring.stage * S::KEY_BYTES;
-            u32 values = data + S::VALUES_AT + ring.stage * S::KEY_BYTES;
-            u32 key_full = shared_address(&control.key_full[ring.stage]);
-            u32 value_full = shared_address(&control.value_full[ring.stage]);
-            u32 value_empty = shared_address(&control.value_empty[ring.stage]);
-            KeyStage<S::KEYS> &key_stage = control.key[ring.stage];
-            ValueStage<S::KEYS> &value_stage = control.value[ring.stage];
-
-            unannounced.wait(shared_address(&control.key_empty[ring.stage]), ring.phase ^ 1);
+        auto load_keys = [&](const LoadBlock &block, bool last) {
+            u32 keys = data + S::KEYS_AT + key_ring.stage * S::KEY_BYTES;
+            u32 full = shared_address(&control.key_full[key_ring.stage]);
+            KeyStage<S::KEYS> &stage = control.key[key_ring.stage];
+            warp_wait(shared_address(&control.key_empty[key_ring.stage]), key_ring.phase ^ 1);
             if (lane == 0)
-                key_stage.flags[warp] = block.flags | (have ? 0u : BLOCK_LAST);
+                stage.flags[warp] = block.flags | (last ? BLOCK_LAST : 0u);
             if (drawer)
-                key_stage.log_weight = block.log_weight;
-            if (block.plain) {
+                stage.log_weight = block.log_weight;
+            if (block.flags & LOAD_PLAIN) {
                 if (drawer) {
-                    barrier_arrive_expect(key_full, S::KEY_BYTES);
+                    barrier_expect(full, S::KEY_BYTES);
 #pragma unroll
                     for (u32 chunk = 0; chunk < S::CHUNKS; ++chunk)
-                        tensor_copy(keys + chunk * S::KEY_CHUNK_BYTES, k_map, key_full, chunk * ROW_ELEMENTS, block.row,
+                        tensor_copy(keys + chunk * S::KEY_CHUNK_BYTES, k_map, full, chunk * ROW_ELEMENTS, block.row,
                                     kv_head, tile.batch);
-                } else if (lane == 0) {
-                    barrier_arrive(key_full);
                 }
-                unannounced.wait(value_empty, ring.phase ^ 1);
+                warp_arrive(full, lane);
+            } else {
+                if (lane < S::WARP_KEYS)
+                    stage.position[warp * S::WARP_KEYS + lane] = block.position;
+                const char *from = block.flags & LOAD_EXTRA ? p.extra_keys : p.k.row(tile.batch, kv_head, 0);
+                i64 stride = block.flags & LOAD_EXTRA ? (i64)p.head_dim * 2 : p.k.row_stride;
+                copy_rows<S::WARP_KEYS, S::CHUNKS>(keys, warp, lane, block.row, from, stride, p.head_dim);
+                warp_arrive_after_copies(full, lane);
+            }
+            key_ring.advance();
+        };
+        auto load_values = [&](const LoadBlock &block) {
+            u32 values = data + S::VALUES_AT + value_ring.stage * S::KEY_BYTES;
+            u32 full = shared_address(&control.value_full[value_ring.stage]);
+            warp_wait(shared_address(&control.value_empty[value_ring.stage]), value_ring.phase ^ 1);
+            if (block.flags & LOAD_PLAIN) {
                 if (drawer) {
-                    barrier_arrive_expect(value_full, S::KEY_BYTES);
+                    barrier_expect(full, S::KEY_BYTES);
 #pragma unroll
                     for (u32 chunk = 0; chunk < S::CHUNKS; ++chunk)
-                        tensor_copy(values + chunk * S::KEY_CHUNK_BYTES, v_map, value_full, chunk * ROW_ELEMENTS,
-                                    block.row, kv_head, tile.batch);
-                } else if (lane == 0) {
-                    barrier_arrive(value_full);
+                        tensor_copy(values + chunk * S::KEY_CHUNK_BYTES, v_map, full, chunk * ROW_ELEMENTS, block.row,
+                                    kv_head, tile.batch);
                 }
+                warp_arrive(full, lane);
             } else {
-                u32 place = warp * S::WARP_KEYS + lane;
-                if (lane < S::WARP_KEYS)
-                    key_stage.position[place] = block.position;
-                const char *from = block.extra ? p.extra_keys : p.k.row(tile.batch, kv_head, 0);
-                i64 stride = block.extra ? (i64)p.head_dim * 2 : p.k.row_stride;
-                copy_rows<S::WARP_KEYS, S::CHUNKS>(keys, warp, lane, block.row, from, stride, p.head_dim);
-                unannounced.push(key_full);
-
-                unannounced.wait(value_empty, ring.phase ^ 1);
-                from = block.extra ? p.extra_values : p.v.row(tile.batch, kv_head, 0);
-                stride = block.extra ? (i64)p.value_dim * 2 : p.v.row_stride;
+                const char *from = block.flags & LOAD_EXTRA ? p.extra_values : p.v.row(tile.batch, kv_head, 0);
+                i64 stride = block.flags & LOAD_EXTRA ? (i64)p.value_dim * 2 : p.v.row_stride;
                 copy_rows<S::WARP_KEYS, S::CHUNKS>(values, warp, lane, block.row, from, stride, p.value_dim);
-                unannounced.push(value_full);
-                if (block.flags & BLOCK_LIMITED) {
-                    u32 not_finite = 0;
-                    if (block.flags & BLOCK_MASKED) {
-                        copies_wait<0>();
-                        not_finite = take_out_not_finite<TYPE, S::WARP_KEYS, S::CHUNKS>(values, warp, lane);
-                        if (not_finite && lane < S::WARP_KEYS) {
-                            value_stage.row[place] = block.row;
-                            value_stage.position[place] = block.position;
-                        }
+                if ((block.flags & (BLOCK_LIMITED | BLOCK_MASKED)) == (BLOCK_LIMITED | BLOCK_MASKED)) {
+                    copies_commit();
+                    copies_wait<0>();
+                    u32 not_finite = take_out_not_finite<TYPE, S::WARP_KEYS, S::CHUNKS>(values, warp, lane);
+                    ValueStage<S::KEYS> &stage = control.value[value_ring.stage];
+                    if (not_finite && lane < S::WARP_KEYS) {
+                        stage.row[warp * S::WARP_KEYS + lane] = block.row;
+                        stage.position[warp * S::WARP_KEYS + lane] = block.position;
                     }
                     if (lane == 0)
-                        value_stage.not_finite[warp] = not_finite;
-                    if (block.flags & BLOCK_MASKED)
-                        unannounced.flush();
+                        stage.not_finite[warp] = not_finite;
+                    async_proxy_fence();
+                    warp_arrive(full, lane);
+                } else {
+                    if (lane == 0 && (block.flags & BLOCK_LIMITED))
+                        control.value[value_ring.stage].not_finite[warp] = 0;
+                    warp_arrive_after_copies(full, lane);
                 }
             }
-            ring.advance();
-            if (have)
-                next = look_up(p, tile, blocks, maps, warp, lane);
+            value_ring.advance();
+        };
+
+        // A block's keys before the values of the block before: they are needed, and their stage is free, earlier.
+        LoadBlock block = look_up(p, tile, blocks, maps, warp, lane);
+        have = blocks.advance(p);
+        load_keys(block, !have);
+        announce_queries();
+        while (have) {
+            LoadBlock next = look_up(p, tile, blocks, maps, warp, lane);
+            have = blocks.advance(p);
+            load_keys(next, !have);
+            load_values(block);
+            block = next;
         }
+        load_values(block);
     }
 }
 

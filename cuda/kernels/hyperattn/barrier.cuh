@@ -32,10 +32,15 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, and has the phase wait for that many bytes of the copy engine.
-__device__ __forceinline__ void barrier_arrive_expect(u32 barrier, u32 bytes)
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 arrivals)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Has the phase wait for that many bytes of the copy engine.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes)
+{
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Whether the phase of that parity is over.

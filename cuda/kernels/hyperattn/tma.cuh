@@ -40,6 +40,12 @@ __device__ __forceinline__ void copies_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// Arrives on the barrier when all of this thread's copies so far have ended.
+__device__ __forceinline__ void copies_arrive(u32 barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits for all of this thread's committed groups but the newest `PENDING`.
 template <u32 PENDING> __device__ __forceinline__ void copies_wait()
 {
