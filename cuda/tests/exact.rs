@@ -149,8 +149,16 @@ fn large_logits_do_not_overflow() {
 #[test]
 fn a_nan_stays_with_the_rows_that_see_it() {
     let Some(_device) = Device::first() else { return };
+    /// Rows whose maxima are raised together, if one of them needs it, are among so many neighbours.
+    const SHARED_ROWS: usize = 64;
     let norm = |row: &mut dyn Iterator<Item = f32>| row.map(|x| x * x).sum::<f32>().sqrt();
     for dtype in DTYPES {
+        // What rounding differently does, to weights and to outputs.
+        let tolerance = match dtype {
+            DType::F32 => 1e-6,
+            DType::F16 => 2e-3,
+            DType::BF16 => 1.6e-2,
+        };
         for dim in [64, 128, 192] {
             for at in [0, 63, 100, 128, 200, 299] {
                 for in_value in [false, true] {
@@ -163,12 +171,10 @@ fn a_nan_stays_with_the_rows_that_see_it() {
                     for row in 0..300 {
                         let (now, before) =
                             (&outcome.out[row * dim..][..dim], &clean.out[row * dim..][..dim]);
-                        if row < at {
-                            let tolerance = match dtype {
-                                DType::F32 => 1e-6,
-                                DType::F16 => 2e-3,
-                                DType::BF16 => 1.6e-2,
-                            };
+                        if row / SHARED_ROWS < at / SHARED_ROWS {
+                            assert_eq!(now, before, "{setup:?}: row {row}, NaN at {at}");
+                            assert_eq!(outcome.lse[row], clean.lse[row], "{setup:?}: row {row}, NaN at {at}");
+                        } else if row < at {
                             let difference = norm(&mut now.iter().zip(before).map(|(a, b)| a - b));
                             let near = difference <= tolerance * norm(&mut before.iter().copied());
                             assert!(near, "{setup:?}: row {row} is {difference:e} off, NaN at {at}");

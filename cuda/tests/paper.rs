@@ -3,8 +3,9 @@
 
 mod support;
 
-use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape, UNEVEN_LENGTHS};
 use hyperattn_conformance::random_mask::OwnedMask;
+use hyperattn_conformance::random_problem::{RandomProblem, pick};
 use hyperattn_conformance::run::Outcome;
 use hyperattn_core::{BlockMask, DType, ErrorKind, Mask, Method, Params, Residual};
 use hyperattn_reference::Generator;
@@ -133,26 +134,10 @@ fn check(params: &Params, inputs: &Inputs) {
     }
 }
 
-/// Lengths that are no multiple of anything, more queries than keys and fewer, blocks larger than a tile.
 #[test]
 fn lengths() {
     let Some(_device) = Device::first() else { return };
-    for (seed, (n_q, n_k, block_size, sample_size)) in [
-        (257, 257, 32, 16),
-        (509, 509, 64, 64),
-        (1009, 1009, 300, 100),
-        (128, 128, 64, 32),
-        (101, 701, 64, 33),
-        (701, 101, 16, 40),
-        (1, 333, 32, 16),
-        (2, 97, 1, 1),
-        (333, 2, 1, 3),
-        (1009, 67, 66, 5),
-        (3, 500, 500, 9),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (seed, (n_q, n_k, block_size, sample_size)) in UNEVEN_LENGTHS.into_iter().enumerate() {
         for residual in RESIDUALS {
             let inputs = Inputs::clustered(Shape::single(n_q, n_k), 200 + seed as u64);
             check(&paper(Mask::None, residual, block_size, sample_size), &inputs);
@@ -609,70 +594,15 @@ fn captured_and_replayed() {
     }
 }
 
-fn pick<T: Copy>(generator: &mut Generator, options: &[T]) -> T {
-    options[generator.below(options.len())]
-}
-
-/// 1 to `most`, small numbers as likely as large ones.
-fn length(generator: &mut Generator, most: f64) -> usize {
-    most.powf(generator.uniform()).round() as usize
-}
-
 /// A call with everything drawn at random.
 fn check_random(seed: u64) {
-    println!("seed {seed}");
-    let g = &mut Generator::new(seed);
-    let heads_kv = 1 + g.below(3);
-    let n_q = length(g, 700.0);
-    let shape = Shape {
-        batch: 1 + g.below(2),
-        heads_q: heads_kv * pick(g, &[1, 1, 2, 3, 7]),
-        heads_kv,
-        n_q,
-        n_k: if g.below(2) == 0 { n_q } else { length(g, 700.0) },
-        head_dim: length(g, 256.0),
-        value_dim: length(g, 256.0),
-    };
-    let mixed = DTypes { q: DType::F32, kv: if seed.is_multiple_of(2) { DType::F16 } else { DType::BF16 } };
-    let dtypes = pick(g, &[DType::F32.into(), mixed, DType::F16.into(), DType::BF16.into()]);
-    let mut inputs = match g.below(2) {
-        0 => Inputs::normal(shape, seed),
-        _ => Inputs::clustered(shape, seed),
-    }
-    .rounded(dtypes);
-    if shape.n_q * shape.value_dim < 64 {
-        // So few numbers may all happen to be near 0, sums of larger ones whose rounding errors they keep.
-        inputs.v.iter_mut().for_each(|x| *x = x.abs());
-    }
-    let sample_size = pick(g, &[0, 1, 5, 33, 64, 100, 300]);
-    let residual = pick(g, &RESIDUALS);
-    let alone = sample_size > 0 && residual != Residual::None && g.below(4) == 0;
-    let params = Params {
-        method: pick(g, &[Method::Paper, Method::Paper, Method::Paper, Method::Exact]),
-        mask: pick(g, &MASKS),
-        scale: pick(g, &[0.0, 0.0, 0.1, -0.2]),
-        residual,
-        lsh_num_projs: g.below(25) as u32,
-        block_size: if alone { 0 } else { length(g, 300.0) as u32 },
-        sample_size,
-        min_seq_len: pick(g, &[0, 0, 1, 17, 100]),
-        seed: g.next_u64(),
-        offset: g.next_u64(),
-        approx_d_epsilon: pick(g, &[0.5, 0.05, 10.0]),
-        approx_d_kappa: pick(g, &[1e4, 1.0, 50.0]),
-        ..Params::default()
-    };
-    let given = (params.method == Method::Paper && g.below(4) == 0).then(|| {
-        let patterns = pick(g, &[1, shape.batch * shape.heads_q]);
-        let blocks = [length(g, 100.0), length(g, 100.0)];
-        OwnedMask::random([shape.n_q, shape.n_k], blocks, patterns, g.uniform(), seed)
-    });
-    let arrangements = [0; 2].map(|_| {
-        use Arrangement::{Packed, PaddedBy3, PaddedBy8, Reversed, TokensFirst};
-        pick(g, &[Packed, TokensFirst, PaddedBy8, PaddedBy3, Reversed])
-    });
-    let out = pick(g, &[dtypes.q, DType::F32]);
-    let block_mask = given.as_ref().map(OwnedMask::view);
+    use Arrangement::{Packed, PaddedBy3, PaddedBy8, Reversed, TokensFirst};
+    let generator = &mut Generator::new(seed);
+    let RandomProblem { params, inputs, block_mask } = RandomProblem::draw(generator, seed, 700.0, 256.0);
+    let arrangements =
+        [0; 2].map(|_| pick(generator, &[Packed, TokensFirst, PaddedBy8, PaddedBy3, Reversed]));
+    let out = pick(generator, &[inputs.dtypes.q, DType::F32]);
+    let block_mask = block_mask.as_ref().map(OwnedMask::view);
     check_call(&Call { block_mask, arrangements, out, ..Call::new(&params, &inputs) });
 }
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use hyperattn_conformance::compare::head_errors;
 use hyperattn_conformance::expected::{mean_visible_keys, oracle_mask, scale, visible_keys};
 use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
-use hyperattn_conformance::patterns::{needle, sinks_and_neighbours, square, together, topics};
+use hyperattn_conformance::patterns::{hide, needle, sinks_and_neighbours, square, together, topics};
 use hyperattn_conformance::real_data;
 use hyperattn_conformance::run::Outcome;
 use hyperattn_core::{DType, Mask, Method, Params, Residual};
@@ -668,14 +668,6 @@ fn a_key_or_value_that_is_not_finite_stays_with_the_rows_that_see_it() {
             }
         }
     }
-}
-
-/// Hides keys from every query: their logits fall by 3/16 of `by`.
-fn hide(inputs: &mut Inputs, hidden: impl Fn(usize) -> bool, by: f32) {
-    let n_k = inputs.shape.n_k;
-    inputs.q.chunks_mut(D).for_each(|row| row[3] = 1.5);
-    let keys = inputs.k.chunks_mut(D).enumerate().filter(|(key, _)| hidden(key % n_k));
-    keys.for_each(|(_, row)| row[3] = -by);
 }
 
 /// Keys that nobody may weigh give no NaN, and cost no more accuracy than keys that nobody weighs.

@@ -5,6 +5,22 @@ use hyperattn_reference::Generator;
 
 use crate::storage::Storage;
 
+/// Queries, keys, block size and sample size: lengths that are no multiple of anything, more queries than keys and fewer,
+/// blocks larger than a tile.
+pub const UNEVEN_LENGTHS: [(usize, usize, u32, u32); 11] = [
+    (257, 257, 32, 16),
+    (509, 509, 64, 64),
+    (1009, 1009, 300, 100),
+    (128, 128, 64, 32),
+    (101, 701, 64, 33),
+    (701, 101, 16, 40),
+    (1, 333, 32, 16),
+    (2, 97, 1, 1),
+    (333, 2, 1, 3),
+    (1009, 67, 66, 5),
+    (3, 500, 500, 9),
+];
+
 /// The extents of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {

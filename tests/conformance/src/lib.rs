@@ -8,6 +8,7 @@ pub mod inputs;
 pub mod packing;
 pub mod patterns;
 pub mod random_mask;
+pub mod random_problem;
 pub mod real_data;
 pub mod run;
 pub mod statistics;

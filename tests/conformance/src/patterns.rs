@@ -143,3 +143,11 @@ pub fn together(heads: &[Inputs]) -> Inputs {
         v: joined(|head| &head.v),
     }
 }
+
+/// Hides keys from every query: their logits fall by 1.5 `by` times the scale.
+pub fn hide(inputs: &mut Inputs, hidden: impl Fn(usize) -> bool, by: f32) {
+    let Shape { n_k, head_dim, .. } = inputs.shape;
+    inputs.q.chunks_mut(head_dim).for_each(|row| row[3] = 1.5);
+    let keys = inputs.k.chunks_mut(head_dim).enumerate().filter(|(key, _)| hidden(key % n_k));
+    keys.for_each(|(_, row)| row[3] = -by);
+}

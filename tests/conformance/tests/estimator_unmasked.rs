@@ -1,7 +1,7 @@
 //! The published estimator without a mask against the oracle's, on the same permutation and samples.
 
 use hyperattn_conformance::compare::{F32_TOLERANCE, check};
-use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape, UNEVEN_LENGTHS};
 use hyperattn_core::{Method, Params, Residual};
 
 const RESIDUALS: [Residual; 3] = [Residual::Uniform, Residual::RowNorm, Residual::None];
@@ -20,24 +20,9 @@ fn paper(residual: Residual, block_size: u32, sample_size: u32) -> Params {
     }
 }
 
-/// Lengths that are no multiple of anything, more queries than keys and fewer, blocks larger than a tile.
 #[test]
 fn lengths() {
-    for (seed, (n_q, n_k, block_size, sample_size)) in [
-        (257, 257, 32, 16),
-        (509, 509, 64, 64),
-        (1009, 1009, 300, 100),
-        (128, 128, 64, 32),
-        (101, 701, 64, 33),
-        (701, 101, 16, 40),
-        (1, 333, 32, 16),
-        (2, 97, 1, 1),
-        (333, 2, 1, 3),
-        (1009, 67, 66, 5),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (seed, (n_q, n_k, block_size, sample_size)) in UNEVEN_LENGTHS.into_iter().enumerate() {
         for residual in RESIDUALS {
             let inputs = Inputs::clustered(Shape::single(n_q, n_k), 200 + seed as u64);
             check(&paper(residual, block_size, sample_size), &inputs, F32_TOLERANCE);
