@@ -28,30 +28,56 @@ pub(crate) fn exact_is_faster(
     paper_pairs(params, mask, problem, parts) >= MARGIN * exact_pairs(parts)
 }
 
-/// Queries must see more than this many times the budget on average before METHOD_AUTO takes METHOD_REFINED, whose
-/// keys cost about twice what exact attention's do.
-const LEAST_VISIBLE_PER_BUDGET: f64 = 4.0;
+/// What METHOD_REFINED costs before any query is computed, against exact attention; in (query, key) pairs of one head.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Screening {
+    /// Summarising, gathering and scoring one key.
+    pub of_a_key: f64,
+    /// Finding what represents one query.
+    pub of_a_query: f64,
+    /// A probe row over its exact attention, for its estimate comes on top.
+    pub of_a_probe_row: f64,
+    /// What takes as long for one head as for all of a call.
+    pub latency: f64,
+    /// The same, for each key.
+    pub latency_of_a_key: f64,
+    /// Part of exact attention's time that all this may take. With a target, every head may need exact attention after
+    /// all.
+    pub most: f64,
+    /// Part of exact attention's time without a target.
+    pub most_without_target: f64,
+    /// Queries must see more than this many times the budget on average, for the keys of the budget cost more than
+    /// exact attention's do.
+    pub least_visible_per_budget: f64,
+}
 
-/// What summarising, gathering and scoring one key costs before any query is computed, in (query, key) pairs; and what a
-/// probe row costs over its exact attention, for its estimate comes on top. Measured with AVX-512 on heads that
-/// need exact attention after all, n = 16 and 32 thousand.
-const SCREENING_PAIRS: f64 = 100.0;
-const PROBE_ROW_COST: f64 = 2.0;
+impl Screening {
+    /// Measured with AVX-512 on heads that need exact attention after all, n = 16 and 32 thousand. METHOD_AUTO must not
+    /// lose 3 %, and measured losses are up to twice this count.
+    pub const CPU: Self = Screening {
+        of_a_key: 100.0,
+        of_a_query: 0.0,
+        of_a_probe_row: 2.0,
+        latency: 0.0,
+        latency_of_a_key: 0.0,
+        most: 0.0125,
+        most_without_target: 0.25,
+        least_visible_per_budget: 4.0,
+    };
 
-/// Part of exact attention's time that all this may take. With a target, every head may need exact attention after all
-/// and METHOD_AUTO must not lose 3 %: measured losses are up to twice this count.
-const MOST_SCREENING: f64 = 0.0125;
-const MOST_SCREENING_WITHOUT_TARGET: f64 = 0.25;
-
-/// Whether METHOD_REFINED is the faster choice, or hardly slower where it finds nothing to gain; `probe_rows` of
-/// each head are computed exactly to find out, none without a target.
-pub(crate) fn refined_is_faster(params: &Params, problem: &Problem, probe_rows: usize) -> bool {
-    let visible = problem.mean_visible_keys();
-    let keys = problem.n_k as f64 / problem.group as f64;
-    let screening = PROBE_ROW_COST * probe_rows as f64 * visible + SCREENING_PAIRS * keys;
-    let most = if probe_rows > 0 { MOST_SCREENING } else { MOST_SCREENING_WITHOUT_TARGET };
-    visible > LEAST_VISIBLE_PER_BUDGET * f64::from(params.budget)
-        && screening <= most * problem.n_q as f64 * visible
+    /// Whether METHOD_REFINED is the faster choice, or hardly slower where it finds nothing to gain; `probe_rows` of
+    /// each head are computed exactly to find out, none without a target.
+    pub fn pays(&self, params: &Params, problem: &Problem, probe_rows: usize) -> bool {
+        let visible = problem.mean_visible_keys();
+        let (queries, keys) = (problem.n_q as f64, problem.n_k as f64 / problem.group as f64);
+        let heads = (problem.batch * problem.heads_q).max(1) as f64;
+        let cost = self.of_a_probe_row * probe_rows as f64 * visible
+            + self.of_a_key * keys
+            + self.of_a_query * queries
+            + (self.latency + self.latency_of_a_key * problem.n_k as f64) / heads;
+        let most = if probe_rows > 0 { self.most } else { self.most_without_target };
+        visible > self.least_visible_per_budget * f64::from(params.budget) && cost <= most * queries * visible
+    }
 }
 
 /// (query, key) pairs of one head.
@@ -229,7 +255,7 @@ mod tests {
     #[test]
     fn refining_pays_when_finding_out_costs_little() {
         let choose = |mask, n_q, n_k, probe_rows| {
-            refined_is_faster(&Params::default(), &one_head(mask, n_q, n_k), probe_rows)
+            Screening::CPU.pays(&Params::default(), &one_head(mask, n_q, n_k), probe_rows)
         };
         for (mask, shortest) in [(Mask::None, 20_000), (Mask::CausalBottomRight, 40_000)] {
             let rows = if mask == Mask::None { 64 } else { 128 };

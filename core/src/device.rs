@@ -1,6 +1,7 @@
 //! What the device path shares with the CPU: the checks of a call. Addresses are numbers here and are not followed.
 
 pub use crate::causal::{Decomposition, Square};
+pub use crate::cost::Screening;
 pub use crate::hyper::effective_residual;
 pub use crate::plan::PaperParts;
 pub use crate::problem::{Place, Problem, check_overlap};

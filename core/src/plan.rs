@@ -1,7 +1,7 @@
 //! The plan of a call: which method runs, and which parts of it.
 
 use crate::causal::Decomposition;
-use crate::cost;
+use crate::cost::{self, Screening};
 use crate::error::Result;
 use crate::exact;
 use crate::hyper;
@@ -105,7 +105,7 @@ impl Plan {
             let probes =
                 (params.target_error > 0.0).then(|| Probes::new(params, &problem, budget, least_budget));
             let probe_rows = probes.map_or(0, |probes| probes.rows_of_a_head());
-            cost::refined_is_faster(params, &problem, probe_rows)
+            Screening::CPU.pays(params, &problem, probe_rows)
         };
         let run = match params.method {
             Method::Paper if !nothing_to_estimate => Run::Paper,

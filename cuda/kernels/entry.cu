@@ -30,7 +30,7 @@
 static_assert(sizeof(hyperattn::View) == 32, "View");
 static_assert(sizeof(hyperattn::Segment) == 24, "Segment");
 static_assert(sizeof(hyperattn::Tile) == 32, "Tile");
-static_assert(sizeof(hyperattn::AttendParams) == 296, "AttendParams");
+static_assert(sizeof(hyperattn::AttendParams) == 304, "AttendParams");
 
 // The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::hopper::THREADS == 384, "attend_wgmma");

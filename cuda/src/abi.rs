@@ -87,6 +87,7 @@ pub(crate) struct AttendParams {
     pub(crate) positions: Pointer<u32>,
     pub(crate) query_order: Pointer<u32>,
     pub(crate) key_order: Pointer<u32>,
+    pub(crate) listed_rows: Pointer<u32>,
     pub(crate) extra_keys: Pointer<u8>,
     pub(crate) extra_values: Pointer<u8>,
     pub(crate) state_max: Pointer<f32>,
@@ -97,7 +98,7 @@ pub(crate) struct AttendParams {
 
 // What entry.cu states too.
 const _: () = assert!(size_of::<View>() == 32 && size_of::<Segment>() == 24 && size_of::<Tile>() == 32);
-const _: () = assert!(size_of::<AttendParams>() == 296);
+const _: () = assert!(size_of::<AttendParams>() == 304);
 
 #[cfg(test)]
 mod tests {
@@ -163,6 +164,7 @@ mod tests {
                     positions,
                     query_order,
                     key_order,
+                    listed_rows,
                     extra_keys,
                     extra_values,
                     state_max,

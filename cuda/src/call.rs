@@ -195,6 +195,7 @@ impl<'a> Call<'a> {
             positions: Pointer::NULL,
             query_order: Pointer::NULL,
             key_order: Pointer::NULL,
+            listed_rows: Pointer::NULL,
             extra_keys: Pointer::NULL,
             extra_values: Pointer::NULL,
             state_max: Pointer::NULL,

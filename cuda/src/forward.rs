@@ -9,7 +9,7 @@ use crate::driver::{CUstream, Driver, driver};
 use crate::image::{Loaded, loaded};
 use crate::launch::Queue;
 use crate::workspace::{Carver, WORKSPACE_ALIGN};
-use crate::{exact, paper, refined};
+use crate::{cost, exact, paper, refined};
 
 /// Size and alignment of the workspace that [`forward`] needs for these options and tensors. Needs no device, and no
 /// address is looked at. Every error that does not concern addresses, contents or the device is reported here too.
@@ -92,6 +92,8 @@ impl Run {
             Method::Refined if !refining_is_exact => Run::Refined,
             // The caller's blocks are METHOD_PAPER's.
             Method::Auto if call.tensors.block_mask.is_some() && paper::estimates(call) => Run::Paper,
+            Method::Auto if call.tensors.block_mask.is_some() => Run::Exact,
+            Method::Auto if !refining_is_exact && cost::refining_pays(call) => Run::Refined,
             _ => Run::Exact,
         }
     }

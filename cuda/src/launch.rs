@@ -13,9 +13,6 @@ use crate::image::{Loaded, lock};
 use crate::tensor_map::TensorMap;
 use crate::workspace::Pointer;
 
-/// Shared memory that a block may have without asking.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
-
 /// The kernels of a module, looked up when first used.
 pub(crate) struct Kernels {
     module: usize,
@@ -54,7 +51,8 @@ impl Kernels {
                 driver.outside_capture(|| unsafe { driver.function(self.module as CUmodule, name) })?;
             let kernel = Kernel {
                 function: function as usize,
-                shared_bytes: SHARED_WITHOUT_ASKING,
+                // What a block may have without asking depends on its static shared memory.
+                shared_bytes: 0,
                 occupancy: Vec::new(),
             };
             known.insert(name, kernel);

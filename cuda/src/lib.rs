@@ -7,6 +7,7 @@
 mod abi;
 mod attend;
 mod call;
+mod cost;
 mod driver;
 mod exact;
 mod figures;

@@ -85,6 +85,8 @@ pub(crate) struct Buffers {
     tiles: Pointer<Tile>,
     segments: Pointer<Segment>,
     positions: Pointer<u32>,
+    /// Of the sampled keys, where they are sorted.
+    listed_rows: Pointer<u32>,
     counters: Pointer<u32>,
     next_tile: Pointer<u32>,
 }
@@ -148,6 +150,8 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let steps = Step::all(&plan);
     let stateful = steps.iter().any(|step| step.stores);
     let sorted = plan.sorted && steps.iter().any(|step| step.estimated);
+    // The row-norm residual's samples are no segments.
+    let lists_rows = sorted && !is_row_norm;
     let spare = sorted && params.lsh_num_projs > SORT_DIGIT_BITS;
 
     // Of one KV head.
@@ -215,6 +219,8 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
         tiles: carver.take(tiles),
         segments: carver.take(segments),
         positions: carver.take(positions),
+        // NULL tells the kernel that there is none.
+        listed_rows: if lists_rows { carver.take(positions) } else { Pointer::NULL },
         counters: carver.take(counters),
         next_tile: carver.take(1),
     })
@@ -516,9 +522,13 @@ impl Paper<'_, '_> {
             first_head: heads.start as u32,
             set_heads: heads.len() as u32,
             sample_size: common.sample_size,
+            key_order: self.buffers.orders[1],
+            listed_rows: self.buffers.listed_rows,
+            n_k: problem.n_k as u32,
+            reserved: 0,
         };
         let count = common.sample_size as usize * heads.len() * common.pass.count as usize;
-        // SAFETY: this is the kernel's parameter, and it writes the positions only.
+        // SAFETY: this is the kernel's parameter, and it writes the positions and their rows only.
         unsafe {
             self.queue.launch(c"paper_samples", blocks_of(count, THREADS), THREADS as u32, 0, args![samples])
         }
@@ -587,6 +597,7 @@ impl Paper<'_, '_> {
         attention.positions = buffers.positions;
         attention.query_order = before(buffers.orders[0], earlier);
         attention.key_order = before(buffers.orders[1], heads.start * problem.n_k);
+        attention.listed_rows = buffers.listed_rows;
         attention.state_max = states.max;
         attention.state_sum = states.sum;
         attention.state_accumulated = states.accumulated;

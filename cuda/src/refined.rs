@@ -16,6 +16,7 @@ use crate::workspace::{Carver, Pointer};
 const KEY_BLOCK: usize = 64;
 const REPRESENTATIVES: usize = 8;
 const GROUP_TILES: usize = 16;
+const MOST_RANGES: usize = 8;
 const RECORDS_OF_TILE: usize = 2;
 const SEGMENTS_OF_TILE: usize = RECORDS_OF_TILE + 2;
 const WIDTH_UNIT: usize = 32;
@@ -30,11 +31,23 @@ const WEIGH_BLOCKS_THREADS: u32 = 256;
 const WEIGH_KEYS_THREADS: u32 = 128;
 const WEIGH_F32_THREADS: u32 = 128;
 const SELECT_THREADS: u32 = 256;
-const REFINED_TILES_THREADS: u32 = 256;
+const SUM_THREADS: u32 = 128;
+const SUM_COLUMNS: u32 = 256;
+const REFINED_TILES_THREADS: u32 = 512;
 const NORM_THREADS: u32 = 256;
 
-/// Scratch memory of a chunk: much of it stays in the cache from one kernel to the next.
-const CHUNK_BYTES: usize = 96 << 20;
+/// Elements of a row that represent.cuh keeps in one chunk.
+const REPRESENT_CHUNK: usize = 64;
+
+/// Shared memory that a candidate block takes where its keys are chosen (CANDIDATE_BYTES), and that all of a tile take.
+const CANDIDATE_BYTES: usize = size_of::<f32>() * KEY_BLOCK + size_of::<u32>();
+const MOST_CANDIDATE_BYTES: usize = 64 << 10;
+
+/// Scratch memory of a chunk: enough tiles to keep a large device busy, to the end of every kernel.
+const CHUNK_BYTES: usize = 256 << 20;
+
+/// Operands are read so many rows at a time, beyond the last if need be.
+const OPERAND_ROWS: usize = 16;
 
 /// Memory of what attention reads of a pass.
 const PASS_BYTES: usize = 512 << 20;
@@ -93,6 +106,8 @@ struct RefinedParams {
     candidates: Pointer<u32>,
     candidate_count: Pointer<u32>,
     key_weights: Pointer<f32>,
+    column_sums: Pointer<f32>,
+    weight_sums: Pointer<f32>,
     candidate_bits: Pointer<u32>,
     candidate_ranks: Pointer<u32>,
     positions: Pointer<u32>,
@@ -131,7 +146,7 @@ struct ProbeParams {
 }
 
 // What the .cuh state too.
-const _: () = assert!(size_of::<RefinedParams>() == 416 && size_of::<ProbeParams>() == 192);
+const _: () = assert!(size_of::<RefinedParams>() == 432 && size_of::<ProbeParams>() == 192);
 
 // SAFETY: mirrors of the kernels' parameters, see above.
 unsafe impl Argument for RefinedParams {}
@@ -169,6 +184,17 @@ const WEIGH_KEYS: [[&CStr; 5]; 2] = names!("weigh_keys");
 /// Index of the smallest of [`PARTS`] that holds a row of `head_dim` elements.
 fn parts_of(head_dim: usize) -> usize {
     PARTS.iter().position(|parts| head_dim <= parts * WIDTH_UNIT).unwrap_or(PARTS.len() - 1)
+}
+
+/// The kernel of represent.cuh for queries of a type, and its dynamic shared memory.
+fn represent_kernel(dtype: DType, head_dim: usize) -> (&'static CStr, u32) {
+    let chunks = head_dim.div_ceil(REPRESENT_CHUNK);
+    let shared_bytes = (chunks * REPRESENT_THREADS as usize * REPRESENT_CHUNK * 2) as u32;
+    match dtype {
+        DType::F16 if chunks <= 2 => (c"represent_queries_f16", shared_bytes),
+        DType::BF16 if chunks <= 2 => (c"represent_queries_bf16", shared_bytes),
+        _ => (c"represent_queries", 0),
+    }
 }
 
 /// The element type that tensor cores multiply, if they do.
@@ -267,6 +293,8 @@ fn shape_params(call: &Call<'_>, plan: &RefinedPlan) -> Result<RefinedParams> {
         candidates: Pointer::NULL,
         candidate_count: Pointer::NULL,
         key_weights: Pointer::NULL,
+        column_sums: Pointer::NULL,
+        weight_sums: Pointer::NULL,
         candidate_bits: Pointer::NULL,
         candidate_ranks: Pointer::NULL,
         positions: Pointer::NULL,
@@ -427,6 +455,21 @@ fn groups_in(bytes: usize, of_a_place: usize, groups_of_head: usize, most: usize
     if groups >= groups_of_head { groups / groups_of_head * groups_of_head } else { groups }
 }
 
+/// The groups of a chunk: those of as many heads in each, about.
+fn groups_of_chunk(most: usize, groups_of_head: usize, of_pass: usize) -> usize {
+    if most < groups_of_head {
+        return most;
+    }
+    let heads = of_pass.div_ceil(groups_of_head);
+    let chunks = heads.div_ceil(most / groups_of_head);
+    heads.div_ceil(chunks) * groups_of_head
+}
+
+/// Ranges of a head's blocks that the rest's sums are made of.
+fn ranges(blocks: usize) -> usize {
+    blocks.div_ceil(blocks.div_ceil(MOST_RANGES * KEY_BLOCK).max(1) * KEY_BLOCK)
+}
+
 /// The call's part of the workspace.
 pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let problem = &call.problem;
@@ -445,18 +488,23 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let records_bytes =
         SEGMENTS_OF_TILE * size_of::<Segment>() + RECORDS_OF_TILE * size_of::<Tile>() + size_of::<u32>();
     let of_pass = positions * size_of::<u32>() + key_bytes + value_bytes + records_bytes;
-    let of_chunk = size_of::<u32>()
-        * (2 * REPRESENTATIVES + 2 * blocks + candidates + 1 + candidates * KEY_BLOCK + 2 * words);
+    let ranges = ranges(blocks);
+    // One after the other in the same memory: the blocks' weights with outliers, the keys' weights, the rest's sums.
+    let shared = (candidates * KEY_BLOCK).max(blocks).max(ranges * (problem.head_dim + problem.value_dim));
+    let of_chunk =
+        size_of::<u32>() * (2 * REPRESENTATIVES + blocks + candidates + 1 + shared + ranges + 2 * words);
     narrow("listed keys", positions.checked_mul(GROUP_TILES))?;
     // Positions are counted in 32 bits.
     let most_places = (u32::MAX as usize / positions.max(1)).min(PASS_BYTES / of_pass).max(GROUP_TILES);
     let pass_groups = groups_in(most_places * of_pass, of_pass, groups_of_head, heads * groups_of_head);
     let chunk_groups = groups_in(CHUNK_BYTES, of_chunk, groups_of_head, pass_groups);
+    let chunk_groups = groups_of_chunk(chunk_groups, groups_of_head, pass_groups);
 
     shape.summaries = carver.take(kv_heads * blocks * (problem.head_dim + problem.value_dim));
-    shape.key_counts = carver.take(kv_heads * blocks);
-    shape.mean_keys = carver.take(kv_heads * blocks * operand_bytes);
-    shape.outliers = carver.take(kv_heads * blocks * operand_bytes);
+    let operand_rows = kv_heads * blocks + OPERAND_ROWS;
+    shape.key_counts = carver.take(operand_rows);
+    shape.mean_keys = carver.take(operand_rows * operand_bytes);
+    shape.outliers = carver.take(operand_rows * operand_bytes);
     shape.representatives = carver.take(heads * plan.query_tiles * REPRESENTATIVES * operand_bytes);
     shape.represented = carver.take(heads * plan.query_tiles * REPRESENTATIVES);
     let budgets = carver.take(heads);
@@ -466,10 +514,12 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     shape.totals = carver.take(places * REPRESENTATIVES);
     shape.starts = carver.take(places * REPRESENTATIVES);
     shape.block_weights = carver.take(places * blocks);
-    shape.outlier_weights = carver.take(places * blocks);
     shape.candidates = carver.take(places * candidates);
     shape.candidate_count = carver.take(places);
-    shape.key_weights = carver.take(places * candidates * KEY_BLOCK);
+    shape.key_weights = carver.take(places * shared);
+    shape.outlier_weights = shape.key_weights;
+    shape.column_sums = shape.key_weights;
+    shape.weight_sums = carver.take(places * ranges);
     shape.candidate_bits = carver.take(places * words);
     shape.candidate_ranks = carver.take(places * words);
 
@@ -514,6 +564,10 @@ unsafe fn select(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers, pass: &R
         chunk.chunk_groups = (end - first).min(buffers.chunk_groups as u32);
         let places = [chunk.chunk_groups * GROUP_TILES as u32, 1, 1];
         let groups = [chunk.chunk_groups, 1, 1];
+        let candidate_bytes =
+            (chunk.most_candidates as usize * CANDIDATE_BYTES).min(MOST_CANDIDATE_BYTES) as u32;
+        let slices = (chunk.head_dim + chunk.value_dim).div_ceil(SUM_COLUMNS);
+        let sums = [chunk.chunk_groups, ranges(chunk.blocks as usize) as u32, slices];
         // Heads that the chunk has a part of.
         let heads =
             (first + chunk.chunk_groups - 1) / chunk.groups_of_head - first / chunk.groups_of_head + 1;
@@ -532,7 +586,10 @@ unsafe fn select(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers, pass: &R
                 let name = WEIGH_KEYS[usize::from(operands == DType::BF16)][parts];
                 queue.launch(name, [heads * chunk.blocks, 1, 1], WEIGH_KEYS_THREADS, 0, args![chunk])?;
             }
-            queue.launch(c"choose_keys", places, SELECT_THREADS, 0, args![chunk])?;
+            queue.launch(c"choose_keys", places, SELECT_THREADS, candidate_bytes, args![chunk])?;
+            if chunk.flags & REFINED_REST != 0 {
+                queue.launch(c"sum_summaries", sums, SUM_THREADS, 0, args![chunk])?;
+            }
             queue.launch(c"refined_tiles", groups, REFINED_TILES_THREADS, 0, args![chunk])?;
         }
     }
@@ -622,7 +679,8 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
             args![*shape],
         )?;
         let tiles = [heads * shape.query_tiles, 1, 1];
-        queue.launch(c"represent_queries", tiles, REPRESENT_THREADS, 0, args![*shape])?;
+        let (represent, shared_bytes) = represent_kernel(call.tensors.q.layout.dtype, problem.head_dim);
+        queue.launch(represent, tiles, REPRESENT_THREADS, shared_bytes, args![*shape])?;
         queue.fill(buffers.budgets.address(), call.params.budget, heads as usize)?;
     }
     if let Some(probing) = &buffers.probing {

@@ -153,7 +153,7 @@ __global__ void reference(AttendParams p, float *out, float *lse)
                     continue;
                 if ((segment.flags & SEGMENT_LIMITED) && position >= p.limit(row))
                     continue;
-                u32 key = p.key_row(tile, segment, position);
+                u32 key = p.key_row(tile, segment, j, position);
                 k = p.k.row(tile.batch, p.kv_head(tile), key);
                 v = p.v.row(tile.batch, p.kv_head(tile), key);
             }
@@ -250,7 +250,7 @@ struct Problem {
     // Tiles of one launch or of two.
     std::vector<Tile> tiles, more_tiles;
     std::vector<Segment> segments;
-    std::vector<u32> positions, query_order, key_order;
+    std::vector<u32> positions, query_order, key_order, listed_rows;
     u32 extra = 0;
 };
 
@@ -274,7 +274,7 @@ struct Setup {
     Device<float> lse, state_max, state_sum, state_accumulated;
     Device<Tile> tiles, more_tiles;
     Device<Segment> segments;
-    Device<u32> positions, query_order, key_order, next_tile;
+    Device<u32> positions, query_order, key_order, listed_rows, next_tile;
     AttendParams p;
     TensorMap k_map, v_map;
 
@@ -288,7 +288,7 @@ struct Setup {
           lse((size_t)from.batch * from.heads * from.n_q), state_max(from.more_tiles.empty() ? 0 : lse.count),
           state_sum(state_max.count), state_accumulated(state_max.count * from.value_dim), tiles(from.tiles),
           more_tiles(from.more_tiles), segments(from.segments), positions(from.positions),
-          query_order(from.query_order), key_order(from.key_order), next_tile(1)
+          query_order(from.query_order), key_order(from.key_order), listed_rows(from.listed_rows), next_tile(1)
     {
         fill<<<1024, 256>>>(q.data, q.count, from.type, 1, 1.0f);
         fill<<<1024, 256>>>(k.data, k.count, from.type, 2, 1.0f);
@@ -333,6 +333,7 @@ struct Setup {
         p.positions = positions.data;
         p.query_order = query_order.data;
         p.key_order = key_order.data;
+        p.listed_rows = listed_rows.data;
         p.extra_keys = (const char *)extra_keys.data;
         p.extra_values = (const char *)extra_values.data;
         p.state_max = state_max.data;
@@ -535,6 +536,11 @@ static void make_blocks(Problem &problem, u32 block, u32 samples, bool sorted, b
             if (listed)
                 for (u32 i = 0; i < samples; ++i)
                     problem.positions.push_back(random() % problem.n_k);
+            if (listed && sorted)
+                for (u32 i = 0; i < samples; ++i) {
+                    size_t order = ((size_t)b * heads_kv + h / problem.group) * problem.n_k;
+                    problem.listed_rows.push_back(problem.key_order[order + problem.positions[list + i]]);
+                }
             for (u32 i = 0; i < blocks; ++i) {
                 u32 start = i * block, end = std::min(problem.n_k, start + block);
                 problem.segments.push_back(segment(start, end - start, key_flags));

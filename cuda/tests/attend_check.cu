@@ -192,7 +192,7 @@ __global__ void reference(AttendParams p, const u32 *checked_tiles, u32 checked,
                     bool seen = !(position >= segment.hidden_start && position < segment.hidden_end);
                     if (segment.flags & SEGMENT_LIMITED)
                         seen = seen && position < limit;
-                    u32 key_row = p.key_row(tile, segment, position);
+                    u32 key_row = p.key_row(tile, segment, j, position);
                     row = seen ? (i64)key_row : UNSEEN;
                     key = p.k.row(tile.batch, p.kv_head(tile), key_row);
                 }
@@ -315,7 +315,7 @@ struct Case {
     u32 padding = 0, offset = 0;
     u32 q_filling = NORMAL, k_filling = NORMAL;
     std::vector<Work> works;
-    std::vector<u32> positions, query_order, key_order;
+    std::vector<u32> positions, query_order, key_order, listed_rows;
     std::function<void(const Tensor &, const Tensor &)> spoil;
     // Tiles to check, all if empty.
     std::vector<u32> checked;
@@ -376,6 +376,7 @@ static Prepared prepare(const Case &c)
     p.scale_log2 = c.scale_log2 != 0 ? c.scale_log2 : 1.4426950408889634f / std::sqrt((float)c.head_dim);
     p.extra_keys = extra_keys.memory, p.extra_values = extra_values.memory;
     p.positions = upload(c.positions), p.query_order = upload(c.query_order), p.key_order = upload(c.key_order);
+    p.listed_rows = upload(c.listed_rows);
     if (c.launches > 1) {
         p.state_max = (float *)allocate(all_rows * 4);
         p.state_sum = (float *)allocate(all_rows * 4);
@@ -572,8 +573,11 @@ static void block_work(Case &c, u32 width, u32 samples)
     for (u32 batch = 0; batch < c.batch; ++batch)
         for (u32 head = 0; head < c.heads_q; ++head) {
             u32 sampled = (u32)c.positions.size();
-            for (u32 i = 0; i < samples; ++i)
+            u64 order = (u64)(batch * c.heads_kv() + head / c.group) * c.n_k;
+            for (u32 i = 0; i < samples; ++i) {
                 c.positions.push_back(random.below(c.n_k));
+                c.listed_rows.push_back(c.key_order[order + c.positions.back()]);
+            }
             for (u32 first = 0; first < c.n_q; first += 100) {
                 Tile tile = {batch, head, first, std::min(100u, c.n_q - first), TILE_SORTED, 0, 0, 0};
                 u32 start = std::min(first / width * width, c.n_k), end = std::min(start + width, c.n_k);

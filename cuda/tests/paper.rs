@@ -531,6 +531,21 @@ fn auto_is_one_of_the_methods() {
     }
 }
 
+/// What is long enough for REFINED is not EXACT.
+#[test]
+fn auto_refines_long_problems() {
+    let Some(_device) = Device::first() else { return };
+    let n = 20_000;
+    let shape = Shape { heads_q: 32, heads_kv: 8, head_dim: 64, value_dim: 64, ..Shape::single(n, n) };
+    let inputs = Inputs::normal(shape, 460).rounded(DType::BF16);
+    let output = |method| {
+        let params = Params { method, target_error: 0.0, ..Params::default() };
+        Call { all_outputs: false, ..Call::new(&params, &inputs) }.run().out
+    };
+    let [auto, refined, exact] = [Method::Auto, Method::Refined, Method::Exact].map(output);
+    assert!(auto == refined && auto != exact);
+}
+
 #[test]
 fn the_same_bits_every_time() {
     let Some(_device) = Device::first() else { return };

@@ -161,6 +161,12 @@ static Tensor make_tensor(u32 type, u32 batch, u32 heads, u32 rows, u32 dim, u32
     return tensor;
 }
 
+static u32 ranges_of(const RefinedParams &p)
+{
+    u32 range = (p.blocks + MOST_RANGES * KEY_BLOCK - 1) / (MOST_RANGES * KEY_BLOCK) * KEY_BLOCK;
+    return (p.blocks + range - 1) / range;
+}
+
 // Shapes and scratch memory, as the library's host side makes them.
 static RefinedParams make_params(const Case &c, const View &q, const View &k, const View &v, u64 chunk_bytes)
 {
@@ -208,7 +214,9 @@ static RefinedParams make_params(const Case &c, const View &q, const View &k, co
     u64 heads = (u64)c.batch * c.heads_q, kv = heads / c.group;
     p.pass_groups = heads * p.groups_of_head;
     u32 words = (p.blocks + 31) / 32;
-    u64 place_bytes = 4 * (2 * REPRESENTATIVES + 2 * (u64)p.blocks + p.most_candidates * 65 + 1 + 2 * words);
+    u32 ranges = ranges_of(p);
+    u64 shared = std::max<u64>({p.most_candidates * KEY_BLOCK, p.blocks, (u64)ranges * width_of(c)});
+    u64 place_bytes = 4 * (2 * REPRESENTATIVES + (u64)p.blocks + p.most_candidates + 1 + shared + ranges + 2 * words);
     p.chunk_groups = std::clamp<u64>(chunk_bytes / (place_bytes * GROUP_TILES), 1, p.pass_groups);
     if (p.chunk_groups >= p.groups_of_head)
         p.chunk_groups = p.chunk_groups / p.groups_of_head * p.groups_of_head;
@@ -216,9 +224,11 @@ static RefinedParams make_params(const Case &c, const View &q, const View &k, co
     u64 operand_row = p.width * (p.operand_type == F32 ? 4 : 2);
     u64 tiles = heads * p.query_tiles;
     p.summaries = device<float>(kv * p.blocks * (c.head_dim + c.value_dim));
-    p.key_counts = device<float>(kv * p.blocks);
-    p.mean_keys = device<char>(kv * p.blocks * operand_row);
-    p.outliers = device<char>(kv * p.blocks * operand_row);
+    // Sixteen at a time are read.
+    u64 operand_rows = kv * p.blocks + 16;
+    p.key_counts = device<float>(operand_rows);
+    p.mean_keys = device<char>(operand_rows * operand_row);
+    p.outliers = device<char>(operand_rows * operand_row);
     p.representatives = device<char>(tiles * REPRESENTATIVES * operand_row);
     p.represented = device<float>(tiles * REPRESENTATIVES);
     u32 *budgets = device<u32>(heads);
@@ -229,10 +239,12 @@ static RefinedParams make_params(const Case &c, const View &q, const View &k, co
     p.totals = device<float>(places * REPRESENTATIVES);
     p.starts = device<float>(places * REPRESENTATIVES);
     p.block_weights = device<float>(places * p.blocks);
-    p.outlier_weights = device<float>(places * p.blocks);
     p.candidates = device<u32>(places * p.most_candidates);
     p.candidate_count = device<u32>(places);
-    p.key_weights = device<float>(places * p.most_candidates * KEY_BLOCK);
+    p.key_weights = device<float>(places * shared);
+    p.outlier_weights = p.key_weights;
+    p.column_sums = p.key_weights;
+    p.weight_sums = device<float>(places * ranges);
     p.candidate_bits = device<u32>(places * words);
     p.candidate_ranks = device<u32>(places * words);
     places = (u64)p.pass_groups * GROUP_TILES;
@@ -262,9 +274,10 @@ static Kernel weigh_kernel(const RefinedParams &p, bool keys)
     std::abort();
 }
 
-enum Stage { SUMMARISE, REPRESENT, WEIGH_BLOCKS, CHOOSE_BLOCKS, WEIGH_KEYS, CHOOSE_KEYS, TILES, STAGES };
+enum Stage { SUMMARISE, REPRESENT, WEIGH_BLOCKS, CHOOSE_BLOCKS, WEIGH_KEYS, CHOOSE_KEYS, SUMS, TILES, STAGES };
 static const char *const STAGE_NAMES[STAGES] = {"summarise_keys", "represent_queries", "weigh_blocks", "choose_blocks",
-                                                "weigh_keys",     "choose_keys",       "refined_tiles"};
+                                                "weigh_keys",     "choose_keys",       "sum_summaries",
+                                                "refined_tiles"};
 
 // Selection of a whole pass; `each` is called before every kernel.
 static void select(const RefinedParams &p, const std::function<void(Stage)> &each)
@@ -273,7 +286,15 @@ static void select(const RefinedParams &p, const std::function<void(Stage)> &eac
     each(SUMMARISE);
     summarise_keys<<<heads / p.group * p.blocks, SUMMARY_THREADS>>>(p);
     each(REPRESENT);
-    represent_queries<<<heads * p.query_tiles, REPRESENT_THREADS>>>(p);
+    u32 chunks = (p.head_dim + REPRESENT_CHUNK - 1) / REPRESENT_CHUNK;
+    if (p.q_type != F32 && chunks <= 2) {
+        auto represent = p.q_type == BF16 ? represent_queries_bf16 : represent_queries_f16;
+        u32 shared_bytes = chunks * REPRESENT_CHUNK_BYTES;
+        CHECK(cudaFuncSetAttribute(represent, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+        represent<<<heads * p.query_tiles, REPRESENT_THREADS, shared_bytes>>>(p);
+    } else {
+        represent_queries<<<heads * p.query_tiles, REPRESENT_THREADS>>>(p);
+    }
     for (u32 first = 0; first < p.pass_groups; first += p.chunk_groups) {
         RefinedParams chunk = p;
         chunk.chunk_first = first;
@@ -293,7 +314,12 @@ static void select(const RefinedParams &p, const std::function<void(Stage)> &eac
         else
             weigh_kernel(p, true)<<<heads_of_chunk * p.blocks, WEIGH_KEYS_THREADS>>>(chunk);
         each(CHOOSE_KEYS);
-        choose_keys<<<places, SELECT_THREADS>>>(chunk);
+        // Every other chunk leaves the weights of many candidates where they are.
+        u32 kept = first / p.chunk_groups % 2 ? 8 : p.most_candidates;
+        choose_keys<<<places, SELECT_THREADS, std::min(kept * CANDIDATE_BYTES, 36u << 10)>>>(chunk);
+        each(SUMS);
+        dim3 sums(chunk.chunk_groups, ranges_of(p), (p.head_dim + p.value_dim + SUM_COLUMNS - 1) / SUM_COLUMNS);
+        sum_summaries<<<sums, SUM_THREADS>>>(chunk);
         each(TILES);
         refined_tiles<<<chunk.chunk_groups, REFINED_TILES_THREADS>>>(chunk);
     }
@@ -1003,7 +1029,7 @@ static void time_case(const Case &c)
     };
     RefinedParams p =
         make_params(c, view(memory[0], c.heads_q, c.n_q), view(memory[1], c.heads_q / c.group, c.n_k),
-                    view(memory[2], c.heads_q / c.group, c.n_k), 96 << 20);
+                    view(memory[2], c.heads_q / c.group, c.n_k), 256 << 20);
     select(p, [](Stage) {});
     CHECK(cudaDeviceSynchronize());
     double best[STAGES + 1];

@@ -34,8 +34,10 @@ __device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k
             barrier_init(shared_address(&control.value_full[i]), LOADER_ARRIVALS);
             barrier_init(shared_address(&control.value_empty[i]), CONSUMER_WARPS);
         }
-        for (u32 i = 0; i < NUMBER_STAGES; ++i)
+        for (u32 i = 0; i < NUMBER_STAGES; ++i) {
             barrier_init(shared_address(&control.number_full[i]), 1);
+            barrier_init(shared_address(&control.number_empty[i]), LOADER_WARPS);
+        }
         barrier_init_fence();
     }
     __syncthreads();
@@ -43,7 +45,7 @@ __device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k
     u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
         registers_decrease<Shape<DIM>::LOADER_REGISTERS>();
-        load<TYPE, DIM>(p, k_map, v_map, control, data);
+        Loader<TYPE, DIM>(p, k_map, v_map, control, data).run();
     } else {
         registers_increase<Shape<DIM>::CONSUMER_REGISTERS>();
         Consumer<TYPE, DIM>(p, control, data, warpgroup - 1).run();

@@ -25,11 +25,14 @@ constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
 constexpr u32 ROW_BYTES = 128;
 constexpr u32 ROW_ELEMENTS = 64;
 
+// The named barrier of the loading warps; those of the consumers are 1 and 2.
+constexpr u32 LOADERS_BARRIER = 3;
+
 // Stands for a key that no row of the tile may see, and for no query. More than any position.
 constexpr u32 NO_ROW = 0xffffffff;
 
-// Tile numbers on their way from the thread that draws them to the loading warps. More than query stages, see load().
-constexpr u32 NUMBER_STAGES = 4;
+// Tile numbers on their way from the thread that draws them to the loading warps.
+constexpr u32 NUMBER_STAGES = 2;
 
 // What a warp of the loaders says of its keys of a block.
 enum BlockFlags : u32 {
@@ -96,7 +99,9 @@ template <u32 DIM> struct Shape {
         u64 key_empty[KEY_STAGES];
         u64 value_full[KEY_STAGES];
         u64 value_empty[KEY_STAGES];
+        // "Full" for all loading warps, "empty" for the one that draws.
         u64 number_full[NUMBER_STAGES];
+        u64 number_empty[NUMBER_STAGES];
         u32 number[NUMBER_STAGES];
         QueryStage query[QUERY_STAGES];
         KeyStage<KEYS> key[KEY_STAGES];

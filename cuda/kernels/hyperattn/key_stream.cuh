@@ -152,7 +152,7 @@ __device__ __forceinline__ KeyPlace place(const AttendParams &p, const TileMemor
     // Seen by no row of the tile: its key and value must not even be read as numbers.
     if ((segment.flags & SEGMENT_LIMITED) && position >= highest)
         return {NO_KEY, NO_KEY};
-    return {p.key_row(memory.tile, segment, position), position};
+    return {p.key_row(memory.tile, segment, block.offset + j, position), position};
 }
 
 // Finds the block after the one in the other slot, the tile's first one if `first`, and its key number threadIdx.x. For

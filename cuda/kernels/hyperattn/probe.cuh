@@ -57,45 +57,69 @@ static_assert(sizeof(ProbeParams) == 192, "the host's mirror counts on it");
 
 __device__ __forceinline__ double cube_of(float squared) { return (double)squared * sqrt((double)squared); }
 
+struct DrawShared {
+    RepresentShared represent;
+    // Of each row: the cube of its distance, then its share, then its share and those of all rows before it.
+    double of_row[QUERY_TILE_ROWS];
+    double mean;
+};
+
 // Draws rows in proportion to the cubes of their distances, plus a tenth of the mean; all of them, once, where they
-// are no more than PROBE_ROWS. One thread.
-__device__ __forceinline__ void draw_rows(const double *cubes, u32 count, float phase, u32 *rows, float *weights)
+// are no more than PROBE_ROWS.
+__device__ __forceinline__ void draw_rows(DrawShared &shared, double cube, u32 count, float phase, u32 first_query,
+                                          u32 *rows, float *weights)
 {
+    u32 thread = threadIdx.x;
     if (count <= PROBE_ROWS) {
-        for (u32 i = 0; i < PROBE_ROWS; ++i) {
-            rows[i] = min(i, count - 1);
-            weights[i] = i < count ? 1.0f : 0.0f;
+        if (thread < PROBE_ROWS) {
+            rows[thread] = first_query + min(thread, count - 1);
+            weights[thread] = thread < count ? 1.0f : 0.0f;
         }
         return;
     }
-    double mean = 0.0;
-    for (u32 row = 0; row < count; ++row)
-        mean += cubes[row];
-    mean /= count;
-    if (!(mean > 0.0 && mean * 0.0 == 0.0))
-        mean = 1.0;
-    double most = mean * count;
-    auto share = [&](u32 row) { return ((cubes[row] < most ? cubes[row] : most) + 0.1 * mean) / mean; };
-    double total = 0.0;
-    for (u32 row = 0; row < count; ++row)
-        total += share(row);
-    u32 row = 0;
-    double reached = share(0);
+    shared.of_row[thread] = cube;
+    __syncthreads();
+    // One thread adds, in the order of the rows.
+    if (thread == 0) {
+        double mean = 0.0;
+#pragma unroll 8
+        for (u32 row = 0; row < count; ++row)
+            mean += shared.of_row[row];
+        mean /= count;
+        shared.mean = mean > 0.0 && mean * 0.0 == 0.0 ? mean : 1.0;
+    }
+    __syncthreads();
+    double mean = shared.mean, most = mean * count;
+    // Not fused, as on any other device.
+    double share = __dadd_rn(cube < most ? cube : most, __dmul_rn(0.1, mean)) / mean;
+    shared.of_row[thread] = share;
+    __syncthreads();
+    if (thread == 0) {
+        double reached = 0.0;
+#pragma unroll 8
+        for (u32 row = 0; row < count; ++row) {
+            reached += shared.of_row[row];
+            shared.of_row[row] = reached;
+        }
+    }
+    __syncthreads();
+    if (thread >= count)
+        return;
+    // The first row beyond each target, or the last row.
+    double total = shared.of_row[count - 1];
     for (u32 i = 0; i < PROBE_ROWS; ++i) {
         double target = ((double)i + (double)phase) / PROBE_ROWS * total;
-        while (reached <= target && row + 1 < count) {
-            ++row;
-            reached += share(row);
+        bool reached = shared.of_row[thread] > target || thread == count - 1;
+        if (reached && (thread == 0 || shared.of_row[thread - 1] <= target)) {
+            rows[i] = first_query + thread;
+            weights[i] = (float)(total / (PROBE_ROWS * share));
         }
-        rows[i] = row;
-        weights[i] = (float)(total / (PROBE_ROWS * share(row)));
     }
 }
 
 // A query that is far from its neighbours' mean is drawn more often: it looks where the others do not, and there most
 // of the error is.
-__device__ __forceinline__ void draw_probes(const RefinedParams &p, const ProbeParams &probe, RepresentShared &shared,
-                                            double *cubes)
+__device__ __forceinline__ void draw_probes(const RefinedParams &p, const ProbeParams &probe, DrawShared &shared)
 {
     u32 head_number = blockIdx.x / probe.tiles, index = blockIdx.x % probe.tiles;
     u32 head = head_number % p.heads_q;
@@ -103,18 +127,13 @@ __device__ __forceinline__ void draw_probes(const RefinedParams &p, const ProbeP
     u32 first = (u32)(index * tiles / probe.tiles), end = (u32)((index + 1) * tiles / probe.tiles);
     u32 drawn = probe.first_tile + first + probe.draw(head, index, 0, end - first);
     QueryTile tile = query_tile(p, head_number, drawn);
-    measure_runs(shared, TileQueries(p, tile));
-    if (threadIdx.x < tile.queries)
-        cubes[threadIdx.x] = cube_of(shared.distance[threadIdx.x]);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        u64 at = (u64)blockIdx.x * PROBE_ROWS;
-        float phase = (float)probe.draw(head, index, 1, 1u << 20) / (1u << 20);
-        draw_rows(cubes, tile.queries, phase, probe.rows + at, probe.weights + at);
-        for (u32 i = 0; i < PROBE_ROWS; ++i)
-            probe.rows[at + i] += tile.first_query;
+    u32 part;
+    float distance = measure_run(shared.represent, TileQueries(p, tile), part);
+    u64 at = (u64)blockIdx.x * PROBE_ROWS;
+    float phase = (float)probe.draw(head, index, 1, 1u << 20) / (1u << 20);
+    draw_rows(shared, cube_of(distance), tile.queries, phase, tile.first_query, probe.rows + at, probe.weights + at);
+    if (threadIdx.x == 0)
         probe.tile_list[blockIdx.x] = drawn;
-    }
 }
 
 // Attention of the probe rows to everything that they see.
@@ -247,9 +266,8 @@ extern "C" __global__ void __launch_bounds__(hyperattn::refined::REPRESENT_THREA
     draw_probes(const __grid_constant__ hyperattn::refined::RefinedParams p,
                           const __grid_constant__ hyperattn::refined::ProbeParams probe)
 {
-    __shared__ hyperattn::refined::RepresentShared shared;
-    __shared__ double cubes[hyperattn::refined::QUERY_TILE_ROWS];
-    hyperattn::refined::draw_probes(p, probe, shared, cubes);
+    __shared__ hyperattn::refined::DrawShared shared;
+    hyperattn::refined::draw_probes(p, probe, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(32)

@@ -1,7 +1,8 @@
 // Which keys a tile of queries meets: the heaviest blocks are candidates, and of their keys the heaviest are met
 // exactly. The weights of blocks and keys come from weigh.cuh.
 //
-// Launches: choose_blocks and choose_keys, grid (places of the chunk), SELECT_THREADS threads.
+// Launches: choose_blocks and choose_keys, grid (places of the chunk), SELECT_THREADS threads. choose_keys works in
+// dynamic shared memory where that has CANDIDATE_BYTES for each candidate of the tile.
 #pragma once
 
 #include "select_heaviest.cuh"
@@ -46,23 +47,23 @@ __device__ __forceinline__ void choose_blocks(const RefinedParams &p, SelectShar
         p.candidate_count[place] = count;
 }
 
+// Of a candidate block in shared memory: weights of its keys, and its number.
+constexpr u32 CANDIDATE_BYTES = 4 * KEY_BLOCK + 4;
+
+__device__ __forceinline__ u32 dynamic_shared_bytes()
+{
+    u32 bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes;
+}
+
 // Lists the first keys and those chosen, ascending, and leaves each candidate block the weight of its keys that are
 // not met.
-__device__ __forceinline__ void choose_keys(const RefinedParams &p, SelectShared &shared)
+__device__ __forceinline__ void choose_among(const RefinedParams &p, SelectShared &shared, const Frame &frame,
+                                             u32 blocks, const u32 *candidates, const float *weights)
 {
-    u64 place = blockIdx.x;
+    u64 place = blockIdx.x, place_in_pass = (u64)(p.chunk_first - p.pass_first) * GROUP_TILES + place;
     u32 lane = threadIdx.x % 32;
-    u32 group = p.chunk_first + blockIdx.x / GROUP_TILES;
-    u64 place_in_pass = (u64)(p.chunk_first - p.pass_first) * GROUP_TILES + place;
-    u32 blocks = p.candidate_count[place];
-    if (blocks == 0) {
-        if (threadIdx.x == 0)
-            p.chosen[place_in_pass] = 0;
-        return;
-    }
-    Frame frame = frame_of(p, tile_of_group(p, group, blockIdx.x % GROUP_TILES));
-    const u32 *candidates = p.candidates + place * p.most_candidates;
-    const float *weights = p.key_weights + place * p.most_candidates * KEY_BLOCK;
     u32 *positions = p.positions + place_in_pass * p.most_positions;
     for (u32 i = threadIdx.x; i < frame.first; i += SELECT_THREADS)
         positions[i] = i;
@@ -92,6 +93,35 @@ __device__ __forceinline__ void choose_keys(const RefinedParams &p, SelectShared
         p.chosen[place_in_pass] = chosen;
 }
 
+// `kept` is the dynamic shared memory.
+__device__ __forceinline__ void choose_keys(const RefinedParams &p, SelectShared &shared, uint4 *kept)
+{
+    u64 place = blockIdx.x;
+    u32 group = p.chunk_first + blockIdx.x / GROUP_TILES;
+    u32 blocks = p.candidate_count[place];
+    if (blocks == 0) {
+        if (threadIdx.x == 0)
+            p.chosen[(u64)(p.chunk_first - p.pass_first) * GROUP_TILES + place] = 0;
+        return;
+    }
+    Frame frame = frame_of(p, tile_of_group(p, group, blockIdx.x % GROUP_TILES));
+    const u32 *candidates = p.candidates + place * p.most_candidates;
+    const float *weights = p.key_weights + place * p.most_candidates * KEY_BLOCK;
+    if (blocks * CANDIDATE_BYTES > dynamic_shared_bytes()) {
+        choose_among(p, shared, frame, blocks, candidates, weights);
+        return;
+    }
+    constexpr u32 PIECES = KEY_BLOCK / 4;
+    u32 *kept_candidates = (u32 *)(kept + blocks * PIECES);
+#pragma unroll 8
+    for (u32 i = threadIdx.x; i < blocks * PIECES; i += SELECT_THREADS)
+        kept[i] = ((const uint4 *)weights)[i];
+    for (u32 i = threadIdx.x; i < blocks; i += SELECT_THREADS)
+        kept_candidates[i] = candidates[i];
+    __syncthreads();
+    choose_among(p, shared, frame, blocks, kept_candidates, (const float *)kept);
+}
+
 } // namespace hyperattn::refined
 
 extern "C" __global__ void __launch_bounds__(hyperattn::refined::SELECT_THREADS)
@@ -105,5 +135,6 @@ extern "C" __global__ void __launch_bounds__(hyperattn::refined::SELECT_THREADS)
     choose_keys(const __grid_constant__ hyperattn::refined::RefinedParams p)
 {
     __shared__ hyperattn::refined::SelectShared shared;
-    hyperattn::refined::choose_keys(p, shared);
+    extern __shared__ uint4 kept[];
+    hyperattn::refined::choose_keys(p, shared, kept);
 }

@@ -26,6 +26,9 @@ constexpr u32 PROBE_ROWS = 4;
 // Rows of `width` elements are read in parts of 32 elements.
 constexpr u32 WIDTH_UNIT = 32;
 
+// Ranges of blocks that the rest's sums are made of, at most.
+constexpr u32 MOST_RANGES = 8;
+
 enum RefinedFlags : u32 {
     REFINED_CAUSAL = 1,
     // What is left out becomes a column.
@@ -105,7 +108,12 @@ struct RefinedParams {
     float *outlier_weights;
     u32 *candidates;
     u32 *candidate_count;
+    // The sums of summaries take the memory of the key weights, when these have been chosen from; and before those are
+    // written outlier_weights may.
     float *key_weights;
+    // [group][range][GROUP_TILES][summary_width()] and the same without the last.
+    float *column_sums;
+    float *weight_sums;
     // [group][word of 32 blocks][GROUP_TILES]: which blocks are candidates, and how many are before them.
     u32 *candidate_bits;
     u32 *candidate_ranks;
@@ -126,9 +134,16 @@ struct RefinedParams {
     __device__ __forceinline__ u32 words() const { return (blocks + 31) / 32; }
     __device__ __forceinline__ u32 operand_bytes() const { return operand_type == F32 ? 4 : 2; }
     __device__ __forceinline__ u32 summary_width() const { return head_dim + value_dim; }
+
+    // Blocks of a range, and ranges of a KV head's blocks.
+    __device__ __forceinline__ u32 range_blocks() const
+    {
+        return (blocks + MOST_RANGES * KEY_BLOCK - 1) / (MOST_RANGES * KEY_BLOCK) * KEY_BLOCK;
+    }
+    __device__ __forceinline__ u32 ranges() const { return (blocks + range_blocks() - 1) / range_blocks(); }
 };
 
-static_assert(sizeof(RefinedParams) == 416, "the host's mirror counts on it");
+static_assert(sizeof(RefinedParams) == 432, "the host's mirror counts on it");
 
 // Some queries of one head.
 struct QueryTile {
@@ -179,6 +194,16 @@ __device__ __forceinline__ QueryTile tile_of_group(const RefinedParams &p, u32 g
     tile.index_in_pass = index_in_pass;
     tile.present = present;
     return tile;
+}
+
+// Group number i of the chunk where those come first whose queries see more keys under a causal mask: the later ones
+// of each head, if the chunk has whole heads.
+__device__ __forceinline__ u32 group_by_length(const RefinedParams &p, u32 i)
+{
+    if (p.chunk_groups % p.groups_of_head)
+        return p.chunk_groups - 1 - i;
+    u32 heads = p.chunk_groups / p.groups_of_head;
+    return (i % heads + 1) * p.groups_of_head - 1 - i / heads;
 }
 
 // Where the keys that are met without being chosen lie for some queries, and how many are chosen.

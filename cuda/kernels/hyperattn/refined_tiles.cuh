@@ -2,23 +2,136 @@
 // that is left, the mean of the blocks that it belongs to, weighted by what the representatives give to it. With its
 // log weight it is the tangent of the logarithm of the rest's sum at the representatives.
 //
-// Launch: refined_tiles, grid (groups of the chunk), REFINED_TILES_THREADS threads.
+// Launches: sum_summaries, grid (groups of the chunk, ranges of blocks, slices of SUM_COLUMNS of a row of summaries),
+// SUM_THREADS threads; refined_tiles, grid (groups of the chunk), REFINED_TILES_THREADS threads.
 #pragma once
 
 #include "refined_params.cuh"
 
 namespace hyperattn::refined {
 
-constexpr u32 REFINED_TILES_THREADS = 256;
+constexpr u32 SUM_THREADS = 128;
+constexpr u32 COLUMNS_OF_THREAD = 2;
+constexpr u32 SUM_COLUMNS = SUM_THREADS * COLUMNS_OF_THREAD;
+
+// A warp has one tile.
+constexpr u32 REFINED_TILES_THREADS = GROUP_TILES * 32;
 
 // Floats from the weights of one block to those of the next: stores of neighbouring blocks meet other banks.
 constexpr u32 WEIGHTS_STRIDE = GROUP_TILES + 4;
 
-struct RefinedTilesShared {
-    float4 weights[KEY_BLOCK * WEIGHTS_STRIDE / 4];
-    Frame frame[GROUP_TILES];
-    float weight[GROUP_TILES];
+// Weights of KEY_BLOCK blocks that a thread loads: of two tiles, and for either of every sixteenth block.
+constexpr u32 LOADING_THREADS = 16;
+constexpr u32 TILES_OF_LOADER = GROUP_TILES / (SUM_THREADS / LOADING_THREADS);
+constexpr u32 BLOCKS_OF_LOADER = KEY_BLOCK / LOADING_THREADS;
+
+struct SumShared {
+    // While the threads multiply some, they store the next.
+    float4 weights[2][KEY_BLOCK * WEIGHTS_STRIDE / 4];
+    u32 begin[GROUP_TILES];
+    u32 end[GROUP_TILES];
 };
+
+// Sums of the summaries of a range of blocks, weighted as each tile of a group weighs them, and of the weights.
+__device__ __forceinline__ void sum_summaries(const RefinedParams &p, SumShared &shared)
+{
+    u32 thread = threadIdx.x, in_chunk = group_by_length(p, blockIdx.x);
+    u32 group = p.chunk_first + in_chunk;
+    if (thread < GROUP_TILES) {
+        Frame frame = frame_of(p, tile_of_group(p, group, thread));
+        shared.begin[thread] = frame.chooses ? frame.first_block() : 0;
+        shared.end[thread] = frame.chooses ? frame.end_block() : 0;
+    }
+    __syncthreads();
+    u32 begin = 0xffffffffu, end = 0;
+#pragma unroll
+    for (u32 i = 0; i < GROUP_TILES; ++i) {
+        if (shared.end[i] > 0) {
+            begin = min(begin, shared.begin[i]);
+            end = max(end, shared.end[i]);
+        }
+    }
+    begin = max(begin / KEY_BLOCK * KEY_BLOCK, blockIdx.y * p.range_blocks());
+    end = min(end, (blockIdx.y + 1) * p.range_blocks());
+    if (begin >= end)
+        return;
+
+    u32 width = p.summary_width();
+    u32 column = blockIdx.z * SUM_COLUMNS + thread, other_column = column + SUM_THREADS;
+    // Threads beyond the last column repeat it.
+    const float *summaries = p.summaries + (u64)kv_number(p, tile_of_group(p, group, 0)) * p.blocks * width;
+    const float *of_column = summaries + min(column, width - 1), *of_other = summaries + min(other_column, width - 1);
+    u32 loader = thread / LOADING_THREADS * TILES_OF_LOADER, in_loader = thread % LOADING_THREADS;
+    const float *weights = p.block_weights + ((u64)in_chunk * GROUP_TILES + loader) * p.blocks;
+    float loaded[TILES_OF_LOADER][BLOCKS_OF_LOADER], weight[TILES_OF_LOADER] = {};
+    auto load = [&](u32 first) {
+#pragma unroll
+        for (u32 i = 0; i < TILES_OF_LOADER; ++i) {
+#pragma unroll
+            for (u32 j = 0; j < BLOCKS_OF_LOADER; ++j) {
+                u32 block = first + j * LOADING_THREADS + in_loader;
+                bool counts = block >= shared.begin[loader + i] && block < min(end, shared.end[loader + i]);
+                loaded[i][j] = counts ? weights[(u64)i * p.blocks + block] : 0.0f;
+            }
+        }
+    };
+
+    float sums[GROUP_TILES] = {}, other_sums[GROUP_TILES] = {};
+    load(begin);
+    u32 turn = 0;
+    for (u32 first = begin; first < end; first += KEY_BLOCK, turn ^= 1) {
+#pragma unroll
+        for (u32 i = 0; i < TILES_OF_LOADER; ++i) {
+#pragma unroll
+            for (u32 j = 0; j < BLOCKS_OF_LOADER; ++j) {
+                u32 at = (j * LOADING_THREADS + in_loader) * WEIGHTS_STRIDE + loader + i;
+                ((float *)shared.weights[turn])[at] = loaded[i][j];
+                weight[i] += loaded[i][j];
+            }
+        }
+        // Those who are here have multiplied all that the other half holds.
+        __syncthreads();
+        if (first + KEY_BLOCK < end)
+            load(first + KEY_BLOCK);
+        u32 count = min(KEY_BLOCK, end - first);
+        const float *from = of_column + (u64)first * width, *from_other = of_other + (u64)first * width;
+#pragma unroll 8
+        for (u32 j = 0; j < count; ++j) {
+            float x = from[(u64)j * width], other_x = from_other[(u64)j * width];
+#pragma unroll
+            for (u32 i = 0; i < GROUP_TILES / 4; ++i) {
+                float4 w = shared.weights[turn][j * (WEIGHTS_STRIDE / 4) + i];
+                sums[4 * i] = fmaf(w.x, x, sums[4 * i]);
+                sums[4 * i + 1] = fmaf(w.y, x, sums[4 * i + 1]);
+                sums[4 * i + 2] = fmaf(w.z, x, sums[4 * i + 2]);
+                sums[4 * i + 3] = fmaf(w.w, x, sums[4 * i + 3]);
+                other_sums[4 * i] = fmaf(w.x, other_x, other_sums[4 * i]);
+                other_sums[4 * i + 1] = fmaf(w.y, other_x, other_sums[4 * i + 1]);
+                other_sums[4 * i + 2] = fmaf(w.z, other_x, other_sums[4 * i + 2]);
+                other_sums[4 * i + 3] = fmaf(w.w, other_x, other_sums[4 * i + 3]);
+            }
+        }
+    }
+    u64 first_sum = ((u64)in_chunk * p.ranges() + blockIdx.y) * GROUP_TILES;
+#pragma unroll
+    for (u32 i = 0; i < GROUP_TILES; ++i) {
+        float *to = p.column_sums + (first_sum + i) * width;
+        if (column < width)
+            to[column] = sums[i];
+        if (other_column < width)
+            to[other_column] = other_sums[i];
+    }
+    if (blockIdx.z > 0)
+        return;
+#pragma unroll
+    for (u32 i = 0; i < TILES_OF_LOADER; ++i) {
+#pragma unroll
+        for (u32 other = 1; other < LOADING_THREADS; other *= 2)
+            weight[i] += __shfl_xor_sync(ALL_LANES, weight[i], other);
+        if (in_loader == 0)
+            p.weight_sums[first_sum + loader + i] = weight[i];
+    }
+}
 
 // Writes what the tile of place `i` of the group meets.
 __device__ __forceinline__ void write_records(const RefinedParams &p, const QueryTile &tile, const Frame &frame,
@@ -90,117 +203,85 @@ __device__ __forceinline__ void write_records(const RefinedParams &p, const Quer
     }
 }
 
-__device__ __forceinline__ void write_tiles(const RefinedParams &p, RefinedTilesShared &shared)
+// Writes the extra column of a tile, which has a rest of this weight, and returns its log weight.
+__device__ __forceinline__ float write_rest(const RefinedParams &p, const QueryTile &tile, u64 place, u32 place_in_pass,
+                                            const float *sums, u32 ranges, float weight)
 {
-    u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    u32 group = p.chunk_first + blockIdx.x;
-    u64 first_place = (u64)blockIdx.x * GROUP_TILES;
-    u32 first_in_pass = (group - p.pass_first) * GROUP_TILES;
-    if (thread < GROUP_TILES)
-        shared.frame[thread] = frame_of(p, tile_of_group(p, group, thread));
-    __syncthreads();
-    u32 begin = 0xffffffffu, end = 0;
-    for (u32 i = 0; i < GROUP_TILES; ++i) {
-        if (shared.frame[i].chooses) {
-            begin = min(begin, shared.frame[i].first_block());
-            end = max(end, shared.frame[i].end_block());
+    u32 lane = threadIdx.x % 32, width = p.summary_width(), value_bytes = p.kv_type == F32 ? 4 : 2;
+    char *key = p.extra_keys + (u64)place_in_pass * p.head_dim * value_bytes;
+    char *value = p.extra_values + (u64)place_in_pass * p.value_dim * value_bytes;
+    const char *representatives =
+        p.representatives + (u64)tile.number * REPRESENTATIVES * p.width * p.operand_bytes();
+    float products[REPRESENTATIVES] = {};
+    for (u32 column = lane; column < width; column += 32) {
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 range = 0; range < MOST_RANGES; ++range)
+            sum += range < ranges ? sums[(u64)range * GROUP_TILES * width + column] : 0.0f;
+        float x = sum / weight;
+        if (column >= p.head_dim) {
+            store_rounded(value, column - p.head_dim, p.kv_type, x);
+            continue;
+        }
+        store_rounded(key, column, p.kv_type, x);
+        // As attention will read it.
+        float rounded = f32_of(key, column, p.kv_type);
+#pragma unroll
+        for (u32 slot = 0; slot < REPRESENTATIVES; ++slot)
+            products[slot] = fmaf(f32_of(representatives, slot * p.width + column, p.operand_type), rounded,
+                                  products[slot]);
+    }
+    const float *represented = p.represented + (u64)tile.number * REPRESENTATIVES;
+    const float *totals = p.totals + place * REPRESENTATIVES;
+    float queries = 0.0f, mean = 0.0f;
+#pragma unroll
+    for (u32 slot = 0; slot < REPRESENTATIVES; ++slot) {
+#pragma unroll
+        for (u32 other = 1; other < 32; other *= 2)
+            products[slot] += __shfl_xor_sync(ALL_LANES, products[slot], other);
+        if (represented[slot] > 0.0f) {
+            queries += represented[slot];
+            mean += represented[slot] * (totals[slot] - products[slot] * p.scale_log2);
         }
     }
-    bool wants_rest = p.flags & REFINED_REST && end > 0;
-    u32 kv = kv_number(p, tile_of_group(p, group, 0));
-    u32 width = p.summary_width();
-    u32 value_bytes = p.kv_type == F32 ? 4 : 2;
-    for (u32 column = thread; wants_rest && column < (width + REFINED_TILES_THREADS - 1) / REFINED_TILES_THREADS *
-                                                         REFINED_TILES_THREADS;
-         column += REFINED_TILES_THREADS) {
-        float sums[GROUP_TILES] = {};
-        float weight = 0.0f;
-        for (u32 first = begin / KEY_BLOCK * KEY_BLOCK; first < end; first += KEY_BLOCK) {
-            u32 its = thread / 16;
-            const Frame &frame = shared.frame[its];
-#pragma unroll
-            for (u32 i = 0; i < KEY_BLOCK / 16; ++i) {
-                u32 j = i * 16 + thread % 16, block = first + j;
-                bool counts = frame.chooses && block >= frame.first_block() && block < frame.end_block();
-                ((float *)shared.weights)[j * WEIGHTS_STRIDE + its] =
-                    counts ? p.block_weights[(first_place + its) * p.blocks + block] : 0.0f;
-            }
-            __syncthreads();
-            u32 count = min(KEY_BLOCK, end - first);
-            const float *summaries = p.summaries + ((u64)kv * p.blocks + first) * width;
-            if (column < width) {
-#pragma unroll 8
-                for (u32 j = 0; j < count; ++j) {
-                    float x = summaries[(u64)j * width + column];
-#pragma unroll
-                    for (u32 i = 0; i < GROUP_TILES / 4; ++i) {
-                        float4 w = shared.weights[j * (WEIGHTS_STRIDE / 4) + i];
-                        sums[4 * i] = fmaf(w.x, x, sums[4 * i]);
-                        sums[4 * i + 1] = fmaf(w.y, x, sums[4 * i + 1]);
-                        sums[4 * i + 2] = fmaf(w.z, x, sums[4 * i + 2]);
-                        sums[4 * i + 3] = fmaf(w.w, x, sums[4 * i + 3]);
-                    }
-                }
-            }
-            if (column < GROUP_TILES) {
-                for (u32 j = 0; j < count; ++j)
-                    weight += ((const float *)shared.weights)[j * WEIGHTS_STRIDE + column];
-            }
-            __syncthreads();
-        }
-        if (column < GROUP_TILES)
-            shared.weight[column] = weight;
-        __syncthreads();
-        if (column < width) {
-            bool is_key = column < p.head_dim;
-            u32 of_row = is_key ? column : column - p.head_dim, row = is_key ? p.head_dim : p.value_dim;
-            char *to = is_key ? p.extra_keys : p.extra_values;
-#pragma unroll
-            for (u32 i = 0; i < GROUP_TILES; ++i) {
-                if (shared.frame[i].chooses && shared.weight[i] != 0.0f)
-                    store_rounded(to + (u64)(first_in_pass + i) * row * value_bytes, of_row, p.kv_type,
-                                  sums[i] / shared.weight[i]);
-            }
-        }
-    }
-    // The columns are in memory for this block, and whatever else it wrote.
-    __syncthreads();
+    return log2_approximately(weight) + mean / queries;
+}
 
-    for (u32 i = warp; i < GROUP_TILES; i += REFINED_TILES_THREADS / 32) {
-        const Frame &frame = shared.frame[i];
-        QueryTile tile = tile_of_group(p, group, i);
-        float log_weight = negative_infinity();
-        if (wants_rest && frame.chooses && shared.weight[i] != 0.0f) {
-            const char *key = p.extra_keys + (u64)(first_in_pass + i) * p.head_dim * value_bytes;
-            const char *representatives =
-                p.representatives + (u64)tile.number * REPRESENTATIVES * p.width * p.operand_bytes();
-            const float *represented = p.represented + (u64)tile.number * REPRESENTATIVES;
-            const float *totals = p.totals + (first_place + i) * REPRESENTATIVES;
-            float queries = 0.0f, mean = 0.0f;
-            for (u32 slot = 0; slot < REPRESENTATIVES && represented[slot] > 0.0f; ++slot) {
-                float product = 0.0f;
-                for (u32 column = lane; column < p.head_dim; column += 32)
-                    product = fmaf(f32_of(representatives, slot * p.width + column, p.operand_type),
-                                   f32_of(key, column, p.kv_type), product);
-#pragma unroll
-                for (u32 other = 1; other < 32; other *= 2)
-                    product += __shfl_xor_sync(ALL_LANES, product, other);
-                queries += represented[slot];
-                mean += represented[slot] * (totals[slot] - product * p.scale_log2);
-            }
-            log_weight = log2_approximately(shared.weight[i]) + mean / queries;
-        }
-        // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
-        if (lane == 0)
-            write_records(p, tile, frame, first_in_pass + i, is_finite(log_weight), log_weight);
+__device__ __forceinline__ void write_tile(const RefinedParams &p)
+{
+    u32 i = threadIdx.x / 32, group = p.chunk_first + blockIdx.x;
+    u64 place = (u64)blockIdx.x * GROUP_TILES + i;
+    u32 place_in_pass = (group - p.pass_first) * GROUP_TILES + i;
+    QueryTile tile = tile_of_group(p, group, i);
+    Frame frame = frame_of(p, tile);
+    float log_weight = negative_infinity();
+    if (p.flags & REFINED_REST && frame.chooses) {
+        // The ranges that it chooses from are among those with sums.
+        u32 first = frame.first_block() / p.range_blocks(), end = (frame.end_block() - 1) / p.range_blocks() + 1;
+        u64 first_sum = ((u64)blockIdx.x * p.ranges() + first) * GROUP_TILES + i;
+        float weight = 0.0f;
+        for (u32 range = 0; range < end - first; ++range)
+            weight += p.weight_sums[first_sum + range * GROUP_TILES];
+        if (weight != 0.0f)
+            log_weight = write_rest(p, tile, place, place_in_pass, p.column_sums + first_sum * p.summary_width(),
+                                    end - first, weight);
     }
+    // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
+    if (threadIdx.x % 32 == 0)
+        write_records(p, tile, frame, place_in_pass, is_finite(log_weight), log_weight);
 }
 
 } // namespace hyperattn::refined
 
+extern "C" __global__ void __launch_bounds__(hyperattn::refined::SUM_THREADS, 5)
+    sum_summaries(const __grid_constant__ hyperattn::refined::RefinedParams p)
+{
+    __shared__ hyperattn::refined::SumShared shared;
+    hyperattn::refined::sum_summaries(p, shared);
+}
+
 extern "C" __global__ void __launch_bounds__(hyperattn::refined::REFINED_TILES_THREADS)
     refined_tiles(const __grid_constant__ hyperattn::refined::RefinedParams p)
 {
-    __shared__ hyperattn::refined::RefinedTilesShared shared;
-    hyperattn::refined::write_tiles(p, shared);
+    hyperattn::refined::write_tile(p);
 }

@@ -19,9 +19,14 @@ struct SampleParams {
     u32 first_head;
     u32 set_heads;
     u32 sample_size;
+    // The positions' rows, by the order of the set's keys [KV heads of the set][n_k]; null where nothing is sorted.
+    const u32 *key_order;
+    u32 *listed_rows;
+    u32 n_k;
+    u32 reserved;
 };
 
-static_assert(sizeof(SampleParams) == 88, "the host's mirror of this struct counts on it");
+static_assert(sizeof(SampleParams) == 112, "the host's mirror of this struct counts on it");
 
 // Position of draw `index` in the keys of a rectangle.
 __device__ __forceinline__ u32 sampled_position(const Stream &stream, const Rectangle &rectangle, u32 index)
@@ -46,5 +51,8 @@ extern "C" __global__ void __launch_bounds__(128) paper_samples(const __grid_con
     if (!params.pass.rectangle(params.pass.first + item % params.pass.count, rectangle))
         return;
     Stream stream(params.seed, params.offset, head, PURPOSE_UNIFORM_KEY);
-    params.positions[at] = sampled_position(stream, rectangle, index);
+    u32 position = sampled_position(stream, rectangle, index);
+    params.positions[at] = position;
+    if (params.listed_rows)
+        params.listed_rows[at] = params.key_order[(u64)(item / params.pass.count) * params.n_k + position];
 }

@@ -1,7 +1,7 @@
-// How much weight representatives give to mean keys, outliers and keys, on tensor cores: keys are the rows, and the
-// eight representatives of a tile the columns of mma.m16n8k16. Registers of both operands take elements in the same
-// order, so that a lane reads 16 bytes of a row at once: part j of a row is elements 32j..32j + 32, of which lane t
-// of four has 8t..8t + 8, two for each of the four registers of two products.
+// How much weight representatives give to mean keys, outliers and keys, on tensor cores: the representatives of two
+// tiles, eight of each, are the rows of mma.m16n8k16, and eight keys its columns. Registers of both operands take
+// elements in the same order, so that a lane reads 16 bytes of a row at once: part j of a row is elements
+// 32j..32j + 32, of which lane t of four has 8t..8t + 8, two for each of the four registers of two products.
 //
 // TYPE is F16 or BF16, PARTS the parts of a row: width / 32.
 // Launches: weigh_blocks_TYPE_PARTS, grid (groups of the chunk), WEIGH_BLOCKS_THREADS threads;
@@ -85,42 +85,48 @@ __device__ __forceinline__ void multiply_add(float c[4], u32 a0, u32 a1, u32 a2,
                      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Lane g * 4 + t has rows g and g + 8 of the keys, column g of the representatives, and of the products rows g and g
-// + 8 in columns 2t and 2t + 1: [0] and [1] of row g, [2] and [3] of row g + 8.
-template <u32 PARTS> struct KeyRows {
-    uint4 low[PARTS];
-    uint4 high[PARTS];
-};
-
-template <u32 PARTS> struct Representing {
+// Lane g * 4 + t has row g of eight keys and row g of the representatives of either tile. Of the products it has those
+// of these two with keys 2t and 2t + 1: [0] and [1] of the first tile's, [2] and [3] of the second's.
+template <u32 PARTS> struct KeyRow {
     uint4 part[PARTS];
 };
 
-template <u32 TYPE, u32 PARTS>
-__device__ __forceinline__ void multiply(const KeyRows<PARTS> &keys, const Representing<PARTS> &queries, float c[4])
+template <u32 PARTS> struct Representing {
+    uint4 first[PARTS];
+    uint4 second[PARTS];
+};
+
+// Products with COUNT times eight keys; those of different keys do not wait for each other.
+template <u32 TYPE, u32 PARTS, u32 COUNT>
+__device__ __forceinline__ void multiply(const Representing<PARTS> &queries, const KeyRow<PARTS> keys[COUNT],
+                                         float c[COUNT][4])
 {
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i)
-        c[i] = 0.0f;
+    for (u32 n = 0; n < COUNT; ++n) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i)
+            c[n][i] = 0.0f;
+    }
 #pragma unroll
     for (u32 j = 0; j < PARTS; ++j) {
-        const uint4 &a = keys.low[j], &b = keys.high[j], &q = queries.part[j];
-        multiply_add<TYPE>(c, a.x, b.x, a.y, b.y, q.x, q.y);
-        multiply_add<TYPE>(c, a.z, b.z, a.w, b.w, q.z, q.w);
+        const uint4 &a = queries.first[j], &b = queries.second[j];
+#pragma unroll
+        for (u32 n = 0; n < COUNT; ++n)
+            multiply_add<TYPE>(c[n], a.x, b.x, a.y, b.y, keys[n].part[j].x, keys[n].part[j].y);
+#pragma unroll
+        for (u32 n = 0; n < COUNT; ++n)
+            multiply_add<TYPE>(c[n], a.z, b.z, a.w, b.w, keys[n].part[j].z, keys[n].part[j].w);
     }
 }
 
-// Rows of operands, `low` and `high` are this lane's.
-template <u32 PARTS>
-__device__ __forceinline__ void load_operands(const char *rows, u32 low, u32 high, KeyRows<PARTS> &keys)
+// Sixteen rows of operands; `from` is the lane's part of the first eight.
+template <u32 PARTS> __device__ __forceinline__ void load_operands(const char *from, KeyRow<PARTS> rows[2])
 {
-    u32 t = threadIdx.x % 4;
-    const char *from_low = rows + (u64)low * (PARTS * 64) + t * 16;
-    const char *from_high = rows + (u64)high * (PARTS * 64) + t * 16;
 #pragma unroll
-    for (u32 j = 0; j < PARTS; ++j) {
-        keys.low[j] = load_16_bytes(from_low + j * 64);
-        keys.high[j] = load_16_bytes(from_high + j * 64);
+    for (u32 n = 0; n < 2; ++n) {
+#pragma unroll
+        for (u32 j = 0; j < PARTS; ++j)
+            rows[n].part[j] = load_16_bytes(from + n * (8 * PARTS * 64) + j * 64);
     }
 }
 
@@ -145,198 +151,209 @@ __device__ __forceinline__ uint4 load_elements(const char *row, u32 column, u32 
     return x;
 }
 
-// Rows of the keys, `low` and `high` are this lane's.
+// A row of the keys.
 template <u32 PARTS>
-__device__ __forceinline__ void load_keys(const RefinedParams &p, const char *rows, u32 low, u32 high,
-                                          KeyRows<PARTS> &keys)
+__device__ __forceinline__ void load_key(const RefinedParams &p, const char *row, KeyRow<PARTS> &key)
 {
     u32 t = threadIdx.x % 4;
     bool aligned = p.flags & REFINED_K_ALIGNED;
-    const char *from_low = rows + low * p.k.row_stride, *from_high = rows + high * p.k.row_stride;
 #pragma unroll
-    for (u32 j = 0; j < PARTS; ++j) {
-        keys.low[j] = load_elements(from_low, j * 32 + t * 8, p.head_dim, aligned);
-        keys.high[j] = load_elements(from_high, j * 32 + t * 8, p.head_dim, aligned);
-    }
+    for (u32 j = 0; j < PARTS; ++j)
+        key.part[j] = load_elements(row, j * 32 + t * 8, p.head_dim, aligned);
 }
 
 template <u32 PARTS>
-__device__ __forceinline__ void load_representatives(const RefinedParams &p, u32 tile, Representing<PARTS> &queries)
+__device__ __forceinline__ void load_representatives(const RefinedParams &p, u32 first_tile, u32 second_tile,
+                                                     Representing<PARTS> &queries)
 {
     u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const char *from = p.representatives + ((u64)tile * REPRESENTATIVES + g) * (PARTS * 64) + t * 16;
+    const char *first = p.representatives + ((u64)first_tile * REPRESENTATIVES + g) * (PARTS * 64) + t * 16;
+    const char *second = p.representatives + ((u64)second_tile * REPRESENTATIVES + g) * (PARTS * 64) + t * 16;
 #pragma unroll
-    for (u32 j = 0; j < PARTS; ++j)
-        queries.part[j] = load_16_bytes(from + j * 64);
+    for (u32 j = 0; j < PARTS; ++j) {
+        queries.first[j] = load_16_bytes(first + j * 64);
+        queries.second[j] = load_16_bytes(second + j * 64);
+    }
+}
+
+// One of two sums over a pair of lanes in each of them.
+__device__ __forceinline__ float add_pair(float lower, float upper, u32 distance)
+{
+    bool is_upper = threadIdx.x & distance;
+    float kept = is_upper ? upper : lower, given = is_upper ? lower : upper;
+    return kept + __shfl_xor_sync(ALL_LANES, given, distance);
+}
+
+// Weights that the representatives of two tiles give to sixteen keys, those of a tile added up: the lane has that of
+// tile weighing_tile() for key weighed_key().
+__device__ __forceinline__ float add_weights(const float c[2][4], float scale, const float start[2])
+{
+    float of_half[2];
+#pragma unroll
+    for (u32 n = 0; n < 2; ++n) {
+        float of_key[2];
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i)
+            of_key[i] = add_pair(weight_of(c[n][i], scale, start[0]), weight_of(c[n][2 + i], scale, start[1]), 4);
+        of_half[n] = add_pair(of_key[0], of_key[1], 8);
+    }
+    return add_pair(of_half[0], of_half[1], 16);
+}
+
+__device__ __forceinline__ u32 weighing_tile() { return threadIdx.x / 4 % 2; }
+
+__device__ __forceinline__ u32 weighed_key()
+{
+    return threadIdx.x / 16 % 2 * 8 + threadIdx.x % 4 * 2 + threadIdx.x / 8 % 2;
 }
 
 constexpr u32 TILES_OF_WARP = 2;
 constexpr u32 WEIGH_BLOCKS_THREADS = GROUP_TILES / TILES_OF_WARP * 32;
 
-// The tiles of a warp.
-template <u32 PARTS> struct WarpTiles {
-    Frame frame[TILES_OF_WARP];
-    Representing<PARTS> queries[TILES_OF_WARP];
-    // Of columns 2t and 2t + 1: the sum over all keys, estimated from the mean keys, then what logits are relative to.
-    RunningSum sums[TILES_OF_WARP][2];
-    float start[TILES_OF_WARP][2];
-};
+// Thread blocks that a multiprocessor is to hold, by the registers that they need.
+template <u32 PARTS> constexpr u32 WEIGH_BLOCKS_BLOCKS = PARTS <= 4 ? 2 : 1;
 
-// Adds keys from..to, one by one, to the sums of tile u.
+// Adds keys, one by one, to the sums of tile u of two: the first ones, and those near.
 template <u32 TYPE, u32 PARTS>
-__device__ __forceinline__ void add_keys(const RefinedParams &p, const char *rows, u32 from, u32 to,
-                                         const Representing<PARTS> &queries, RunningSum sums[2])
+__device__ __forceinline__ void add_keys(const RefinedParams &p, const char *rows, const Frame &frame,
+                                         const Representing<PARTS> &queries, u32 u, RunningSum sums[2])
 {
-    u32 g = threadIdx.x % 32 / 4;
-    for (u32 first = from; first < to; first += 16) {
-        u32 low = first + g, high = low + 8;
-        KeyRows<PARTS> keys;
-        load_keys<PARTS>(p, rows, min(low, to - 1), min(high, to - 1), keys);
-        float c[4];
-        multiply<TYPE, PARTS>(keys, queries, c);
+    u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll 1
+    for (u32 part = 0; part < 2; ++part) {
+        u32 from = part ? frame.near : 0, to = part ? frame.seen_by_all : frame.first;
+#pragma unroll 1
+        for (u32 first = from; first < to; first += 16) {
+            KeyRow<PARTS> keys[2];
+            load_key<PARTS>(p, rows + min(first + g, to - 1) * p.k.row_stride, keys[0]);
+            load_key<PARTS>(p, rows + min(first + g + 8, to - 1) * p.k.row_stride, keys[1]);
+            float c[2][4];
+            multiply<TYPE, PARTS, 2>(queries, keys, c);
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i)
-            sums[i].add(low < to ? c[i] * p.scale_log2 : negative_infinity(),
-                        high < to ? c[2 + i] * p.scale_log2 : negative_infinity());
-    }
-}
-
-// Weights that the representatives give to two rows, in every lane of the four that share them.
-__device__ __forceinline__ void add_weights(const float c[4], float scale, const float start[2], float &low,
-                                            float &high)
-{
-    low = weight_of(c[0], scale, start[0]) + weight_of(c[1], scale, start[1]);
-    high = weight_of(c[2], scale, start[0]) + weight_of(c[3], scale, start[1]);
-#pragma unroll
-    for (u32 other = 1; other < 4; other *= 2) {
-        low += __shfl_xor_sync(ALL_LANES, low, other);
-        high += __shfl_xor_sync(ALL_LANES, high, other);
+            for (u32 i = 0; i < 2; ++i) {
+                u32 low = first + t * 2 + i, high = low + 8;
+                sums[i].add(low < to ? c[0][2 * u + i] * p.scale_log2 : negative_infinity(),
+                            high < to ? c[1][2 * u + i] * p.scale_log2 : negative_infinity());
+            }
+        }
     }
 }
 
 // Totals and starts of each tile of a group, and the weights of its blocks: by their mean keys, and with their
-// outliers.
+// outliers. Sixteen blocks at a time; those beyond the last are not any that count, but memory of the workspace.
 template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(const RefinedParams &p)
 {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    // Later rows see more keys under a causal mask: their tiles come first.
-    u32 in_chunk = p.chunk_groups - 1 - blockIdx.x;
-    WarpTiles<PARTS> tiles;
-    u32 end = 0, begin = 0xffffffffu;
-    u32 kv = 0;
-    const char *keys_of_head = nullptr;
+    u32 in_chunk = group_by_length(p, blockIdx.x);
+    QueryTile tile[TILES_OF_WARP];
+#pragma unroll
+    for (u32 u = 0; u < TILES_OF_WARP; ++u)
+        tile[u] = tile_of_group(p, p.chunk_first + in_chunk, warp * TILES_OF_WARP + u);
+    // The blocks that the tiles choose from, and what the lane's tile needs of its frame.
+    u32 its_end[TILES_OF_WARP], begin = 0xffffffffu;
+    u32 end_of_lane = 0, cut_block = 0xffffffffu;
+    Representing<PARTS> queries;
+    load_representatives<PARTS>(p, tile[0].number, tile[1].number, queries);
+    // Of the representatives g and blocks 2t, 2t + 1: sums over all keys, estimated from the mean keys.
+    RunningSum sums[TILES_OF_WARP][2];
+    const char *keys = p.k.row(tile[0].batch, tile[0].head / p.group, 0);
 #pragma unroll
     for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-        QueryTile tile = tile_of_group(p, p.chunk_first + in_chunk, warp * TILES_OF_WARP + u);
-        tiles.frame[u] = frame_of(p, tile);
-        tiles.sums[u][0].empty();
-        tiles.sums[u][1].empty();
-        kv = kv_number(p, tile);
-        keys_of_head = p.k.row(tile.batch, tile.head / p.group, 0);
-        load_representatives<PARTS>(p, tile.number, tiles.queries[u]);
-        const Frame &frame = tiles.frame[u];
+        Frame frame = frame_of(p, tile[u]);
+        sums[u][0].empty();
+        sums[u][1].empty();
+        its_end[u] = frame.chooses ? frame.end_block() : 0;
         if (frame.chooses) {
-            end = max(end, frame.end_block());
             begin = min(begin, frame.first_block());
-            add_keys<TYPE, PARTS>(p, keys_of_head, 0, frame.first, tiles.queries[u], tiles.sums[u]);
-            add_keys<TYPE, PARTS>(p, keys_of_head, frame.near, frame.seen_by_all, tiles.queries[u], tiles.sums[u]);
+            add_keys<TYPE, PARTS>(p, keys, frame, queries, u, sums[u]);
+        }
+        if (u == weighing_tile()) {
+            end_of_lane = its_end[u];
+            if (frame.first % KEY_BLOCK)
+                cut_block = frame.first_block();
         }
     }
+    u32 end = max(its_end[0], its_end[1]);
     if (end == 0)
         return;
-    u64 first_of_head = (u64)kv * p.blocks;
-    const char *means = p.mean_keys + first_of_head * (PARTS * 64);
-    const char *outliers = p.outliers + first_of_head * (PARTS * 64);
+    u64 first_of_head = (u64)kv_number(p, tile[0]) * p.blocks;
+    u64 of_lane = (first_of_head + g) * (PARTS * 64) + t * 16;
+    const char *means = p.mean_keys + of_lane, *outliers = p.outliers + of_lane;
     const float *counts = p.key_counts + first_of_head;
 
+    KeyRow<PARTS> rows[2];
+    load_operands<PARTS>(means, rows);
     for (u32 first = 0; first < end; first += 16) {
-        u32 low = first + g, high = low + 8;
-        u32 last = end - 1;
-        KeyRows<PARTS> rows;
-        load_operands<PARTS>(means, min(low, last), min(high, last), rows);
         // A block without keys has -inf.
-        float low_count = log2_approximately(counts[min(low, last)]);
-        float high_count = log2_approximately(counts[min(high, last)]);
+        float count[2][2];
 #pragma unroll
-        for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-            u32 its_end = tiles.frame[u].chooses ? tiles.frame[u].end_block() : 0;
-            if (first >= its_end)
-                continue;
-            float c[4];
-            multiply<TYPE, PARTS>(rows, tiles.queries[u], c);
+        for (u32 n = 0; n < 2; ++n) {
 #pragma unroll
             for (u32 i = 0; i < 2; ++i)
-                tiles.sums[u][i].add(
-                    low < its_end ? fmaf(c[i], p.scale_log2, low_count) : negative_infinity(),
-                    high < its_end ? fmaf(c[2 + i], p.scale_log2, high_count) : negative_infinity());
+                count[n][i] = log2_approximately(counts[first + n * 8 + t * 2 + i]);
+        }
+        float c[2][4];
+        multiply<TYPE, PARTS, 2>(queries, rows, c);
+        if (first + 16 < end)
+            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows);
+#pragma unroll
+        for (u32 u = 0; u < TILES_OF_WARP; ++u) {
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                u32 low = first + t * 2 + i, high = low + 8;
+                sums[u][i].add(
+                    low < its_end[u] ? fmaf(c[0][2 * u + i], p.scale_log2, count[0][i]) : negative_infinity(),
+                    high < its_end[u] ? fmaf(c[1][2 * u + i], p.scale_log2, count[1][i]) : negative_infinity());
+            }
         }
     }
+    u32 first = begin / 16 * 16;
+    load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows);
+    float start[TILES_OF_WARP];
 #pragma unroll
     for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-        u32 i = warp * TILES_OF_WARP + u;
-        QueryTile tile = tile_of_group(p, p.chunk_first + in_chunk, i);
-        const float *represented = p.represented + (u64)tile.number * REPRESENTATIVES;
-        float queries = 0.0f;
+        const float *represented = p.represented + (u64)tile[u].number * REPRESENTATIVES;
+        float number = 0.0f;
 #pragma unroll
         for (u32 slot = 0; slot < REPRESENTATIVES; ++slot)
-            queries += represented[slot];
-        u64 place = (u64)in_chunk * GROUP_TILES + i;
+            number += represented[slot];
+        RunningSum sum = sums[u][0];
+        sum.add(sums[u][1]);
 #pragma unroll
-        for (u32 column = 0; column < 2; ++column) {
-            RunningSum &sum = tiles.sums[u][column];
-#pragma unroll
-            for (u32 other = 4; other < 32; other *= 2) {
-                RunningSum its;
-                its.max = __shfl_xor_sync(ALL_LANES, sum.max, other);
-                its.sum = __shfl_xor_sync(ALL_LANES, sum.sum, other);
-                sum.add(its);
-            }
-            u32 slot = t * 2 + column;
-            float total = sum.log2_sum();
-            tiles.start[u][column] = start_of(total, queries, represented[slot]);
-            if (g == 0 && tiles.frame[u].chooses) {
-                p.totals[place * REPRESENTATIVES + slot] = total;
-                p.starts[place * REPRESENTATIVES + slot] = tiles.start[u][column];
-            }
+        for (u32 other = 1; other < 4; other *= 2) {
+            RunningSum its;
+            its.max = __shfl_xor_sync(ALL_LANES, sum.max, other);
+            its.sum = __shfl_xor_sync(ALL_LANES, sum.sum, other);
+            sum.add(its);
+        }
+        // The last bits depend on the order of addition: one lane's are for all.
+        float total = __shfl_sync(ALL_LANES, sum.log2_sum(), lane / 4 * 4);
+        start[u] = start_of(total, number, represented[g]);
+        u64 place = (u64)in_chunk * GROUP_TILES + warp * TILES_OF_WARP + u;
+        if (t == 0 && its_end[u] > 0) {
+            p.totals[place * REPRESENTATIVES + g] = total;
+            p.starts[place * REPRESENTATIVES + g] = start[u];
         }
     }
 
-    for (u32 first = begin / 16 * 16; first < end; first += 16) {
-        u32 low = first + g, high = low + 8;
-        u32 last = end - 1;
-        float low_count = counts[min(low, last)], high_count = counts[min(high, last)];
-        float by_mean[TILES_OF_WARP][2];
-        KeyRows<PARTS> rows;
-        load_operands<PARTS>(means, min(low, last), min(high, last), rows);
-#pragma unroll
-        for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-            float c[4];
-            multiply<TYPE, PARTS>(rows, tiles.queries[u], c);
-            add_weights(c, p.scale_log2, tiles.start[u], by_mean[u][0], by_mean[u][1]);
-            by_mean[u][0] *= low_count;
-            by_mean[u][1] *= high_count;
-        }
-        load_operands<PARTS>(outliers, min(low, last), min(high, last), rows);
-#pragma unroll
-        for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-            const Frame &frame = tiles.frame[u];
-            if (!frame.chooses || first >= frame.end_block())
-                continue;
-            float c[4], weight[2];
-            multiply<TYPE, PARTS>(rows, tiles.queries[u], c);
-            add_weights(c, p.scale_log2, tiles.start[u], weight[0], weight[1]);
-            u64 place = (u64)in_chunk * GROUP_TILES + warp * TILES_OF_WARP + u;
-            // Lane t = 0 writes row g, lane t = 1 row g + 8.
-            u32 block = t ? high : low;
-            float mean = t ? by_mean[u][1] : by_mean[u][0];
-            float outlier = fmaf(t ? weight[1] : weight[0], fminf(t ? high_count : low_count, 1.0f), mean);
-            // The block that the first keys cut is looked into: their part of it is met already.
-            if (block == frame.first_block() && frame.first % KEY_BLOCK)
-                outlier = __uint_as_float(0x7f7fffffu);
-            if (t < 2 && block < frame.end_block()) {
-                p.block_weights[place * p.blocks + block] = mean;
-                p.outlier_weights[place * p.blocks + block] = outlier;
-            }
+    u64 first_weight = ((u64)in_chunk * GROUP_TILES + warp * TILES_OF_WARP + weighing_tile()) * p.blocks;
+    float *mean_weights = p.block_weights + first_weight, *outlier_weights = p.outlier_weights + first_weight;
+    for (; first < end; first += 16) {
+        u32 block = first + weighed_key();
+        float count = counts[block], c[2][4];
+        multiply<TYPE, PARTS, 2>(queries, rows, c);
+        load_operands<PARTS>(outliers + (u64)first * (PARTS * 64), rows);
+        float mean = add_weights(c, p.scale_log2, start) * count;
+        multiply<TYPE, PARTS, 2>(queries, rows, c);
+        if (first + 16 < end)
+            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows);
+        float outlier = fmaf(add_weights(c, p.scale_log2, start), fminf(count, 1.0f), mean);
+        // The block that the first keys cut is looked into: their part of it is met already.
+        if (block == cut_block)
+            outlier = __uint_as_float(0x7f7fffffu);
+        if (block < end_of_lane) {
+            mean_weights[block] = mean;
+            outlier_weights[block] = outlier;
         }
     }
 }
@@ -344,11 +361,12 @@ template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(cons
 constexpr u32 WEIGH_KEYS_THREADS = 128;
 constexpr u32 WEIGH_KEYS_WARPS = WEIGH_KEYS_THREADS / 32;
 
-// Thread blocks that a multiprocessor is to hold, by the registers that they need.
+// As above.
 template <u32 PARTS> constexpr u32 WEIGH_KEYS_BLOCKS = PARTS <= 4 ? 4 : 3;
 
-// Tiles that are looked through at a time.
-constexpr u32 LOOK_TILES = 512;
+// Tiles that are looked through at a time, and by a thread.
+constexpr u32 LOOK_TILES = 1024;
+constexpr u32 LOOKS = 4;
 
 struct WeighKeysShared {
     // Numbers of the tiles of which the block is a candidate, and its places among the key weights.
@@ -357,6 +375,18 @@ struct WeighKeysShared {
     u32 rank[LOOK_TILES];
     u32 found;
 };
+
+// The representatives of tiles i and i + 1 of those found, and what the weights that they give are relative to; the
+// last tile again where there is no other.
+template <u32 PARTS>
+__device__ __forceinline__ void load_pair(const RefinedParams &p, const WeighKeysShared &shared, u32 i, u32 found,
+                                          Representing<PARTS> &queries, float start[2])
+{
+    u32 other = min(i + 1, found - 1), g = threadIdx.x % 32 / 4;
+    load_representatives<PARTS>(p, shared.tile[i], shared.tile[other], queries);
+    start[0] = p.starts[(u64)shared.place[i] * REPRESENTATIVES + g];
+    start[1] = p.starts[(u64)shared.place[other] * REPRESENTATIVES + g];
+}
 
 // The weights of a block's keys for all tiles of one head in the chunk of which it is a candidate. The keys stay in
 // registers, and the tiles' representatives, which are fewer, pass by.
@@ -367,7 +397,7 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
     constexpr u32 HELD = PARTS <= 2 ? 4 : PARTS <= 4 ? 2 : 1;
     constexpr u32 PEERS = 4 / HELD;
     constexpr u32 STREAMS = WEIGH_KEYS_WARPS / PEERS;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
     u32 block = blockIdx.x % p.blocks;
     u32 head = p.chunk_first / p.groups_of_head + blockIdx.x / p.blocks;
     u32 first_group = max(p.chunk_first, head * p.groups_of_head);
@@ -376,60 +406,67 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
         return;
     u32 places = (end_group - first_group) * GROUP_TILES, first_place = (first_group - p.chunk_first) * GROUP_TILES;
     u32 word = block / 32, bit = 1u << block % 32;
-    KeyRows<PARTS> keys[HELD];
+    u32 first_key = warp % PEERS * (HELD * 16);
+    KeyRow<PARTS> keys[HELD * 2];
     bool loaded = false;
 
     for (u32 looked = 0; looked < places; looked += LOOK_TILES) {
         if (threadIdx.x == 0)
             shared.found = 0;
         __syncthreads();
-        for (u32 i = looked + threadIdx.x; i < min(places, looked + LOOK_TILES); i += WEIGH_KEYS_THREADS) {
-            u32 place = first_place + i;
-            u64 at = ((u64)(place / GROUP_TILES) * p.words() + word) * GROUP_TILES + place % GROUP_TILES;
-            u32 bits = p.candidate_bits[at];
-            if (bits & bit) {
-                // In which order the tiles come does not matter.
-                u32 to = atomicAdd(&shared.found, 1);
-                shared.tile[to] = tile_of_group(p, p.chunk_first + place / GROUP_TILES, place % GROUP_TILES).number;
-                shared.place[to] = place;
-                shared.rank[to] = p.candidate_ranks[at] + __popc(bits & (bit - 1));
+        u32 look_end = min(places, looked + LOOK_TILES);
+        for (u32 first = looked + threadIdx.x; first < look_end; first += LOOKS * WEIGH_KEYS_THREADS) {
+            u32 bits[LOOKS];
+            auto at = [&](u32 place) {
+                return ((u64)(place / GROUP_TILES) * p.words() + word) * GROUP_TILES + place % GROUP_TILES;
+            };
+#pragma unroll
+            for (u32 i = 0; i < LOOKS; ++i) {
+                u32 place = first_place + first + i * WEIGH_KEYS_THREADS;
+                bits[i] = first + i * WEIGH_KEYS_THREADS < look_end ? p.candidate_bits[at(place)] : 0;
+            }
+#pragma unroll
+            for (u32 i = 0; i < LOOKS; ++i) {
+                if (bits[i] & bit) {
+                    u32 place = first_place + first + i * WEIGH_KEYS_THREADS;
+                    // In which order the tiles come does not matter.
+                    u32 to = atomicAdd(&shared.found, 1);
+                    shared.tile[to] =
+                        tile_of_group(p, p.chunk_first + place / GROUP_TILES, place % GROUP_TILES).number;
+                    shared.place[to] = place;
+                    shared.rank[to] = p.candidate_ranks[at(place)] + __popc(bits[i] & (bit - 1));
+                }
             }
         }
         __syncthreads();
         u32 found = shared.found;
         if (found > 0 && !loaded) {
-            const char *rows = p.k.row(head / p.heads_q, head % p.heads_q / p.group, block * KEY_BLOCK);
+            const char *rows = p.k.row(head / p.heads_q, head % p.heads_q / p.group, block * KEY_BLOCK + first_key);
             // Candidates are whole blocks.
 #pragma unroll
-            for (u32 h = 0; h < HELD; ++h) {
-                u32 low = (warp % PEERS * HELD + h) * 16 + g;
-                load_keys<PARTS>(p, rows, low, low + 8, keys[h]);
-            }
+            for (u32 n = 0; n < HELD * 2; ++n)
+                load_key<PARTS>(p, rows + (n * 8 + g) * p.k.row_stride, keys[n]);
             loaded = true;
         }
-        u32 i = warp / PEERS;
-        Representing<PARTS> queries, next_queries;
-        float2 start, next_start;
-        if (i < found) {
-            load_representatives<PARTS>(p, shared.tile[i], next_queries);
-            next_start = ((const float2 *)(p.starts + (u64)shared.place[i] * REPRESENTATIVES))[t];
-        }
-        for (; i < found; i += STREAMS) {
-            queries = next_queries;
-            start = next_start;
-            u32 next = min(i + STREAMS, found - 1);
-            load_representatives<PARTS>(p, shared.tile[next], next_queries);
-            next_start = ((const float2 *)(p.starts + (u64)shared.place[next] * REPRESENTATIVES))[t];
-            u64 column = (u64)shared.place[i] * p.most_candidates + shared.rank[i];
-            float *weights = p.key_weights + column * KEY_BLOCK + warp % PEERS * (HELD * 16);
-            const float of_column[2] = {start.x, start.y};
+        u32 i = warp / PEERS * 2;
+        Representing<PARTS> queries;
+        float start[2];
+        if (i < found)
+            load_pair<PARTS>(p, shared, i, found, queries, start);
+        for (; i < found; i += STREAMS * 2) {
+            float c[HELD * 2][4];
+            multiply<TYPE, PARTS, HELD * 2>(queries, keys, c);
+            const float its_start[2] = {start[0], start[1]};
+            if (i + STREAMS * 2 < found)
+                load_pair<PARTS>(p, shared, i + STREAMS * 2, found, queries, start);
+            u32 its = min(i + weighing_tile(), found - 1);
+            u64 column = (u64)shared.place[its] * p.most_candidates + shared.rank[its];
+            float *weights = p.key_weights + column * KEY_BLOCK + first_key + weighed_key();
 #pragma unroll
             for (u32 h = 0; h < HELD; ++h) {
-                float c[4], low, high;
-                multiply<TYPE, PARTS>(keys[h], queries, c);
-                add_weights(c, p.scale_log2, of_column, low, high);
-                if (t < 2)
-                    weights[h * 16 + t * 8 + g] = t ? high : low;
+                float weight = add_weights(c + 2 * h, p.scale_log2, its_start);
+                if (i + weighing_tile() < found)
+                    weights[h * 16] = weight;
             }
         }
         __syncthreads();
@@ -439,8 +476,9 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
 } // namespace hyperattn::refined
 
 #define HYPERATTN_WEIGH(NAME, TYPE, PARTS)                                                                             \
-    extern "C" __global__ void __launch_bounds__(hyperattn::refined::WEIGH_BLOCKS_THREADS)                             \
-        weigh_blocks_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)           \
+    extern "C" __global__ void                                                                                         \
+        __launch_bounds__(hyperattn::refined::WEIGH_BLOCKS_THREADS, hyperattn::refined::WEIGH_BLOCKS_BLOCKS<PARTS>)    \
+            weigh_blocks_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)                 \
     {                                                                                                                  \
         hyperattn::refined::weigh_blocks<hyperattn::TYPE, PARTS>(p);                                                   \
     }                                                                                                                  \

@@ -15,8 +15,9 @@ constexpr u32 TILE_ROWS = 128;
 //     SEGMENT_LISTED ? positions[first + j] : first + j
 // and is row
 //     SEGMENT_SORTED ? key_order[position] : position
-// of its KV head. With SEGMENT_EXTRA key j is extra column number first + j instead, which is in no tensor; nothing else
-// may then be set but a weight.
+// of its KV head. With both flags listed_rows[first + j] is that row too, so that nobody has to wait for the position;
+// such a segment belongs to one KV head. With SEGMENT_EXTRA key j is extra column number first + j instead, which is in
+// no tensor; nothing else may then be set but a weight.
 struct Segment {
     u32 first;
     u32 count;
@@ -91,6 +92,8 @@ struct AttendParams {
     // [batch][heads_q][n_q] and [batch][heads_kv][n_k].
     const u32 *query_order;
     const u32 *key_order;
+    // Rows of the keys at `positions`, only of those that SEGMENT_SORTED segments list.
+    const u32 *listed_rows;
     // [extra column][head_dim] and [extra column][value_dim], elements of kv_type.
     const char *extra_keys;
     const char *extra_values;
@@ -130,9 +133,11 @@ struct AttendParams {
         return segment.flags & SEGMENT_LISTED ? positions[segment.first + j] : segment.first + j;
     }
 
-    // Row of the key at a position.
-    __device__ __forceinline__ u32 key_row(const Tile &tile, const Segment &segment, u32 position) const
+    // Row of key j of a segment, whose position that is.
+    __device__ __forceinline__ u32 key_row(const Tile &tile, const Segment &segment, u32 j, u32 position) const
     {
+        if ((segment.flags & SEGMENT_SORTED) && (segment.flags & SEGMENT_LISTED))
+            return listed_rows[segment.first + j];
         if (segment.flags & SEGMENT_SORTED)
             return key_order[(u64)(tile.batch * heads_kv() + kv_head(tile)) * n_k + position];
         return position;

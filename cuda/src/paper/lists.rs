@@ -148,7 +148,7 @@ impl Lists {
     }
 
     pub(super) fn bytes(&self, group: usize) -> usize {
-        // Positions twice, and weights, for the row-norm residual; others have room to spare.
+        // Positions twice, and weights, for the row-norm residual; positions and rows for others.
         let sizes = [size_of::<Tile>(), size_of::<Segment>(), 3 * size_of::<u32>(), size_of::<u32>()];
         let bytes = self.lens(group).into_iter().zip(sizes).map(|(len, size)| len.saturating_mul(size));
         bytes.fold(0, usize::saturating_add)

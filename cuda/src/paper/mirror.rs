@@ -103,6 +103,10 @@ pub(crate) struct SampleParams {
     pub(crate) first_head: u32,
     pub(crate) set_heads: u32,
     pub(crate) sample_size: u32,
+    pub(crate) key_order: Pointer<u32>,
+    pub(crate) listed_rows: Pointer<u32>,
+    pub(crate) n_k: u32,
+    pub(crate) reserved: u32,
 }
 
 #[repr(C)]
@@ -187,7 +191,7 @@ pub(crate) struct RowNormParams {
 // What the .cuh files state too.
 const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 40);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
-const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 88);
+const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 112);
 const _: () = assert!(size_of::<PassTiles>() == 112 && size_of::<PaperTileParams>() == 136);
 const _: () = assert!(size_of::<BlockMaskTileParams>() == 184);
 const _: () = assert!(size_of::<RowNormParams>() == 256 + size_of::<AttendParams>());
