@@ -24,6 +24,12 @@ pub fn c_program(name: &str) -> Program {
     Program::new(Language::C99, sources).include(folder().join("support")).flags(WARNINGS)
 }
 
+/// The C++ program of all of `programs/NAME/`.
+pub fn cpp_folder(name: &str, language: Language) -> Program {
+    let sources = files(&folder().join("programs").join(name), "cpp");
+    Program::new(language, sources).flags(WARNINGS)
+}
+
 /// The C++ program `programs/NAME.cpp`.
 pub fn cpp_program(name: &str, language: Language) -> Program {
     let source = folder().join("programs").join(name).with_extension("cpp");
@@ -31,9 +37,13 @@ pub fn cpp_program(name: &str, language: Language) -> Program {
 }
 
 fn c_files(directory: &Path) -> Vec<PathBuf> {
+    files(directory, "c")
+}
+
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
     let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("a directory entry").path()).collect();
-    files.retain(|file| file.extension().is_some_and(|extension| extension == "c"));
+    files.retain(|file| file.extension().is_some_and(|found| found == extension));
     files.sort();
     files
 }

@@ -19,16 +19,17 @@ pub enum Language {
     Cpp14,
     Cpp17,
     Cpp20,
+    Cpp23,
 }
 
 impl Language {
     /// Every standard, C first.
-    pub const ALL: [Language; 7] =
-        [Self::C99, Self::C11, Self::C17, Self::Cpp11, Self::Cpp14, Self::Cpp17, Self::Cpp20];
+    pub const ALL: [Language; 8] =
+        [Self::C99, Self::C11, Self::C17, Self::Cpp11, Self::Cpp14, Self::Cpp17, Self::Cpp20, Self::Cpp23];
 
     /// True for the C++ standards.
     pub fn is_cpp(self) -> bool {
-        matches!(self, Self::Cpp11 | Self::Cpp14 | Self::Cpp17 | Self::Cpp20)
+        matches!(self, Self::Cpp11 | Self::Cpp14 | Self::Cpp17 | Self::Cpp20 | Self::Cpp23)
     }
 
     /// The name that `-std=` takes.
@@ -41,6 +42,8 @@ impl Language {
             Self::Cpp14 => "c++14",
             Self::Cpp17 => "c++17",
             Self::Cpp20 => "c++20",
+            // The name that compilers of its time of drafting know, and later ones too.
+            Self::Cpp23 => "c++2b",
         }
     }
 }

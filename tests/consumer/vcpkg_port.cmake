@@ -1,0 +1,33 @@
+# Runs vcpkg's port into OUTPUT/vcpkg, with vcpkg's functions as far as the port needs them.
+set(PORT hyperattn)
+set(TARGET_TRIPLET here)
+set(VCPKG_LIBRARY_LINKAGE static)
+cmake_host_system_information(RESULT VCPKG_TARGET_ARCHITECTURE QUERY OS_PLATFORM)
+string(REPLACE aarch64 arm64 VCPKG_TARGET_ARCHITECTURE "${VCPKG_TARGET_ARCHITECTURE}")
+set(CURRENT_PORT_DIR "${CMAKE_CURRENT_LIST_DIR}/../../bindings/vcpkg/hyperattn")
+set(CURRENT_PACKAGES_DIR "${OUTPUT}/vcpkg")
+set(CURRENT_BUILDTREES_DIR "${OUTPUT}")
+
+function(vcpkg_execute_required_process)
+    cmake_parse_arguments(PARSE_ARGV 0 arg "" "WORKING_DIRECTORY;LOGNAME" COMMAND)
+    execute_process(COMMAND ${arg_COMMAND} WORKING_DIRECTORY "${arg_WORKING_DIRECTORY}" RESULT_VARIABLE status)
+    if(NOT status EQUAL 0)
+        message(FATAL_ERROR "${arg_LOGNAME}: ${status}")
+    endif()
+endfunction()
+
+function(vcpkg_fixup_pkgconfig)
+    if(NOT EXISTS "${CURRENT_PACKAGES_DIR}/lib/pkgconfig/hyperattn.pc")
+        message(FATAL_ERROR "no hyperattn.pc")
+    endif()
+endfunction()
+
+function(vcpkg_install_copyright)
+    cmake_parse_arguments(PARSE_ARGV 0 arg "" "" FILE_LIST)
+    foreach(file IN LISTS arg_FILE_LIST)
+        file(READ "${file}" text)
+        file(APPEND "${CURRENT_PACKAGES_DIR}/share/${PORT}/copyright" "${text}")
+    endforeach()
+endfunction()
+
+include("${CURRENT_PORT_DIR}/portfile.cmake")
