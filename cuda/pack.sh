@@ -23,7 +23,7 @@ for executable in $executables; do
     strip --strip-debug -o "$folder/tests/${name%-*}" "$executable"
 done
 strip --strip-debug -o "$folder/bench" "$target/release/hyperattn-bench"
-cp -r tests/bench/problems "$folder/"
+cp -r tests/bench/problems tests/data/qwen2.5-coder-0.5b_novel_layer12 "$folder/"
 find "$target/release/build" -path '*hyperattn-cuda-*' -name ptxas.txt -printf '%T@ %p\n' | sort -n | tail -n 1 |
     cut -d ' ' -f 2- | xargs -I '{}' cp '{}' "$folder/ptxas.txt"
 
@@ -53,7 +53,7 @@ run() {
     env "$@" || { failed=$((failed + 1)); printf '*** FAILED: %s\n' "$*"; }
     printf -- '--- %d s\n' "$((SECONDS - start))"
 }
-export HYPERATTN_REQUIRE_DEVICE=1
+export HYPERATTN_REQUIRE_DEVICE=1 HYPERATTN_TEST_DATA=$PWD/qwen2.5-coder-0.5b_novel_layer12
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || true
 run tests/hyperattn_cuda
 run tests/no_driver
