@@ -173,16 +173,8 @@ mod tests {
             address: 0x10000,
             layout: TensorLayout::contiguous(dtype, [2, heads, 300, dim]),
         };
-        DeviceTensors {
-            q: tensor(4),
-            k: tensor(2),
-            v: tensor(2),
-            out: DeviceTensor { address: 0x1000000, ..tensor(4) },
-            lse: None,
-            block_mask: None,
-            error: None,
-            keys_per_query: None,
-        }
+        let out = DeviceTensor { address: 0x1000000, ..tensor(4) };
+        DeviceTensors::new(tensor(4), tensor(2), tensor(2), out)
     }
 
     fn chosen(device: &Device, tensors: &DeviceTensors) -> Family {

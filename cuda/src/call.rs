@@ -73,6 +73,11 @@ pub struct DeviceTensors {
 }
 
 impl DeviceTensors {
+    /// The tensors of every call, without any that is optional.
+    pub fn new(q: DeviceTensor, k: DeviceTensor, v: DeviceTensor, out: DeviceTensor) -> Self {
+        DeviceTensors { q, k, v, out, lse: None, block_mask: None, error: None, keys_per_query: None }
+    }
+
     /// The layouts that core checks. A block mask's arrays cannot be read here, so it is left out.
     fn layouts(&self) -> Layouts<'static> {
         Layouts {

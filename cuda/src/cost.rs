@@ -34,16 +34,7 @@ mod tests {
         let params = Params { method: Method::Auto, mask, target_error, ..Params::default() };
         let layout = TensorLayout::contiguous(DType::BF16, [1, heads, n, 64]);
         let tensor = DeviceTensor { address: 0, layout };
-        let tensors = DeviceTensors {
-            q: tensor,
-            k: tensor,
-            v: tensor,
-            out: tensor,
-            lse: None,
-            block_mask: None,
-            error: None,
-            keys_per_query: None,
-        };
+        let tensors = DeviceTensors::new(tensor, tensor, tensor, tensor);
         refining_pays(&Call::new(&params, &tensors).unwrap())
     }
 

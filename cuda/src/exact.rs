@@ -151,16 +151,7 @@ mod tests {
                 address: 0,
                 layout: TensorLayout::contiguous(DType::BF16, [1, heads, n, 128]),
             };
-            let tensors = DeviceTensors {
-                q: tensor,
-                k: tensor,
-                v: tensor,
-                out: tensor,
-                lse: None,
-                block_mask: None,
-                error: None,
-                keys_per_query: None,
-            };
+            let tensors = DeviceTensors::new(tensor, tensor, tensor, tensor);
             section(&Call::new(&params, &tensors).unwrap(), 50 << 20)
         };
         assert_eq!(sections(Mask::None, 32, 16_384), 1);

@@ -91,8 +91,13 @@ impl Run {
             Method::Paper if paper::estimates(call) => Run::Paper,
             Method::Refined if !refining_is_exact => Run::Refined,
             // The caller's blocks are METHOD_PAPER's.
-            Method::Auto if call.tensors.block_mask.is_some() && paper::estimates(call) => Run::Paper,
-            Method::Auto if call.tensors.block_mask.is_some() => Run::Exact,
+            Method::Auto if call.tensors.block_mask.is_some() => {
+                if paper::estimates(call) {
+                    Run::Paper
+                } else {
+                    Run::Exact
+                }
+            }
             Method::Auto if !refining_is_exact && cost::refining_pays(call) => Run::Refined,
             _ => Run::Exact,
         }

@@ -46,9 +46,11 @@ impl Kernels {
     ) -> Result<T> {
         let mut known = lock(&self.known);
         if !known.contains_key(name) {
-            // SAFETY: the caller's contract.
-            let function =
-                driver.outside_capture(|| unsafe { driver.function(self.module as CUmodule, name) })?;
+            let find = || {
+                // SAFETY: the caller's contract.
+                unsafe { driver.function(self.module as CUmodule, name) }
+            };
+            let function = driver.outside_capture(find)?;
             let kernel = Kernel {
                 function: function as usize,
                 // What a block may have without asking depends on its static shared memory.
@@ -107,9 +109,9 @@ impl<'a> Queue<'a> {
         if grid.contains(&0) {
             return Ok(());
         }
+        let of_kernel = |kernel: &mut Kernel| Ok(kernel.function);
         // SAFETY: the module is of the current context (contract of `new`).
-        let function =
-            unsafe { self.kernels.with(self.driver, name, shared_bytes, |kernel| Ok(kernel.function)) }?;
+        let function = unsafe { self.kernels.with(self.driver, name, shared_bytes, of_kernel) }?;
         // SAFETY: function and stream are of the current context; the rest is the caller's contract.
         let code = unsafe {
             let places = arguments.as_ptr().cast::<*mut c_void>().cast_mut();

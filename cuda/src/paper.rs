@@ -617,16 +617,8 @@ mod tests {
             address: 0,
             layout: TensorLayout::contiguous(DType::BF16, [1, heads, rows, dim]),
         };
-        DeviceTensors {
-            q: tensor(heads[0], rows[0]),
-            k: tensor(heads[1], rows[1]),
-            v: tensor(heads[1], rows[1]),
-            out: tensor(heads[0], rows[0]),
-            lse: None,
-            block_mask: None,
-            error: None,
-            keys_per_query: None,
-        }
+        let (of_queries, of_keys) = (tensor(heads[0], rows[0]), tensor(heads[1], rows[1]));
+        DeviceTensors::new(of_queries, of_keys, of_keys, of_queries)
     }
 
     fn params(mask: Mask) -> Params {

@@ -365,9 +365,9 @@ fn a_wrong_workspace_leaves_the_outputs_alone() {
         (workspace.address(), 0),
     ] {
         let (params, tensors) = (setup.params(), on_device.tensors());
+        let workspace = Some((address, size));
         // SAFETY: nothing is enqueued.
-        let result =
-            unsafe { hyperattn_cuda::forward(&params, &tensors, Some((address, size)), stream.raw()) };
+        let result = unsafe { hyperattn_cuda::forward(&params, &tensors, workspace, stream.raw()) };
         assert_eq!(result.unwrap_err().kind(), ErrorKind::WorkspaceTooSmall);
     }
     stream.synchronize();
@@ -410,16 +410,8 @@ fn strides_beyond_32_bits() {
         },
     };
     let lse = Tensor::poisoned([1, 2, n as i64, 1], DType::F32, Arrangement::Packed);
-    let tensors = DeviceTensors {
-        q: tensor(0),
-        k: tensor(1),
-        v: tensor(2),
-        out: tensor(3),
-        lse: Some(lse.view()),
-        block_mask: None,
-        error: None,
-        keys_per_query: None,
-    };
+    let required = DeviceTensors::new(tensor(0), tensor(1), tensor(2), tensor(3));
+    let tensors = DeviceTensors { lse: Some(lse.view()), ..required };
     // SAFETY: the memory outlives the work, which `synchronize` waits for.
     unsafe { hyperattn_cuda::forward(&setup.params(), &tensors, None, std::ptr::null_mut()) }.unwrap();
     synchronize();

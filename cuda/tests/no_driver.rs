@@ -15,16 +15,12 @@ fn tensors() -> DeviceTensors {
         address,
         layout: TensorLayout::contiguous(DType::BF16, [2, heads, rows, dim]),
     };
-    DeviceTensors {
-        q: tensor(0x10_0000, 4, 300, 64),
-        k: tensor(0x20_0000, 2, 400, 64),
-        v: tensor(0x30_0000, 2, 400, 128),
-        out: tensor(0x40_0000, 4, 300, 128),
-        lse: None,
-        block_mask: None,
-        error: None,
-        keys_per_query: None,
-    }
+    DeviceTensors::new(
+        tensor(0x10_0000, 4, 300, 64),
+        tensor(0x20_0000, 2, 400, 64),
+        tensor(0x30_0000, 2, 400, 128),
+        tensor(0x40_0000, 4, 300, 128),
+    )
 }
 
 fn params(method: Method) -> Params {

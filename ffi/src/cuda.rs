@@ -60,8 +60,11 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (options, from, exec) =
-            unsafe { (params::read(params)?, read_tensors(tensors)?, read_exec(exec)?) };
+        let options = unsafe { params::read(params) }?;
+        // SAFETY: as above.
+        let from = unsafe { read_tensors(tensors) }?;
+        // SAFETY: as above.
+        let exec = unsafe { read_exec(exec) }?;
         // SAFETY: as above.
         let tensors = unsafe { device_tensors(&from, &check_data) }?;
         let workspace = if !exec.workspace.data.is_null() {

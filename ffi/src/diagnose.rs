@@ -61,9 +61,9 @@ pub unsafe extern "C" fn hyperattn_diagnose(
         }
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
+        let true_error = flags & HYPERATTN_DIAGNOSE_TRUE_ERROR != 0;
         // SAFETY: as above: the views describe the caller's memory, which is the call's until it returns.
-        let found =
-            unsafe { diagnose(&options, &from, &chosen, flags & HYPERATTN_DIAGNOSE_TRUE_ERROR != 0) }?;
+        let found = unsafe { diagnose(&options, &from, &chosen, true_error) }?;
         for (index, diagnosis) in found.iter().enumerate() {
             // SAFETY: the array has count entries of `size` bytes, all of them checked.
             unsafe { sized::write(heads.byte_add(index * size), size, diagnosis) };
@@ -124,8 +124,11 @@ unsafe fn diagnose(
     true_error: bool,
 ) -> Result<Vec<hyperattn_diagnosis>> {
     // SAFETY: the caller's contract.
-    let (q, k, v) =
-        unsafe { (tensor::input("q", &from.q)?, tensor::input("k", &from.k)?, tensor::input("v", &from.v)?) };
+    let q = unsafe { tensor::input("q", &from.q) }?;
+    // SAFETY: as above.
+    let k = unsafe { tensor::input("k", &from.k) }?;
+    // SAFETY: as above.
+    let v = unsafe { tensor::input("v", &from.v) }?;
     // SAFETY: the caller's contract.
     let mask = unsafe { block_mask::read(from.block_mask, q.layout(), k.layout()) }?;
     let [batch, heads_q, n_q, _] = q.layout().shape;

@@ -11,13 +11,8 @@ installed=$output/installed
 rm -rf "${output:?}"/{installed,moved,static,programs,cmake_*,conan,conan_files,copy,vcpkg}
 mkdir -p "$output/programs"
 
-say() { printf 'consumer: %s\n' "$*"; }
-fail() { say "FAILED, $*" >&2; exit 1; }
-skip() {
-    [ "${HYPERATTN_REQUIRE_TOOLS:-0}" != 1 ] || fail "$*"
-    echo "SKIPPED: $*"
-}
-have() { command -v "$1" >/dev/null; }
+check=consumer
+. ../check_functions.sh
 # quietly COMMAND...: its output only when it fails.
 quietly() { "$@" >"$output/log.txt" 2>&1 || { cat "$output/log.txt" >&2; fail "$*"; }; }
 equal() { [ "$1" = "$2" ] || { diff <(echo "$1") <(echo "$2") >&2 || true; fail "$3"; }; }

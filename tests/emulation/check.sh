@@ -5,13 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 logs=target/emulation
 mkdir -p "$logs"
 
-say() { printf 'emulation: %s\n' "$*"; }
-fail() { say "FAILED, $*" >&2; exit 1; }
-skip() {
-    [ "${HYPERATTN_REQUIRE_TOOLS:-0}" != 1 ] || fail "$*"
-    echo "SKIPPED: $*"
-}
-have() { command -v "$1" >/dev/null; }
+check=emulation
+. tests/check_functions.sh
 
 # emulate NAME TABLES ARGUMENT...: cargo's tests through the runner that is set must use exactly these tables, weakest
 # first, and choose the last one. The arguments pick the conformance tests.

@@ -9,8 +9,8 @@ sysroot=$output/sysroot
 host=$(rustc --print host-tuple)
 libraries=lib/rustlib/$host/lib
 
-say() { printf 'no_std: %s\n' "$*"; }
-fail() { say "FAILED, $*" >&2; exit 1; }
+check=no_std
+. ../check_functions.sh
 
 # Name, version and checksum of every package from a registry.
 packages() {

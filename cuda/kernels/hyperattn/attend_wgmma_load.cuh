@@ -8,132 +8,14 @@
 // are looked up a block earlier, and the next tile is looked at one step per block, see look_ahead().
 #pragma once
 
-#include "attend_wgmma_layout.cuh"
-#include "barrier.cuh"
-#include "convert.cuh"
+#include "attend_wgmma_blocks.cuh"
+#include "attend_wgmma_copy.cuh"
 #include "tma.cuh"
-#include "wgmma.cuh"
 
 namespace hyperattn {
 namespace hopper {
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
-
-// Waits with the whole warp: lanes that had come apart would stay so, and one that waits holds up one that has work.
-__device__ __forceinline__ void warp_wait(u32 barrier, u32 parity)
-{
-    __syncwarp();
-    barrier_wait(barrier, parity);
-    __syncwarp();
-}
-
-// This warp's arrivals on a barrier, for its copies too.
-__device__ __forceinline__ void warp_arrive(u32 barrier, u32 lane)
-{
-    __syncwarp();
-    if (lane == 0)
-        barrier_arrive(barrier, LOADER_ARRIVALS / LOADER_WARPS);
-}
-
-// The warp's arrivals, its copies' when they end: it does not wait for them. The consumers order them before what the
-// tensor cores read.
-__device__ __forceinline__ void warp_arrive_after_copies(u32 barrier, u32 lane)
-{
-    copies_arrive(barrier);
-    __syncwarp();
-    if (lane == 0)
-        barrier_arrive(barrier);
-}
-
-// Address of 16 bytes of a row in a chunk.
-__device__ __forceinline__ u32 swizzled(u32 chunk, u32 row, u32 part)
-{
-    return chunk + row * ROW_BYTES + ((part ^ (row & 7)) << 4);
-}
-
-// Issues copies of a warp's rows to a stage. Lane i names row i of the warp, or NO_ROW for zeros; `WHOLE` if all are
-// rows and of all the chunks' elements. Copies of no bytes do not touch their address.
-template <u32 WARP_ROWS, u32 CHUNKS, bool WHOLE>
-__device__ __forceinline__ void copy_rows_as(u32 stage, u32 warp, u32 lane, u32 row, const char *from, i64 row_stride,
-                                             u32 dim)
-{
-    constexpr u32 CHUNK_BYTES = WARP_ROWS * LOADER_WARPS * ROW_BYTES;
-    // What follows from the lane is made anew each time, there are no registers to keep it.
-    lane = opaque(lane);
-    u32 part = lane & 7;
-    u32 first = lane >> 3;
-    u32 given = WHOLE ? 0 : __ballot_sync(ALL_LANES, row != NO_ROW) >> first;
-    from += part * 16;
-    // Rows of odd steps lie in the swizzle's other half.
-    u32 to = swizzled(stage, warp * WARP_ROWS + first, part);
-    u32 to_odd = to ^ 64;
-#pragma unroll
-    for (u32 step = 0; step < WARP_ROWS / 4; ++step) {
-        u32 source = __shfl_sync(ALL_LANES, row, 4 * step + first);
-        const char *elements = from + source * row_stride;
-#pragma unroll
-        for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-            bool copied = WHOLE || ((given >> (4 * step) & 1) && chunk * ROW_ELEMENTS + part * 8 < dim);
-            copy_16_bytes((step % 2 ? to_odd : to) + step * 4 * ROW_BYTES + chunk * CHUNK_BYTES,
-                          elements + chunk * ROW_BYTES, copied ? 16 : 0);
-        }
-    }
-}
-
-template <u32 WARP_ROWS, u32 CHUNKS>
-__device__ __forceinline__ void copy_rows(u32 stage, u32 warp, u32 lane, u32 row, const char *from, i64 row_stride,
-                                          u32 dim)
-{
-    if (__all_sync(ALL_LANES, row != NO_ROW || lane >= WARP_ROWS) && dim == CHUNKS * ROW_ELEMENTS)
-        copy_rows_as<WARP_ROWS, CHUNKS, true>(stage, warp, lane, row, from, row_stride, dim);
-    else
-        copy_rows_as<WARP_ROWS, CHUNKS, false>(stage, warp, lane, row, from, row_stride, dim);
-}
-
-// Sets elements that are not finite to 0 in the rows that this warp has copied, each lane in what it copied itself.
-// Returns a bit for each row that had one.
-template <u32 TYPE, u32 WARP_ROWS, u32 CHUNKS>
-__device__ __forceinline__ u32 take_out_not_finite(u32 stage, u32 warp, u32 lane)
-{
-    constexpr u32 CHUNK_BYTES = WARP_ROWS * LOADER_WARPS * ROW_BYTES;
-    constexpr u32 EXPONENT = TYPE == BF16 ? 0x7f80 : 0x7c00;
-    u32 found = 0;
-#pragma unroll 1
-    for (u32 step = 0; step < WARP_ROWS; step += 4) {
-        u32 address = swizzled(stage, warp * WARP_ROWS + step + (lane >> 3), lane & 7);
-        bool any = false;
-#pragma unroll 1
-        for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-            u32 words[4];
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                         : "r"(address + chunk * CHUNK_BYTES)
-                         : "memory");
-            bool here = false;
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                if ((words[i] & EXPONENT) == EXPONENT) {
-                    words[i] &= 0xffff0000;
-                    here = true;
-                }
-                if ((words[i] >> 16 & EXPONENT) == EXPONENT) {
-                    words[i] &= 0x0000ffff;
-                    here = true;
-                }
-            }
-            if (here)
-                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address + chunk * CHUNK_BYTES),
-                             "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                             : "memory");
-            any |= here;
-        }
-        u32 lanes = __ballot_sync(ALL_LANES, any);
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i)
-            found |= (lanes >> (8 * i) & 0xff ? 1u : 0u) << (step + i);
-    }
-    return found;
-}
 
 // How many stages of a ring a warp has been through, which tells its place. One register instead of a Ring's two.
 template <u32 STAGES> struct Passed {
@@ -142,121 +24,6 @@ template <u32 STAGES> struct Passed {
 
     __device__ __forceinline__ u32 stage() const { return count % STAGES; }
     __device__ __forceinline__ u32 phase() const { return count / STAGES % 2; }
-};
-
-// Registers are scarce. A warp holds words of structs with a lane one of them: those of a tile, and those of up to five
-// of its segments.
-constexpr u32 TILE_WORDS = sizeof(Tile) / 4;
-constexpr u32 SEGMENT_WORDS = sizeof(Segment) / 4;
-constexpr u32 HELD_SEGMENTS = 32 / SEGMENT_WORDS;
-constexpr u32 HELD_WORDS = HELD_SEGMENTS * SEGMENT_WORDS;
-// The lanes that hold segments' flags.
-constexpr u32 SEGMENT_FLAGS_LANES = 0x04104104;
-// Words that are added to a tile's: what warps want to know besides.
-enum TileWord : u32 {
-    TILE_BATCH = 0,
-    TILE_HEAD = 1,
-    TILE_QUERIES = 3,
-    TILE_FIRST_SEGMENT = 5,
-    TILE_SEGMENTS = 6,
-    TILE_KV_HEAD = 8,
-    // Counted through the batch.
-    TILE_FLAT_KV_HEAD = 9,
-    // The smallest and largest causal limit of the tile's rows.
-    TILE_LOWEST_LIMIT = 10,
-    TILE_HIGHEST_LIMIT = 11,
-};
-
-static_assert(TILE_WORDS == 8 && SEGMENT_WORDS == 6 && HELD_SEGMENTS == 5, "see the mask and the words' numbers");
-
-__device__ __forceinline__ u32 word_of(u32 words, u32 lane) { return __shfl_sync(ALL_LANES, words, lane); }
-
-__device__ __forceinline__ Tile tile_of(u32 words)
-{
-    return {word_of(words, 0), word_of(words, 1), word_of(words, 2), word_of(words, 3),
-            word_of(words, 4), word_of(words, 5), word_of(words, 6), 0};
-}
-
-// The lane's word of segments number `first` to `end`, as many as are held.
-__device__ __forceinline__ u32 segment_word(const AttendParams &p, u32 first, u32 end, u32 lane)
-{
-    if (lane >= HELD_WORDS || lane / SEGMENT_WORDS >= end - first)
-        return 0;
-    return ((const u32 *)(p.segments + first))[lane];
-}
-
-// One block after another of a tile's segments.
-template <u32 KEYS> struct Blocks {
-    // Of the segment.
-    u32 first;
-    u32 flags;
-    // Keys of the segment without those that lie beyond all limits.
-    u32 count;
-    // The next block's first key in the segment.
-    u32 next_start;
-    u32 next_segment;
-    // Words of several segments, and the number of this one's first word.
-    u32 words;
-    u32 word;
-    u32 tile;
-
-    __device__ __forceinline__ float log_weight() const { return __uint_as_float(word_of(words, word + 3)); }
-    __device__ __forceinline__ u32 hidden_start() const { return word_of(words, word + 4); }
-    __device__ __forceinline__ u32 hidden_end() const { return word_of(words, word + 5); }
-    __device__ __forceinline__ u32 lowest_limit() const { return word_of(tile, TILE_LOWEST_LIMIT); }
-    __device__ __forceinline__ u32 highest_limit() const { return word_of(tile, TILE_HIGHEST_LIMIT); }
-    // The block's first key in the segment.
-    __device__ __forceinline__ u32 start() const { return next_start - KEYS; }
-
-    __device__ __forceinline__ void begin(u32 tile_words, u32 segment_words)
-    {
-        tile = tile_words;
-        next_segment = word_of(tile, TILE_FIRST_SEGMENT);
-        words = segment_words;
-        // One segment before.
-        word = 0u - SEGMENT_WORDS;
-        count = next_start = 0;
-    }
-
-    __device__ __forceinline__ bool advance(const AttendParams &p, u32 lane)
-    {
-        while (next_start >= count) {
-            u32 end_segment = word_of(tile, TILE_FIRST_SEGMENT) + word_of(tile, TILE_SEGMENTS);
-            if (next_segment == end_segment)
-                return false;
-            word += SEGMENT_WORDS;
-            if (word == HELD_WORDS) {
-                words = segment_word(p, next_segment, end_segment, lane);
-                word = 0;
-            }
-            ++next_segment;
-            next_start = 0;
-            first = word_of(words, word);
-            count = word_of(words, word + 1);
-            flags = word_of(words, word + 2);
-            if ((flags & (SEGMENT_LIMITED | SEGMENT_LISTED)) == SEGMENT_LIMITED) {
-                u32 highest = highest_limit();
-                u32 visible = highest > first ? highest - first : 0;
-                count = visible < count ? visible : count;
-            }
-        }
-        next_start += KEYS;
-        return true;
-    }
-
-    // How many blocks from this one on have KEYS consecutive rows that all queries see.
-    __device__ __forceinline__ u32 plain() const
-    {
-        if (flags & (SEGMENT_LISTED | SEGMENT_SORTED | SEGMENT_EXTRA))
-            return 0;
-        u32 at = first + start(), end = first + count;
-        if (flags & SEGMENT_LIMITED)
-            end = min(end, lowest_limit());
-        u32 hidden_from = hidden_start();
-        if (hidden_end() > at)
-            end = min(end, hidden_from);
-        return end > at ? (end - at) / KEYS : 0;
-    }
 };
 
 // What the loaders note in a block's flags for themselves.
@@ -276,29 +43,6 @@ struct LoadBlock {
     // Of the lane's key.
     u32 position;
 };
-
-// Smallest and largest causal limit of a tile's rows.
-__device__ __forceinline__ void tile_limits(const AttendParams &p, const Tile &tile, u32 lane, u32 &lowest,
-                                            u32 &highest)
-{
-    if (!(tile.flags & TILE_SORTED)) {
-        lowest = p.limit(tile.first_query);
-        highest = p.limit(tile.first_query + tile.rows - 1);
-        return;
-    }
-    lowest = NO_ROW;
-    highest = 0;
-#pragma unroll
-    for (u32 i = lane; i < TILE_ROWS; i += 32) {
-        if (i < tile.rows) {
-            u32 limit = p.limit(p.query_row(tile, i));
-            lowest = min(lowest, limit);
-            highest = max(highest, limit);
-        }
-    }
-    lowest = __reduce_min_sync(ALL_LANES, lowest);
-    highest = __reduce_max_sync(ALL_LANES, highest);
-}
 
 // What is known of the next tile; each step uses what the one before has requested.
 enum Ahead : u32 {
@@ -323,7 +67,7 @@ enum Ahead : u32 {
 // All warps take the same steps in the same order. A warp waits for a stage to be emptied by the consumers, who wait
 // only for what is loaded earlier in this order; and for a tile's number, which thread 0 writes at an earlier step and
 // for which it waits until all warps have read the number that was in its place. So the warp that is furthest behind
-// always gets on.
+// always gets on. Only load_plain() is the first warp's; the others wait for it to be done.
 template <u32 TYPE, u32 DIM> struct Loader {
     using S = Shape<DIM>;
 

@@ -29,6 +29,14 @@ enum Guard {
     Alone { _guard: RwLockWriteGuard<'static, ()> },
 }
 
+/// Says why a test does not run, which HYPERATTN_REQUIRE_DEVICE=1 makes a failure.
+pub fn skip(reason: &str) {
+    let required = std::env::var_os("HYPERATTN_REQUIRE_DEVICE").is_some_and(|value| value == "1");
+    assert!(!required, "HYPERATTN_REQUIRE_DEVICE=1, but: {reason}");
+    // Past the test runner's capture, which would hide the line of a passing test.
+    writeln!(std::io::stdout(), "SKIPPED: {reason}").expect("standard output");
+}
+
 impl Device {
     /// The device with its primary context current on this thread. `None` where there is none, which
     /// HYPERATTN_REQUIRE_DEVICE=1 makes a failure.
@@ -45,10 +53,7 @@ impl Device {
 
     fn with(guard: Guard) -> Option<Self> {
         let Some(ordinal) = find() else {
-            let required = std::env::var_os("HYPERATTN_REQUIRE_DEVICE").is_some_and(|value| value == "1");
-            assert!(!required, "HYPERATTN_REQUIRE_DEVICE=1, but there is no CUDA device");
-            // Past the test runner's capture, which would hide the line of a passing test.
-            writeln!(std::io::stdout(), "SKIPPED: no CUDA device").expect("standard output");
+            skip("no CUDA device");
             return None;
         };
         let device = Device { ordinal, _guard: guard };

@@ -64,8 +64,7 @@ impl Cuda {
         let memory = [tensor()?, tensor()?, tensor()?, tensor()?];
         let [q, k, v, out] =
             memory.each_ref().map(|memory| DeviceTensor { address: memory.address(), layout });
-        let tensors =
-            DeviceTensors { q, k, v, out, lse: None, block_mask: None, error: None, keys_per_query: None };
+        let tensors = DeviceTensors::new(q, k, v, out);
         let params = Params::default();
         let workspace = Workspace::new(self.driver, forward_workspace(&params, &tensors)?)?;
         // SAFETY: the context is current, the stream its own; the memory lives until the stream has been waited for.
@@ -201,16 +200,7 @@ fn tensors(inputs: &Inputs, uploaded: &Uploaded, out: DeviceTensor) -> DeviceTen
         address: uploaded.memory[at].address(),
         layout: *inputs.tensors[at].layout(),
     };
-    DeviceTensors {
-        q: input(0),
-        k: input(1),
-        v: input(2),
-        out,
-        lse: None,
-        block_mask: None,
-        error: None,
-        keys_per_query: None,
-    }
+    DeviceTensors::new(input(0), input(1), input(2), out)
 }
 
 impl Ours for OnCuda<'_> {

@@ -237,9 +237,9 @@ impl Memory {
             return Ok(());
         }
         self.driver.synchronize()?;
+        let to = bytes.as_mut_ptr().cast();
         // SAFETY: both sides have as many bytes.
-        let code =
-            unsafe { (self.driver.copy_to_host)(bytes.as_mut_ptr().cast(), self.address, bytes.len()) };
+        let code = unsafe { (self.driver.copy_to_host)(to, self.address, bytes.len()) };
         self.driver.check(code, "cuMemcpyDtoH")
     }
 }
