@@ -1,28 +1,29 @@
 //! METHOD_REFINED: summaries of the keys, the error of each head at its budget, then all tiles of queries. Selection runs in
 //! chunks whose scratch memory is bounded; what it leaves for attention in passes, most often one.
 
+mod probing;
+mod shape;
+
 use std::ffi::CStr;
 
-use hyperattn_core::device::{ProbePlan, RefinedPlan};
-use hyperattn_core::{DType, Error, ErrorKind, Mask, Residual, Result};
+use hyperattn_core::device::RefinedPlan;
+use hyperattn_core::{DType, Result};
 
-use crate::abi::{Segment, TILE_ROWS, Tile, View, element_type};
+use crate::abi::{Segment, Tile};
 use crate::attend::attend;
-use crate::call::{Call, DeviceTensor};
-use crate::launch::{Argument, Queue, args};
+use crate::call::Call;
+use crate::launch::{Queue, args};
 use crate::workspace::{Carver, Pointer};
+pub(crate) use probing::Probing;
+use shape::{
+    GROUP_TILES, KEY_BLOCK, REFINED_REST, REPRESENTATIVES, RefinedParams, narrow, operand_type, parts_of,
+    shape_params,
+};
 
-// The numbers of kernels/hyperattn/refined_params.cuh.
-const KEY_BLOCK: usize = 64;
-const REPRESENTATIVES: usize = 8;
-const GROUP_TILES: usize = 16;
+// More numbers of kernels/hyperattn/refined_params.cuh.
 const MOST_RANGES: usize = 8;
 const RECORDS_OF_TILE: usize = 2;
 const SEGMENTS_OF_TILE: usize = RECORDS_OF_TILE + 2;
-const WIDTH_UNIT: usize = 32;
-const REFINED_CAUSAL: u32 = 1;
-const REFINED_REST: u32 = 2;
-const REFINED_ALIGNED: [u32; 3] = [4, 8, 16];
 
 // Threads of the kernels' blocks.
 const SUMMARY_THREADS: u32 = 128;
@@ -52,111 +53,7 @@ const OPERAND_ROWS: usize = 16;
 /// Memory of what attention reads of a pass.
 const PASS_BYTES: usize = 512 << 20;
 
-/// Mirror of RefinedParams in refined_params.cuh, which says what the fields mean.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct RefinedParams {
-    q: View,
-    k: View,
-    v: View,
-    q_type: u32,
-    kv_type: u32,
-    operand_type: u32,
-    width: u32,
-    batch: u32,
-    heads_q: u32,
-    group: u32,
-    n_q: u32,
-    n_k: u32,
-    head_dim: u32,
-    value_dim: u32,
-    visible: i32,
-    scale_log2: f32,
-    flags: u32,
-    num_first_keys: u32,
-    band: u32,
-    candidates_per_key: u32,
-    least_budget: u32,
-    tile_rows: u32,
-    earlier_queries: u32,
-    query_tiles: u32,
-    blocks: u32,
-    most_candidates: u32,
-    most_positions: u32,
-    tiles_of_head: u32,
-    groups_of_head: u32,
-    pass_first: u32,
-    pass_groups: u32,
-    chunk_first: u32,
-    chunk_groups: u32,
-    tile_list: Pointer<u32>,
-    budgets: Pointer<u32>,
-    settled: Pointer<u32>,
-    probe_rows: Pointer<u32>,
-    summaries: Pointer<f32>,
-    key_counts: Pointer<f32>,
-    mean_keys: Pointer<u8>,
-    outliers: Pointer<u8>,
-    representatives: Pointer<u8>,
-    represented: Pointer<f32>,
-    totals: Pointer<f32>,
-    starts: Pointer<f32>,
-    block_weights: Pointer<f32>,
-    outlier_weights: Pointer<f32>,
-    candidates: Pointer<u32>,
-    candidate_count: Pointer<u32>,
-    key_weights: Pointer<f32>,
-    column_sums: Pointer<f32>,
-    weight_sums: Pointer<f32>,
-    candidate_bits: Pointer<u32>,
-    candidate_ranks: Pointer<u32>,
-    positions: Pointer<u32>,
-    chosen: Pointer<u32>,
-    extra_keys: Pointer<u8>,
-    extra_values: Pointer<u8>,
-    segments: Pointer<Segment>,
-    tiles: Pointer<Tile>,
-}
-
-/// Mirror of ProbeParams in probe.cuh, which says what the fields mean.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct ProbeParams {
-    seed: u64,
-    offset: u64,
-    whole_over_probed: f64,
-    first_tile: u32,
-    tiles: u32,
-    target_error: f32,
-    callers_budget: u32,
-    most_budget: u32,
-    out_type: u32,
-    out: View,
-    error: View,
-    tile_list: Pointer<u32>,
-    rows: Pointer<u32>,
-    weights: Pointer<f32>,
-    exact: Pointer<f32>,
-    estimate: Pointer<f32>,
-    budgets: Pointer<u32>,
-    settled: Pointer<u32>,
-    probe_records: Pointer<Tile>,
-    probe_segments: Pointer<Segment>,
-    records_of_head: u32,
-}
-
-// What the .cuh state too.
-const _: () = assert!(size_of::<RefinedParams>() == 432 && size_of::<ProbeParams>() == 192);
-
-// SAFETY: mirrors of the kernels' parameters, see above.
-unsafe impl Argument for RefinedParams {}
-// SAFETY: as above.
-unsafe impl Argument for ProbeParams {}
-
-/// Parts of [`WIDTH_UNIT`] elements of a row that kernels are made for.
-const PARTS: [usize; 5] = [2, 3, 4, 6, 8];
-
-/// Names of a kernel of weigh.cuh for each of [`PARTS`], of f16 and of bf16.
+/// Names of a kernel of weigh.cuh for each of [`shape::PARTS`], of f16 and of bf16.
 macro_rules! names {
     ($kernel:literal) => {
         [names!($kernel, "_f16"), names!($kernel, "_bf16")]
@@ -181,11 +78,6 @@ macro_rules! names {
 const WEIGH_BLOCKS: [[&CStr; 5]; 2] = names!("weigh_blocks");
 const WEIGH_KEYS: [[&CStr; 5]; 2] = names!("weigh_keys");
 
-/// Index of the smallest of [`PARTS`] that holds a row of `head_dim` elements.
-fn parts_of(head_dim: usize) -> usize {
-    PARTS.iter().position(|parts| head_dim <= parts * WIDTH_UNIT).unwrap_or(PARTS.len() - 1)
-}
-
 /// The kernel of represent.cuh for queries of a type, and its dynamic shared memory.
 fn represent_kernel(dtype: DType, head_dim: usize) -> (&'static CStr, u32) {
     let chunks = head_dim.div_ceil(REPRESENT_CHUNK);
@@ -194,245 +86,6 @@ fn represent_kernel(dtype: DType, head_dim: usize) -> (&'static CStr, u32) {
         DType::F16 if chunks <= 2 => (c"represent_queries_f16", shared_bytes),
         DType::BF16 if chunks <= 2 => (c"represent_queries_bf16", shared_bytes),
         _ => (c"represent_queries", 0),
-    }
-}
-
-/// The element type that tensor cores multiply, if they do.
-fn operand_type(call: &Call<'_>) -> DType {
-    call.problem.shared_dtype.unwrap_or(DType::F32)
-}
-
-/// Rows that 16 bytes at a time can be read from.
-fn aligned(tensor: &DeviceTensor, dim: usize) -> bool {
-    let view = tensor.view();
-    let strides = [view.batch_stride, view.head_stride, view.row_stride];
-    dim.is_multiple_of(8) && view.data.is_multiple_of(16) && strides.iter().all(|stride| stride % 16 == 0)
-}
-
-/// As a kernel's number.
-fn narrow(what: &str, number: Option<usize>) -> Result<u32> {
-    // Grids have fewer than 2^31 blocks.
-    number.and_then(|number| i32::try_from(number).ok()).map(|number| number as u32).ok_or_else(|| {
-        Error::new(
-            ErrorKind::Unsupported,
-            format_args!("METHOD_REFINED on CUDA counts 2^31 {what} at most; split the batch"),
-        )
-    })
-}
-
-/// The parameters that follow from the call alone; what is in the workspace is missing.
-fn shape_params(call: &Call<'_>, plan: &RefinedPlan) -> Result<RefinedParams> {
-    let (problem, params, tensors) = (&call.problem, call.params, &call.tensors);
-    let heads = problem.batch * problem.heads_q;
-    let blocks = problem.n_k.div_ceil(KEY_BLOCK);
-    narrow("tiles of queries", heads.checked_mul(plan.query_tiles.next_multiple_of(GROUP_TILES)))?;
-    narrow("blocks of keys", heads.checked_mul(blocks))?;
-    let most_first = (params.num_first_keys as usize).min(problem.n_k);
-    let causal = problem.mask != Mask::None;
-    let rows = [
-        aligned(&tensors.q, problem.head_dim),
-        aligned(&tensors.k, problem.head_dim),
-        aligned(&tensors.v, problem.value_dim),
-    ];
-    let mut flags = if causal { REFINED_CAUSAL } else { 0 };
-    if params.residual != Residual::None {
-        flags |= REFINED_REST;
-    }
-    for (aligned, flag) in rows.into_iter().zip(REFINED_ALIGNED) {
-        flags |= if aligned { flag } else { 0 };
-    }
-    Ok(RefinedParams {
-        q: tensors.q.view(),
-        k: tensors.k.view(),
-        v: tensors.v.view(),
-        q_type: element_type(tensors.q.layout.dtype),
-        kv_type: element_type(tensors.k.layout.dtype),
-        operand_type: element_type(operand_type(call)),
-        width: (PARTS[parts_of(problem.head_dim)] * WIDTH_UNIT) as u32,
-        batch: problem.batch as u32,
-        heads_q: problem.heads_q as u32,
-        group: problem.group as u32,
-        n_q: problem.n_q as u32,
-        n_k: problem.n_k as u32,
-        head_dim: problem.head_dim as u32,
-        value_dim: problem.value_dim as u32,
-        visible: if causal { call.visible() } else { problem.n_k as i32 },
-        scale_log2: problem.scale_log2,
-        flags,
-        num_first_keys: params.num_first_keys,
-        band: params.band,
-        candidates_per_key: plan.candidates_per_key as u32,
-        least_budget: plan.least_budget as u32,
-        tile_rows: plan.tile_rows as u32,
-        earlier_queries: plan.earlier_queries as u32,
-        query_tiles: plan.query_tiles as u32,
-        blocks: blocks as u32,
-        most_candidates: plan.most_candidates.min(blocks) as u32,
-        // Either the budget holds them all, or the first keys fill it and an eighth of it comes besides.
-        most_positions: plan.most_budget.max(most_first + plan.most_budget / 8).min(problem.n_k) as u32,
-        tiles_of_head: plan.query_tiles as u32,
-        groups_of_head: plan.query_tiles.div_ceil(GROUP_TILES) as u32,
-        pass_first: 0,
-        pass_groups: 0,
-        chunk_first: 0,
-        chunk_groups: 0,
-        tile_list: Pointer::NULL,
-        budgets: Pointer::NULL,
-        settled: Pointer::NULL,
-        probe_rows: Pointer::NULL,
-        summaries: Pointer::NULL,
-        key_counts: Pointer::NULL,
-        mean_keys: Pointer::NULL,
-        outliers: Pointer::NULL,
-        representatives: Pointer::NULL,
-        represented: Pointer::NULL,
-        totals: Pointer::NULL,
-        starts: Pointer::NULL,
-        block_weights: Pointer::NULL,
-        outlier_weights: Pointer::NULL,
-        candidates: Pointer::NULL,
-        candidate_count: Pointer::NULL,
-        key_weights: Pointer::NULL,
-        column_sums: Pointer::NULL,
-        weight_sums: Pointer::NULL,
-        candidate_bits: Pointer::NULL,
-        candidate_ranks: Pointer::NULL,
-        positions: Pointer::NULL,
-        chosen: Pointer::NULL,
-        extra_keys: Pointer::NULL,
-        extra_values: Pointer::NULL,
-        segments: Pointer::NULL,
-        tiles: Pointer::NULL,
-    })
-}
-
-/// The error estimate of any method: probe rows, and their exact outputs.
-pub(crate) struct Probing {
-    shape: RefinedParams,
-    params: ProbeParams,
-    heads: usize,
-    next_tile: Pointer<u32>,
-}
-
-impl Probing {
-    /// The probe rows of `probes` among the query tiles of `plan`.
-    pub(crate) fn carve(
-        call: &Call<'_>,
-        plan: &RefinedPlan,
-        probes: &ProbePlan,
-        carver: &mut Carver,
-    ) -> Result<Self> {
-        let shape = shape_params(call, plan)?;
-        let heads = call.problem.batch * call.problem.heads_q;
-        let rows = probes.tiles * probes.rows_of_a_tile;
-        let records = rows.div_ceil(TILE_ROWS);
-        let outputs = heads.saturating_mul(rows).saturating_mul(call.problem.value_dim);
-        let params = ProbeParams {
-            seed: call.params.seed,
-            offset: call.params.offset,
-            whole_over_probed: probes.whole_over_probed,
-            first_tile: probes.first_tile as u32,
-            tiles: probes.tiles as u32,
-            target_error: call.params.target_error,
-            callers_budget: call.params.budget,
-            most_budget: plan.most_budget as u32,
-            out_type: element_type(call.tensors.out.layout.dtype),
-            out: call.tensors.out.view(),
-            error: call.tensors.error.map_or(View::NULL, |error| error.view()),
-            tile_list: carver.take(heads * probes.tiles),
-            rows: carver.take(heads * rows),
-            weights: carver.take(heads * rows),
-            exact: carver.take(outputs),
-            estimate: Pointer::NULL,
-            budgets: Pointer::NULL,
-            settled: Pointer::NULL,
-            probe_records: carver.take(heads * records),
-            probe_segments: carver.take(heads * records),
-            records_of_head: records as u32,
-        };
-        Ok(Probing { shape, params, heads, next_tile: carver.take(1) })
-    }
-
-    /// Probe rows of a head.
-    fn rows_of_head(&self) -> usize {
-        self.params.tiles as usize * 4
-    }
-
-    /// A view of outputs of all probe rows.
-    fn outputs(&self, outputs: Pointer<f32>) -> View {
-        let row = self.shape.value_dim as i64 * size_of::<f32>() as i64;
-        let head = row * self.rows_of_head() as i64;
-        View {
-            data: outputs.address(),
-            batch_stride: head * i64::from(self.shape.heads_q),
-            head_stride: head,
-            row_stride: row,
-        }
-    }
-
-    /// Lets listed rows attend, `tiles` of them written before, with outputs one after the other.
-    ///
-    /// # Safety
-    /// As for [`attend`].
-    unsafe fn attend(
-        &self,
-        queue: &Queue<'_>,
-        call: &Call<'_>,
-        outputs: Pointer<f32>,
-        lists: (Pointer<Tile>, Pointer<Segment>, u32),
-        of_pass: Option<&RefinedParams>,
-    ) -> Result<()> {
-        let mut attention = call.attend_params();
-        attention.out = self.outputs(outputs);
-        attention.out_type = element_type(DType::F32);
-        attention.lse = View::NULL;
-        // The list of rows has so many for each head.
-        attention.n_q = self.rows_of_head() as u32;
-        attention.query_order = self.params.rows;
-        (attention.tiles, attention.segments, attention.tile_count) = lists;
-        attention.next_tile = self.next_tile;
-        if let Some(pass) = of_pass {
-            attention.positions = pass.positions;
-            attention.extra_keys = pass.extra_keys;
-            attention.extra_values = pass.extra_values;
-        }
-        // SAFETY: the caller's contract.
-        unsafe { attend(queue, call, &attention) }
-    }
-
-    /// Draws the rows and computes them exactly.
-    ///
-    /// # Safety
-    /// The call's tensors and the workspace are there, see [`crate::forward`].
-    pub(crate) unsafe fn draw(&self, queue: &Queue<'_>, call: &Call<'_>) -> Result<()> {
-        let (heads, tiles) = (self.heads as u32, self.params.tiles);
-        // SAFETY: these are the kernels' parameters, of this workspace and call.
-        unsafe {
-            queue.launch(
-                c"draw_probes",
-                [heads * tiles, 1, 1],
-                REPRESENT_THREADS,
-                0,
-                args![self.shape, self.params],
-            )?;
-            queue.launch(c"probe_tiles", [heads, 1, 1], 32, 0, args![self.shape, self.params])?;
-            let count = heads * self.params.records_of_head;
-            let lists = (self.params.probe_records, self.params.probe_segments, count);
-            self.attend(queue, call, self.params.exact, lists, None)
-        }
-    }
-
-    /// Writes the error tensor, if there is one; the output is complete.
-    ///
-    /// # Safety
-    /// As for [`Self::draw`].
-    pub(crate) unsafe fn write_errors(&self, queue: &Queue<'_>) -> Result<()> {
-        if self.params.error.data == 0 {
-            return Ok(());
-        }
-        let grid = [self.heads as u32, 1, 1];
-        // SAFETY: as for `draw`.
-        unsafe { queue.launch(c"probe_errors", grid, NORM_THREADS, 0, args![self.shape, self.params]) }
     }
 }
 
