@@ -357,6 +357,27 @@ fn thousands_of_keys() {
     }
 }
 
+/// States of all heads would take more memory than they may, so sets of heads take turns.
+#[test]
+fn more_heads_than_are_worked_on_at_once() {
+    let Some(_device) = Device::first() else { return };
+    let n = 10_000;
+    let heads =
+        Shape { batch: 2, heads_q: 16, heads_kv: 2, head_dim: 256, value_dim: 256, ..Shape::single(n, n) };
+    let inputs = Inputs::clustered(heads, 350).rounded(DType::BF16);
+    for residual in [Residual::Uniform, Residual::RowNorm] {
+        let params = Params { min_seq_len: 512, ..paper(Mask::CausalBottomRight, residual, 128, 64) };
+        let call = Call::new(&params, &inputs);
+        let prepared = call.prepare();
+        let of_all_heads = heads.batch * heads.heads_q * n * (heads.value_dim + 2) * size_of::<f32>();
+        assert!(prepared.needed < of_all_heads, "{} bytes hold the states of all heads", prepared.needed);
+        let stream = Stream::new();
+        prepared.enqueue(&stream).expect("a legal call");
+        stream.synchronize();
+        assert_agrees(&call, &prepared.outcome());
+    }
+}
+
 #[test]
 fn arrangements() {
     let Some(_device) = Device::first() else { return };

@@ -131,7 +131,8 @@ pub struct Prepared {
     keys_per_query: Option<Tensor>,
     block_mask: Option<DeviceMask>,
     workspace: Memory,
-    needed: usize,
+    /// Bytes of workspace that the call asked for.
+    pub needed: usize,
 }
 
 impl Prepared {
