@@ -296,12 +296,9 @@ unsafe fn settle_budgets(
     shape.groups_of_head = probing.params.tiles.div_ceil(GROUP_TILES as u32);
     // As many as a head may need; one that is settled is passed over.
     for _ in 0..buffers.rounds {
-        // SAFETY: the caller's contract; the pass's lists have one record for each place.
+        // SAFETY: the caller's contract.
         unsafe {
-            for_each_pass(queue, call, buffers, &shape, |pass| {
-                let lists = (pass.tiles, pass.segments, pass.pass_groups * GROUP_TILES as u32);
-                probing.attend(queue, call, probing.params.estimate, lists, Some(pass))
-            })?;
+            for_each_pass(queue, call, buffers, &shape, |pass| probing.estimate(queue, call, pass))?;
             queue.launch(
                 c"settle_budgets",
                 [heads as u32, 1, 1],

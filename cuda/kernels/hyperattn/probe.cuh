@@ -4,6 +4,7 @@
 // (heads), 32 threads; probe_errors, grid (heads), NORM_THREADS threads.
 #pragma once
 
+#include "parts.cuh"
 #include "philox.cuh"
 #include "represent.cuh"
 
@@ -39,10 +40,11 @@ struct ProbeParams {
     // [head]; budgets may be null where no head is exact.
     u32 *budgets;
     u32 *settled;
-    // For the exact outputs: records of each head, with one segment each.
+    // For the exact outputs: records of each head, with one segment each, and as many for each part of the keys.
     Tile *probe_records;
     Segment *probe_segments;
     u32 records_of_head;
+    u32 parts;
 
     __device__ __forceinline__ u32 rows_of_head() const { return tiles * PROBE_ROWS; }
 
@@ -139,13 +141,13 @@ __device__ __forceinline__ void draw_probes(const RefinedParams &p, const ProbeP
 // Attention of the probe rows to everything that they see.
 __device__ __forceinline__ void write_probe_tiles(const RefinedParams &p, const ProbeParams &probe)
 {
-    u32 rows = probe.rows_of_head();
-    for (u32 record = threadIdx.x; record < probe.records_of_head; record += 32) {
-        u32 first = record * TILE_ROWS, number = blockIdx.x * probe.records_of_head + record;
+    u32 rows = probe.rows_of_head(), records = probe.records_of_head * probe.parts;
+    for (u32 record = threadIdx.x; record < records; record += 32) {
+        u32 first = record / probe.parts * TILE_ROWS, number = blockIdx.x * records + record;
         Tile tile = {};
         tile.batch = blockIdx.x / p.heads_q;
         tile.head = blockIdx.x % p.heads_q;
-        tile.first_query = first;
+        tile.first_query = tile.first_output = first;
         tile.rows = min(rows - first, TILE_ROWS);
         tile.flags = TILE_SORTED | TILE_COMPACT;
         Segment segment = {};
@@ -153,6 +155,7 @@ __device__ __forceinline__ void write_probe_tiles(const RefinedParams &p, const 
         segment.flags = p.flags & REFINED_CAUSAL ? (u32)SEGMENT_LIMITED : 0u;
         tile.first_segment = number;
         tile.segments = segment.count > 0;
+        take_part(tile, segment, record % probe.parts, probe.parts, p.batch * p.heads_q * rows);
         probe.probe_segments[number] = segment;
         probe.probe_records[number] = tile;
     }
