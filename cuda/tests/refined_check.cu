@@ -279,8 +279,9 @@ static const char *const STAGE_NAMES[STAGES] = {"summarise_keys", "represent_que
                                                 "weigh_keys",     "choose_keys",       "sum_summaries",
                                                 "refined_tiles"};
 
-// Selection of a whole pass; `each` is called before every kernel.
-static void select(const RefinedParams &p, const std::function<void(Stage)> &each)
+// Selection of a whole pass; `each` is called before every kernel. Thread blocks weigh the keys of one block, or of
+// several where there are more than `most_key_blocks`.
+static void select(const RefinedParams &p, const std::function<void(Stage)> &each, u32 most_key_blocks = ~0u)
 {
     u32 heads = p.batch * p.heads_q;
     each(SUMMARISE);
@@ -312,7 +313,8 @@ static void select(const RefinedParams &p, const std::function<void(Stage)> &eac
         if (p.operand_type == F32)
             weigh_keys_f32<<<places, WEIGH_F32_THREADS>>>(chunk);
         else
-            weigh_kernel(p, true)<<<heads_of_chunk * p.blocks, WEIGH_KEYS_THREADS>>>(chunk);
+            weigh_kernel(p, true)<<<dim3(std::min(p.blocks, most_key_blocks), heads_of_chunk), WEIGH_KEYS_THREADS>>>(
+                chunk);
         each(CHOOSE_KEYS);
         // Every other chunk leaves the weights of many candidates where they are.
         u32 kept = first / p.chunk_groups % 2 ? 8 : p.most_candidates;
@@ -923,7 +925,7 @@ static void check_probes(const Case &c)
     std::vector<u32> none(heads, 0);
     none[1] = 1;
     CHECK(cudaMemcpy(probe.settled, none.data(), heads * 4, cudaMemcpyHostToDevice));
-    select(pass, [](Stage) {});
+    select(pass, [](Stage) {}, 7);
     CHECK(cudaDeviceSynchronize());
     u32 places = pass.pass_groups * GROUP_TILES, wrong_records = 0, choosing = 0;
     auto pass_tiles = fetch(pass.tiles, places);

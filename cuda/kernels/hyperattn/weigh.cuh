@@ -5,7 +5,7 @@
 //
 // TYPE is F16 or BF16, PARTS the parts of a row: width / 32.
 // Launches: weigh_blocks_TYPE_PARTS, grid (groups of the chunk), WEIGH_BLOCKS_THREADS threads;
-// weigh_keys_TYPE_PARTS, grid (heads of the chunk * blocks), WEIGH_KEYS_THREADS threads.
+// weigh_keys_TYPE_PARTS, grid (blocks of keys or fewer, heads of the chunk), WEIGH_KEYS_THREADS threads.
 #pragma once
 
 #include "refined_params.cuh"
@@ -391,15 +391,13 @@ __device__ __forceinline__ void load_pair(const RefinedParams &p, const WeighKey
 // The weights of a block's keys for all tiles of one head in the chunk of which it is a candidate. The keys stay in
 // registers, and the tiles' representatives, which are fewer, pass by.
 template <u32 TYPE, u32 PARTS>
-__device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShared &shared)
+__device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShared &shared, u32 head, u32 block)
 {
     // So many groups of 16 keys does a warp hold; the warps that hold the others of the block are its peers.
     constexpr u32 HELD = PARTS <= 2 ? 4 : PARTS <= 4 ? 2 : 1;
     constexpr u32 PEERS = 4 / HELD;
     constexpr u32 STREAMS = WEIGH_KEYS_WARPS / PEERS;
     u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    u32 block = blockIdx.x % p.blocks;
-    u32 head = p.chunk_first / p.groups_of_head + blockIdx.x / p.blocks;
     u32 first_group = max(p.chunk_first, head * p.groups_of_head);
     u32 end_group = min(p.chunk_first + p.chunk_groups, (head + 1) * p.groups_of_head);
     if (first_group >= end_group)
@@ -473,6 +471,17 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
     }
 }
 
+template <u32 TYPE, u32 PARTS>
+__device__ __forceinline__ void weigh_keys_of_head(const RefinedParams &p, WeighKeysShared &shared)
+{
+    u32 head = p.chunk_first / p.groups_of_head + blockIdx.y;
+    if (p.settled && p.settled[head])
+        return;
+#pragma unroll 1
+    for (u32 block = blockIdx.x; block < p.blocks; block += gridDim.x)
+        weigh_keys<TYPE, PARTS>(p, shared, head, block);
+}
+
 } // namespace hyperattn::refined
 
 #define HYPERATTN_WEIGH(NAME, TYPE, PARTS)                                                                             \
@@ -487,7 +496,7 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
             weigh_keys_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)         \
     {                                                                                                                  \
         __shared__ hyperattn::refined::WeighKeysShared shared;                                                         \
-        hyperattn::refined::weigh_keys<hyperattn::TYPE, PARTS>(p, shared);                                             \
+        hyperattn::refined::weigh_keys_of_head<hyperattn::TYPE, PARTS>(p, shared);                                     \
     }
 
 #define HYPERATTN_WEIGH_TYPES(PARTS)                                                                                   \

@@ -4,7 +4,7 @@ use hyperattn_core::device::{ProbePlan, RefinedPlan};
 use hyperattn_core::{DType, Result};
 
 use super::shape::{GROUP_TILES, RefinedParams, shape_params};
-use super::{NORM_THREADS, REPRESENT_THREADS};
+use super::{DRAW, NORM_THREADS, REPRESENT_THREADS, of_queries};
 use crate::abi::{AttendParams, Segment, TILE_ROWS, Tile, View, element_type};
 use crate::attend::attend;
 use crate::call::Call;
@@ -103,6 +103,18 @@ impl Probing {
         self.params.tiles as usize * 4
     }
 
+    /// What selection of `shape` is for the probe tiles of heads with this budget.
+    pub(super) fn shape_of_round(&self, shape: &RefinedParams, budget: usize) -> RefinedParams {
+        let mut round = *shape;
+        round.bound(budget);
+        round.tile_list = self.params.tile_list;
+        round.probe_rows = self.params.rows;
+        round.settled = self.params.settled;
+        round.tiles_of_head = self.params.tiles;
+        round.groups_of_head = self.params.tiles.div_ceil(GROUP_TILES as u32);
+        round
+    }
+
     /// A view of outputs of all probe rows.
     fn outputs(&self, outputs: Pointer<f32>) -> View {
         let row = self.shape.value_dim as i64 * size_of::<f32>() as i64;
@@ -162,13 +174,14 @@ impl Probing {
     /// The call's tensors and the workspace are there, see [`crate::forward`].
     pub(crate) unsafe fn draw(&self, queue: &Queue<'_>, call: &Call<'_>) -> Result<()> {
         let (heads, tiles) = (self.heads as u32, self.params.tiles);
+        let (draw, shared_bytes) = of_queries(DRAW, call);
         // SAFETY: these are the kernels' parameters, of this workspace and call.
         unsafe {
             queue.launch(
-                c"draw_probes",
+                draw,
                 [heads * tiles, 1, 1],
                 REPRESENT_THREADS,
-                0,
+                shared_bytes,
                 args![self.shape, self.params],
             )?;
             queue.launch(c"probe_tiles", [heads, 1, 1], 32, 0, args![self.shape, self.params])?;
