@@ -56,8 +56,8 @@ const PASS_BYTES: usize = 512 << 20;
 /// Rows of a grid, at most.
 const MOST_GRID_ROWS: usize = 65_535;
 
-/// Thread blocks of each head that weigh keys for probe tiles.
-const MOST_PROBED_BLOCKS: u32 = 128;
+/// Thread blocks that weigh keys for probe tiles, about: enough to keep a large device busy.
+const PROBED_BLOCKS: u32 = 4096;
 
 /// Names of a kernel of weigh.cuh for each of [`shape::PARTS`], of f16 and of bf16.
 macro_rules! names {
@@ -286,9 +286,11 @@ unsafe fn select(
         // Heads that the chunk has a part of.
         let heads =
             (first + chunk.chunk_groups - 1) / chunk.groups_of_head - first / chunk.groups_of_head + 1;
-        // A block of keys is a candidate of few probe tiles, or the head is settled: fewer thread blocks, several blocks each.
-        let keys =
-            if chunk.settled.address() == 0 { chunk.blocks } else { chunk.blocks.min(MOST_PROBED_BLOCKS) };
+        // Few probe tiles look into a block of keys, none where the head is settled: a thread block has several.
+        let keys = match chunk.settled.address() {
+            0 => chunk.blocks,
+            _ => chunk.blocks.min((PROBED_BLOCKS / heads).max(1)),
+        };
         // SAFETY: these are the kernels' parameters, of this workspace and call.
         unsafe {
             if operands == DType::F32 {

@@ -213,6 +213,9 @@ constexpr u32 WEIGH_BLOCKS_THREADS = GROUP_TILES / TILES_OF_WARP * 32;
 // Thread blocks that a multiprocessor is to hold, by the registers that they need.
 template <u32 PARTS> constexpr u32 WEIGH_BLOCKS_BLOCKS = PARTS <= 4 ? 2 : 1;
 
+// Steps of sixteen operands that are read ahead, as registers allow.
+template <u32 PARTS> constexpr u32 WEIGH_BLOCKS_AHEAD = PARTS <= 3 ? 2 : 1;
+
 // Adds keys, one by one, to the sums of tile u of two: the first ones, and those near.
 template <u32 TYPE, u32 PARTS>
 __device__ __forceinline__ void add_keys(const RefinedParams &p, const char *rows, const Frame &frame,
@@ -281,34 +284,54 @@ template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(cons
     const char *means = p.mean_keys + of_lane, *outliers = p.outliers + of_lane;
     const float *counts = p.key_counts + first_of_head;
 
-    KeyRow<PARTS> rows[2];
-    load_operands<PARTS>(means, rows);
-    for (u32 first = 0; first < end; first += 16) {
+    constexpr u32 AHEAD = WEIGH_BLOCKS_AHEAD<PARTS>;
+    KeyRow<PARTS> rows[AHEAD][2];
+    float count[AHEAD][4];
+    auto load_means = [&](u32 first, u32 slot) {
+        load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows[slot]);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i)
+            count[slot][i] = counts[first + i / 2 * 8 + t * 2 + i % 2];
+    };
+    auto load_outliers = [&](u32 first, u32 slot) {
+        load_operands<PARTS>(outliers + (u64)first * (PARTS * 64), rows[slot]);
+    };
+    load_means(0, 0);
+    if (AHEAD > 1 && 16 < end)
+        load_means(16, AHEAD - 1);
+    // `first` is before `end`.
+    auto add_means = [&](u32 first, u32 slot) {
+        float c[2][4], log_count[4];
+        multiply<TYPE, PARTS, 2>(queries, rows[slot], c);
         // A block without keys has -inf.
-        float count[2][2];
 #pragma unroll
-        for (u32 n = 0; n < 2; ++n) {
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i)
-                count[n][i] = log2_approximately(counts[first + n * 8 + t * 2 + i]);
-        }
-        float c[2][4];
-        multiply<TYPE, PARTS, 2>(queries, rows, c);
-        if (first + 16 < end)
-            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows);
+        for (u32 i = 0; i < 4; ++i)
+            log_count[i] = log2_approximately(count[slot][i]);
+        if (first + AHEAD * 16 < end)
+            load_means(first + AHEAD * 16, slot);
 #pragma unroll
         for (u32 u = 0; u < TILES_OF_WARP; ++u) {
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
                 u32 low = first + t * 2 + i, high = low + 8;
                 sums[u][i].add(
-                    low < its_end[u] ? fmaf(c[0][2 * u + i], p.scale_log2, count[0][i]) : negative_infinity(),
-                    high < its_end[u] ? fmaf(c[1][2 * u + i], p.scale_log2, count[1][i]) : negative_infinity());
+                    low < its_end[u] ? fmaf(c[0][2 * u + i], p.scale_log2, log_count[i]) : negative_infinity(),
+                    high < its_end[u] ? fmaf(c[1][2 * u + i], p.scale_log2, log_count[2 + i]) : negative_infinity());
             }
         }
+    };
+#pragma unroll 1
+    for (u32 steps = 0; steps < end; steps += AHEAD * 16) {
+        add_means(steps, 0);
+        if (AHEAD > 1 && steps + 16 < end)
+            add_means(steps + 16, AHEAD - 1);
     }
+    // Mean keys in the first slot, outliers in the last, which may be the same one.
     u32 first = begin / 16 * 16;
-    load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows);
+    float next_count = counts[first + weighed_key()];
+    load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows[0]);
+    if (AHEAD > 1)
+        load_outliers(first, AHEAD - 1);
     float start[TILES_OF_WARP];
 #pragma unroll
     for (u32 u = 0; u < TILES_OF_WARP; ++u) {
@@ -340,14 +363,22 @@ template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(cons
     float *mean_weights = p.block_weights + first_weight, *outlier_weights = p.outlier_weights + first_weight;
     for (; first < end; first += 16) {
         u32 block = first + weighed_key();
-        float count = counts[block], c[2][4];
-        multiply<TYPE, PARTS, 2>(queries, rows, c);
-        load_operands<PARTS>(outliers + (u64)first * (PARTS * 64), rows);
-        float mean = add_weights(c, p.scale_log2, start) * count;
-        multiply<TYPE, PARTS, 2>(queries, rows, c);
-        if (first + 16 < end)
-            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows);
-        float outlier = fmaf(add_weights(c, p.scale_log2, start), fminf(count, 1.0f), mean);
+        bool more = first + 16 < end;
+        float its_count = next_count, c[2][4];
+        multiply<TYPE, PARTS, 2>(queries, rows[0], c);
+        if (AHEAD == 1)
+            load_outliers(first, 0);
+        else if (more)
+            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows[0]);
+        if (more)
+            next_count = counts[block + 16];
+        float mean = add_weights(c, p.scale_log2, start) * its_count;
+        multiply<TYPE, PARTS, 2>(queries, rows[AHEAD - 1], c);
+        if (more && AHEAD == 1)
+            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows[0]);
+        else if (more)
+            load_outliers(first + 16, AHEAD - 1);
+        float outlier = fmaf(add_weights(c, p.scale_log2, start), fminf(its_count, 1.0f), mean);
         // The block that the first keys cut is looked into: their part of it is met already.
         if (block == cut_block)
             outlier = __uint_as_float(0x7f7fffffu);
