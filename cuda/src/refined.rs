@@ -56,6 +56,12 @@ const PASS_BYTES: usize = 512 << 20;
 /// Rows of a grid, at most.
 const MOST_GRID_ROWS: usize = 65_535;
 
+/// Slices of the blocks of keys, over all groups of a chunk, that thread blocks weigh: enough to keep a large device busy;
+/// and the blocks of a slice, at least.
+const WEIGHED_SLICES: u32 = 1024;
+/// See [`WEIGHED_SLICES`].
+const LEAST_SLICE: u32 = 128;
+
 /// Thread blocks that weigh keys for probe tiles, about: enough to keep a large device busy.
 const PROBED_BLOCKS: u32 = 4096;
 
@@ -81,6 +87,7 @@ macro_rules! names {
     };
 }
 
+const TOTAL_WEIGHTS: [[&CStr; 5]; 2] = names!("total_weights");
 const WEIGH_BLOCKS: [[&CStr; 5]; 2] = names!("weigh_blocks");
 const WEIGH_KEYS: [[&CStr; 5]; 2] = names!("weigh_keys");
 
@@ -279,6 +286,8 @@ unsafe fn select(
         chunk.chunk_groups = (end - first).min(selection.chunk_groups as u32);
         let places = [chunk.chunk_groups * GROUP_TILES as u32, 1, 1];
         let groups = [chunk.chunk_groups, 1, 1];
+        let most_slices = chunk.blocks.div_ceil(LEAST_SLICE);
+        let weighed = [chunk.chunk_groups, WEIGHED_SLICES.div_ceil(chunk.chunk_groups).min(most_slices), 1];
         let candidate_bytes =
             (chunk.most_candidates as usize * CANDIDATE_BYTES).min(MOST_CANDIDATE_BYTES) as u32;
         let slices = (chunk.head_dim + chunk.value_dim).div_ceil(SUM_COLUMNS);
@@ -296,8 +305,21 @@ unsafe fn select(
             if operands == DType::F32 {
                 queue.launch(c"weigh_blocks_f32", places, WEIGH_F32_THREADS, 0, args![chunk])?;
             } else {
-                let name = WEIGH_BLOCKS[usize::from(operands == DType::BF16)][parts];
-                queue.launch(name, groups, WEIGH_BLOCKS_THREADS, 0, args![chunk])?;
+                let type_index = usize::from(operands == DType::BF16);
+                queue.launch(
+                    TOTAL_WEIGHTS[type_index][parts],
+                    groups,
+                    WEIGH_BLOCKS_THREADS,
+                    0,
+                    args![chunk],
+                )?;
+                queue.launch(
+                    WEIGH_BLOCKS[type_index][parts],
+                    weighed,
+                    WEIGH_BLOCKS_THREADS,
+                    0,
+                    args![chunk],
+                )?;
             }
             queue.launch(c"choose_blocks", places, SELECT_THREADS, 0, args![chunk])?;
             if operands == DType::F32 {

@@ -260,12 +260,18 @@ static RefinedParams make_params(const Case &c, const View &q, const View &k, co
 
 using Kernel = void (*)(const RefinedParams);
 
-static Kernel weigh_kernel(const RefinedParams &p, bool keys)
+// total_weights, weigh_blocks and weigh_keys.
+struct WeighKernels {
+    Kernel totals, blocks, keys;
+};
+
+static WeighKernels weigh_kernels(const RefinedParams &p)
 {
 #define OF_PARTS(PARTS)                                                                                                \
     if (p.width == PARTS * 32)                                                                                         \
-        return p.operand_type == F16 ? (keys ? weigh_keys_f16_##PARTS : weigh_blocks_f16_##PARTS)                      \
-                                     : (keys ? weigh_keys_bf16_##PARTS : weigh_blocks_bf16_##PARTS);
+        return p.operand_type == F16                                                                                   \
+                   ? WeighKernels{total_weights_f16_##PARTS, weigh_blocks_f16_##PARTS, weigh_keys_f16_##PARTS}         \
+                   : WeighKernels{total_weights_bf16_##PARTS, weigh_blocks_bf16_##PARTS, weigh_keys_bf16_##PARTS};
     OF_PARTS(2)
     OF_PARTS(3)
     OF_PARTS(4)
@@ -304,17 +310,21 @@ static void select(const RefinedParams &p, const std::function<void(Stage)> &eac
         u32 places = chunk.chunk_groups * GROUP_TILES;
         u32 heads_of_chunk = (first + chunk.chunk_groups - 1) / p.groups_of_head - first / p.groups_of_head + 1;
         each(WEIGH_BLOCKS);
-        if (p.operand_type == F32)
+        if (p.operand_type == F32) {
             weigh_blocks_f32<<<places, WEIGH_F32_THREADS>>>(chunk);
-        else
-            weigh_kernel(p, false)<<<chunk.chunk_groups, WEIGH_BLOCKS_THREADS>>>(chunk);
+        } else {
+            WeighKernels weigh = weigh_kernels(p);
+            weigh.totals<<<chunk.chunk_groups, WEIGH_BLOCKS_THREADS>>>(chunk);
+            u32 slices = std::min((1024 + chunk.chunk_groups - 1) / chunk.chunk_groups, (p.blocks + 15) / 16);
+            weigh.blocks<<<dim3(chunk.chunk_groups, slices), WEIGH_BLOCKS_THREADS>>>(chunk);
+        }
         each(CHOOSE_BLOCKS);
         choose_blocks<<<places, SELECT_THREADS>>>(chunk);
         each(WEIGH_KEYS);
         if (p.operand_type == F32)
             weigh_keys_f32<<<places, WEIGH_F32_THREADS>>>(chunk);
         else
-            weigh_kernel(p, true)<<<dim3(std::min(p.blocks, most_key_blocks), heads_of_chunk), WEIGH_KEYS_THREADS>>>(
+            weigh_kernels(p).keys<<<dim3(std::min(p.blocks, most_key_blocks), heads_of_chunk), WEIGH_KEYS_THREADS>>>(
                 chunk);
         each(CHOOSE_KEYS);
         // Every other chunk leaves the weights of many candidates where they are.
