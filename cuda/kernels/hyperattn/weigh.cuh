@@ -214,8 +214,10 @@ constexpr u32 WEIGH_BLOCKS_THREADS = GROUP_TILES / TILES_OF_WARP * 32;
 // Thread blocks that a multiprocessor is to hold, by the registers that they need.
 template <u32 PARTS> constexpr u32 WEIGH_BLOCKS_BLOCKS = PARTS <= 4 ? 2 : 1;
 
-// Steps of sixteen operands that are read ahead, as registers allow.
-template <u32 PARTS> constexpr u32 TOTAL_WEIGHTS_AHEAD = PARTS <= 4 ? 2 : 1;
+// The same for total_weights, and the steps of sixteen mean keys that it reads ahead: it goes through all of them one after
+// the other, and mostly with few thread blocks.
+template <u32 PARTS> constexpr u32 TOTAL_WEIGHTS_BLOCKS = PARTS <= 3 ? 2 : 1;
+template <u32 PARTS> constexpr u32 TOTAL_WEIGHTS_AHEAD = PARTS <= 6 ? 2 : 1;
 
 // Adds keys, one by one, to the sums of tile u of two: the first ones, and those near.
 template <u32 TYPE, u32 PARTS>
@@ -543,7 +545,7 @@ __device__ __forceinline__ void weigh_keys_of_head(const RefinedParams &p, Weigh
 
 #define HYPERATTN_WEIGH(NAME, TYPE, PARTS)                                                                             \
     extern "C" __global__ void                                                                                         \
-        __launch_bounds__(hyperattn::refined::WEIGH_BLOCKS_THREADS, hyperattn::refined::WEIGH_BLOCKS_BLOCKS<PARTS>)    \
+        __launch_bounds__(hyperattn::refined::WEIGH_BLOCKS_THREADS, hyperattn::refined::TOTAL_WEIGHTS_BLOCKS<PARTS>)   \
             total_weights_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)                \
     {                                                                                                                  \
         hyperattn::refined::total_weights<hyperattn::TYPE, PARTS>(p);                                                  \
