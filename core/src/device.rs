@@ -5,6 +5,7 @@ pub use crate::cost::Screening;
 pub use crate::hyper::effective_residual;
 pub use crate::plan::PaperParts;
 pub use crate::problem::{Place, Problem, check_overlap};
+pub use crate::refine::candidate_blocks;
 pub use crate::select::Rectangle;
 
 use crate::params::Params;
@@ -24,8 +25,6 @@ pub struct RefinedPlan {
     pub query_tiles: usize,
     /// Keys are chosen among this many times as many.
     pub candidates_per_key: usize,
-    /// Blocks of keys that are looked into for the largest budget, at most.
-    pub most_candidates: usize,
     /// The smallest and the largest budget of a head that is not exact.
     pub least_budget: usize,
     /// See `least_budget`.
@@ -45,7 +44,6 @@ impl RefinedPlan {
             earlier_queries: tiles.earlier,
             query_tiles: tiles.count(),
             candidates_per_key: refine::candidates_per_key(problem.n_k),
-            most_candidates: refine::candidate_blocks(problem.n_k, most_budget),
             least_budget,
             most_budget,
             probes: (target || estimates).then(|| ProbePlan::new(params, problem, least_budget)),

@@ -170,7 +170,7 @@ pub(crate) struct RefineScratch<'a> {
 }
 
 /// Blocks whose keys are looked at one by one for `wanted` keys of `n_k`.
-pub(crate) fn candidate_blocks(n_k: usize, wanted: usize) -> usize {
+pub fn candidate_blocks(n_k: usize, wanted: usize) -> usize {
     // One more: the block that the first keys cut is always among them.
     (candidates_per_key(n_k) * wanted).div_ceil(BLOCK).max(LEAST_BLOCKS) + 1
 }

@@ -4,6 +4,7 @@
 
 #include "hyperattn/exact_tiles.cuh"
 #include "hyperattn/fill_heads.cuh"
+#include "hyperattn/parts.cuh"
 
 #include "hyperattn/block_mask_tiles.cuh"
 #include "hyperattn/bucket_sort.cuh"

@@ -58,7 +58,7 @@ pub(crate) struct Tile {
     pub(crate) flags: u32,
     pub(crate) first_segment: u32,
     pub(crate) segments: u32,
-    pub(crate) reserved: u32,
+    pub(crate) first_output: u32,
 }
 
 /// What an attention kernel executes.
@@ -136,7 +136,10 @@ mod tests {
             asserts!(text, Segment { first, count, flags, log_weight, hidden_start, hidden_end });
         }
         {
-            asserts!(text, Tile { batch, head, first_query, rows, flags, first_segment, segments, reserved });
+            asserts!(
+                text,
+                Tile { batch, head, first_query, rows, flags, first_segment, segments, first_output }
+            );
         }
         {
             asserts!(

@@ -1,29 +1,32 @@
-//! EXACT: every tile of queries meets all keys that it sees.
+//! EXACT: every tile of queries meets all keys that it sees, in parts where there are few tiles.
 
+use hyperattn_core::device::Problem;
 use hyperattn_core::{Error, ErrorKind, Mask, Result};
 
 use crate::abi::{SEGMENT_LIMITED, Segment, TILE_ROWS, Tile};
-use crate::attend::attend;
 use crate::call::Call;
 use crate::figures::fill_heads;
 use crate::launch::{Queue, args};
+use crate::parts::{Parts, parts_of};
 use crate::workspace::{Carver, Pointer};
 
 /// The lists of a call.
 pub(crate) struct Buffers {
+    /// Tiles, as many for each part of the keys.
     count: u32,
     tiles: Pointer<Tile>,
     segments: Pointer<Segment>,
+    parts: Parts,
     next_tile: Pointer<u32>,
 }
 
 /// The call's part of the workspace.
 pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let problem = &call.problem;
-    let count = problem
-        .batch
-        .checked_mul(problem.heads_q)
-        .and_then(|heads| heads.checked_mul(problem.n_q.div_ceil(TILE_ROWS)))
+    let tiles = problem.heads_q.checked_mul(problem.n_q.div_ceil(TILE_ROWS));
+    let parts = parts_of(tiles.unwrap_or(usize::MAX), problem.n_q, most_keys(problem));
+    let count = tiles
+        .and_then(|tiles| tiles.checked_mul(problem.batch)?.checked_mul(parts))
         .and_then(|count| u32::try_from(count).ok());
     let Some(count) = count else {
         return Err(Error::new(
@@ -38,8 +41,14 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
         count,
         tiles: carver.take(count as usize),
         segments: carver.take(count as usize),
+        parts: Parts::carve(parts, problem.batch * problem.heads_q * problem.n_q, problem.value_dim, carver)?,
         next_tile: carver.take(1),
     })
+}
+
+/// Keys that the last query sees, which sees most.
+fn most_keys(problem: &Problem) -> usize {
+    problem.n_q.checked_sub(1).map_or(0, |last| problem.visible_keys(last))
 }
 
 /// KV heads whose tiles are handed out together, longest first.
@@ -87,6 +96,7 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
                 call.visible(),
                 u32::from(call.limited() == SEGMENT_LIMITED),
                 section(call, queue.device.l2_bytes),
+                buffers.parts.count,
             ],
         )
     }?;
@@ -96,7 +106,7 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
     attention.segments = buffers.segments;
     attention.next_tile = buffers.next_tile;
     // SAFETY: the lists were enqueued above; the tensors are the caller's contract.
-    unsafe { attend(queue, call, &attention) }?;
+    unsafe { buffers.parts.attend(queue, call, &attention) }?;
     if let Some(error) = &call.tensors.error {
         // SAFETY: the tensor is the caller's contract.
         unsafe { fill_heads(queue, call, error, 0.0) }?;

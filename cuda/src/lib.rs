@@ -15,7 +15,9 @@ mod forward;
 mod image;
 mod launch;
 mod paper;
+mod parts;
 mod refined;
+mod states;
 mod tensor_map;
 mod workspace;
 

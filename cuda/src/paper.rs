@@ -17,6 +17,7 @@ use crate::call::{Call, DeviceBlockMask, DeviceTensor};
 use crate::figures::fill_heads;
 use crate::launch::{Queue, args};
 use crate::refined::Probing;
+use crate::states::States;
 use crate::workspace::{Carver, Pointer};
 use lists::{Lists, Step};
 
@@ -89,33 +90,6 @@ pub(crate) struct Buffers {
     listed_rows: Pointer<u32>,
     counters: Pointer<u32>,
     next_tile: Pointer<u32>,
-}
-
-/// States of query rows between launches.
-#[derive(Clone, Copy)]
-struct States {
-    max: Pointer<f32>,
-    sum: Pointer<f32>,
-    accumulated: Pointer<f32>,
-}
-
-impl States {
-    fn carve(rows: usize, value_dim: usize, carver: &mut Carver) -> Self {
-        States {
-            max: carver.take(rows),
-            sum: carver.take(rows),
-            accumulated: carver.take(rows.saturating_mul(value_dim)),
-        }
-    }
-
-    /// Moved back by `rows` rows.
-    fn before(&self, rows: usize, value_dim: usize) -> Self {
-        States {
-            max: before(self.max, rows),
-            sum: before(self.sum, rows),
-            accumulated: before(self.accumulated, rows * value_dim),
-        }
-    }
 }
 
 fn unsupported(sentence: std::fmt::Arguments<'_>) -> Error {
@@ -301,11 +275,6 @@ fn tile_count(common: &mirror::PassTiles) -> usize {
 /// A block of a mask; one that is longer than any sequence is as good.
 fn block_length(length: usize) -> u32 {
     u32::try_from(length).unwrap_or(u32::MAX)
-}
-
-/// `pointer` moved back by `len` elements: what is there is never touched.
-fn before<T>(pointer: Pointer<T>, len: usize) -> Pointer<T> {
-    Pointer::new(pointer.address().wrapping_sub((len * size_of::<T>()) as u64))
 }
 
 impl Paper<'_, '_> {
@@ -595,12 +564,10 @@ impl Paper<'_, '_> {
         attention.tiles = buffers.tiles;
         attention.segments = buffers.segments;
         attention.positions = buffers.positions;
-        attention.query_order = before(buffers.orders[0], earlier);
-        attention.key_order = before(buffers.orders[1], heads.start * problem.n_k);
+        attention.query_order = buffers.orders[0].before(earlier);
+        attention.key_order = buffers.orders[1].before(heads.start * problem.n_k);
         attention.listed_rows = buffers.listed_rows;
-        attention.state_max = states.max;
-        attention.state_sum = states.sum;
-        attention.state_accumulated = states.accumulated;
+        states.give(&mut attention);
         attention.next_tile = buffers.next_tile;
         attention
     }

@@ -37,6 +37,11 @@ impl<T> Pointer<T> {
     pub(crate) const fn address(self) -> u64 {
         self.address
     }
+
+    /// Moved back by `len` elements: what is there is never touched.
+    pub(crate) fn before(self, len: usize) -> Self {
+        Self::new(self.address.wrapping_sub((len * size_of::<T>()) as u64))
+    }
 }
 
 /// Hands out parts of the workspace, or with [`Carver::measuring`] finds out how long it has to be. Both run the same

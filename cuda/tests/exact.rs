@@ -7,7 +7,7 @@ use hyperattn_core::{DType, ErrorKind, Mask};
 use support::device::{Context, Device, Memory, Stream, cuda, current_context, synchronize};
 use support::expect::assert_near;
 use support::graph::Graph;
-use support::problem::{Inputs, OnDevice, Setup};
+use support::problem::{Inputs, OnDevice, Outcome, Setup};
 use support::tensor::{Arrangement, POISON, Tensor};
 
 const MASKS: [Mask; 3] = [Mask::None, Mask::CausalBottomRight, Mask::CausalTopLeft];
@@ -77,6 +77,136 @@ fn heads_share_keys() {
                     30,
                 );
             }
+        }
+    }
+}
+
+/// Few queries over many keys, which tiles meet in parts.
+#[test]
+fn few_queries_and_many_keys() {
+    let Some(_device) = Device::first() else { return };
+    for dtype in DTYPES {
+        for dim in [64, 80, 96, 128, 192, 256] {
+            for mask in MASKS {
+                check(Setup { mask, ..Setup::new(5, 9001, dim).dtype(dtype) }, 31);
+            }
+        }
+        for (head_dim, value_dim) in [(3, 65), (250, 7), (40, 256), (128, 200)] {
+            check(Setup { head_dim, value_dim, ..Setup::new(2, 7000, 64).dtype(dtype) }, 32);
+        }
+        for dim in [64, 128] {
+            check(Setup::new(1, 65_536, dim).dtype(dtype), 33);
+            let mask = Mask::CausalBottomRight;
+            check(Setup { mask, ..Setup::new(300, 20_000, dim).heads(1, 2, 1).dtype(dtype) }, 34);
+            check(Setup { mask, ..Setup::new(2, 10_000, dim).heads(3, 8, 2).dtype(dtype) }, 35);
+        }
+    }
+    let setup = Setup { q: DType::F32, out: DType::F32, ..Setup::new(1, 8192, 128) };
+    check(setup.heads(1, 4, 1), 36);
+    use Arrangement::*;
+    for (inputs, outputs) in [(TokensFirst, PaddedBy3), (PaddedBy8, Reversed), (PaddedBy3, TokensFirst)] {
+        for dtype in DTYPES {
+            check(Setup { inputs, outputs, ..Setup::new(3, 9000, 64).heads(2, 4, 2).dtype(dtype) }, 37);
+        }
+    }
+}
+
+/// Of so many queries that their tiles are not divided, some by themselves, which are.
+#[test]
+fn parts_make_what_the_whole_makes() {
+    let Some(_device) = Device::first() else { return };
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 3e-3), (DType::BF16, 2e-2)] {
+        for dim in [64, 128, 256] {
+            let all = Setup::new(17_000, 9000, dim).dtype(dtype);
+            let inputs = Inputs::normal(&all, 38);
+            let whole = OnDevice::new(&all, &inputs).run();
+            for n_q in [1, 7, 128] {
+                let first = 16_000;
+                let some = Inputs { q: inputs.q[first * dim..][..n_q * dim].to_vec(), ..inputs.clone() };
+                let outcome = OnDevice::new(&Setup { n_q, ..all }, &some).run();
+                let expected = &whole.out[first * dim..][..n_q * dim];
+                let off = outcome.out.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+                let norm = expected.iter().map(|x| x * x).sum::<f32>().sqrt();
+                assert!(off <= tolerance * norm, "{dtype:?}, {dim}: {n_q} queries are {off} of {norm} off");
+                for (a, b) in outcome.lse.iter().zip(&whole.lse[first..]) {
+                    assert!((a - b).abs() <= 1e-5 * b.abs(), "{dtype:?}, {dim}: lse {a}, not {b}");
+                }
+            }
+        }
+    }
+}
+
+/// What is not finite or has no weight, in some of the parts.
+#[test]
+fn parts_without_weight_and_with_nan() {
+    let Some(_device) = Device::first() else { return };
+    let (n_q, n_k, dim) = (4, 9000, 64);
+    for dtype in DTYPES {
+        let mask = Mask::CausalBottomRight;
+        let setup = Setup { mask, ..Setup::new(n_q, n_k, dim).dtype(dtype) };
+        let mut inputs = Inputs::normal(&setup, 39);
+        inputs.q.iter_mut().step_by(dim).for_each(|x| *x = x.abs() + 1.0);
+        let clean = OnDevice::new(&setup, &inputs).run();
+        for at in [10, 5000, n_k - 2] {
+            for in_value in [false, true] {
+                let mut dirty = inputs.clone();
+                let rows = if in_value { &mut dirty.v } else { &mut dirty.k };
+                rows[at * dim + 5] = f32::NAN;
+                let outcome = OnDevice::new(&setup, &dirty).run();
+                for row in 0..n_q {
+                    let out = &outcome.out[row * dim..][..dim];
+                    if at <= n_k - n_q + row {
+                        assert!(out[5].is_nan(), "{setup:?}: row {row} does not show the NaN at {at}");
+                    } else {
+                        let near =
+                            out.iter().zip(&clean.out[row * dim..]).all(|(a, b)| (a - b).abs() <= 1e-3);
+                        assert!(near, "{setup:?}: row {row} feels the NaN at {at}");
+                    }
+                }
+            }
+        }
+        // The latest keys alone weigh anything.
+        let hidden = 8000;
+        let hide = |inputs: &Inputs, end: usize| {
+            let mut hidden = inputs.clone();
+            for key in hidden.k[..end * dim].chunks_mut(dim) {
+                key.fill(0.0);
+                key[0] = f32::NEG_INFINITY;
+            }
+            hidden
+        };
+        let outcome = OnDevice::new(&setup, &hide(&inputs, hidden)).run();
+        let late = Inputs {
+            k: inputs.k[hidden * dim..].to_vec(),
+            v: inputs.v[hidden * dim..].to_vec(),
+            ..inputs.clone()
+        };
+        assert_near(
+            &Setup { n_k: n_k - hidden, ..setup },
+            &late,
+            &Outcome { keys_per_query: Vec::new(), ..outcome },
+        );
+        let nothing = OnDevice::new(&setup, &hide(&inputs, n_k)).run();
+        assert!(nothing.out.iter().all(|&x| x == 0.0), "{setup:?}");
+        assert!(nothing.lse.iter().all(|&lse| lse == f32::NEG_INFINITY), "{setup:?}");
+    }
+}
+
+/// In how many parts the keys are met follows from one batch item.
+#[test]
+fn batch_items_by_themselves() {
+    let Some(_device) = Device::first() else { return };
+    for dtype in DTYPES {
+        let setup = Setup::new(3, 9000, 64).heads(5, 4, 2).dtype(dtype);
+        let inputs = Inputs::normal(&setup, 41);
+        let together = OnDevice::new(&setup, &inputs).run();
+        for batch in 0..setup.batch {
+            let part =
+                |values: &[f32]| values.chunks(values.len() / setup.batch).nth(batch).unwrap().to_vec();
+            let item = Inputs { q: part(&inputs.q), k: part(&inputs.k), v: part(&inputs.v) };
+            let alone = OnDevice::new(&Setup { batch: 1, ..setup }, &item).run();
+            assert_eq!(alone.out, part(&together.out), "{dtype:?}, batch item {batch}");
+            assert_eq!(alone.lse, part(&together.lse), "{dtype:?}, batch item {batch}");
         }
     }
 }
@@ -217,13 +347,15 @@ fn infinite_values_and_logits() {
 fn the_same_bits_every_time() {
     let Some(_device) = Device::first() else { return };
     for dtype in DTYPES {
-        let setup =
-            Setup { mask: Mask::CausalBottomRight, ..Setup::new(1500, 1500, 64).heads(2, 6, 3).dtype(dtype) };
-        let inputs = Inputs::normal(&setup, 100);
-        let on_device = OnDevice::new(&setup, &inputs);
-        let first = on_device.run();
-        for _ in 0..5 {
-            assert_eq!(on_device.run(), first);
+        for (n_q, n_k) in [(1500, 1500), (4, 9000)] {
+            let mask = Mask::CausalBottomRight;
+            let setup = Setup { mask, ..Setup::new(n_q, n_k, 64).heads(2, 6, 3).dtype(dtype) };
+            let inputs = Inputs::normal(&setup, 100);
+            let on_device = OnDevice::new(&setup, &inputs);
+            let first = on_device.run();
+            for _ in 0..5 {
+                assert_eq!(on_device.run(), first);
+            }
         }
     }
 }
@@ -251,20 +383,22 @@ fn without_a_workspace() {
 fn captured_and_replayed() {
     let Some(_device) = Device::alone() else { return };
     for dtype in DTYPES {
-        let setup =
-            Setup { mask: Mask::CausalBottomRight, ..Setup::new(600, 900, 128).heads(1, 4, 2).dtype(dtype) };
-        let inputs = Inputs::normal(&setup, 120);
-        let on_device = OnDevice::new(&setup, &inputs);
-        let (stream, workspace) = (Stream::new(), on_device.workspace());
-        // The first call of these kernels may be the captured one.
-        let graph = Graph::capture(&stream, || on_device.enqueue(Some(&workspace), &stream).unwrap());
-        graph.launch(&stream);
-        assert_near(&setup, &inputs, &on_device.outcome());
-        for seed in 121..124 {
-            let inputs = Inputs::normal(&setup, seed);
-            on_device.write(&inputs);
+        for (n_q, n_k) in [(600, 900), (2, 9000)] {
+            let mask = Mask::CausalBottomRight;
+            let setup = Setup { mask, ..Setup::new(n_q, n_k, 128).heads(1, 4, 2).dtype(dtype) };
+            let inputs = Inputs::normal(&setup, 120);
+            let on_device = OnDevice::new(&setup, &inputs);
+            let (stream, workspace) = (Stream::new(), on_device.workspace());
+            // The first call of these kernels may be the captured one.
+            let graph = Graph::capture(&stream, || on_device.enqueue(Some(&workspace), &stream).unwrap());
             graph.launch(&stream);
             assert_near(&setup, &inputs, &on_device.outcome());
+            for seed in 121..124 {
+                let inputs = Inputs::normal(&setup, seed);
+                on_device.write(&inputs);
+                graph.launch(&stream);
+                assert_near(&setup, &inputs, &on_device.outcome());
+            }
         }
     }
 }

@@ -243,6 +243,23 @@ fn every_kind_of_problem() {
     }
 }
 
+/// So many keys that probe rows meet them in parts, of which some rows see nothing under a causal mask.
+#[test]
+fn many_keys() {
+    let Some(_device) = Device::first() else { return };
+    let few = Shape { heads_q: 4, heads_kv: 2, head_dim: 64, value_dim: 64, ..Shape::single(300, 12_000) };
+    for dtype in DTYPES {
+        let inputs = topics(few, 2480).rounded(dtype);
+        for mask in [Mask::None, Mask::CausalBottomRight] {
+            check_targets("few of many", &refined(mask, 512, 0.0), &inputs, &TARGETS);
+        }
+    }
+    for (dtype, dim) in [(DType::BF16, 64), (DType::F16, 128), (DType::F32, 64)] {
+        let inputs = topics(square(11_000, dim), 2481).rounded(dtype);
+        check_targets("many", &refined(Mask::CausalBottomRight, 512, 0.0), &inputs, &TARGETS[1..]);
+    }
+}
+
 /// Options that change what a query meets.
 #[test]
 fn options() {

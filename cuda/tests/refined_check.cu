@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -259,12 +260,18 @@ static RefinedParams make_params(const Case &c, const View &q, const View &k, co
 
 using Kernel = void (*)(const RefinedParams);
 
-static Kernel weigh_kernel(const RefinedParams &p, bool keys)
+// total_weights, weigh_blocks and weigh_keys.
+struct WeighKernels {
+    Kernel totals, blocks, keys;
+};
+
+static WeighKernels weigh_kernels(const RefinedParams &p)
 {
 #define OF_PARTS(PARTS)                                                                                                \
     if (p.width == PARTS * 32)                                                                                         \
-        return p.operand_type == F16 ? (keys ? weigh_keys_f16_##PARTS : weigh_blocks_f16_##PARTS)                      \
-                                     : (keys ? weigh_keys_bf16_##PARTS : weigh_blocks_bf16_##PARTS);
+        return p.operand_type == F16                                                                                   \
+                   ? WeighKernels{total_weights_f16_##PARTS, weigh_blocks_f16_##PARTS, weigh_keys_f16_##PARTS}         \
+                   : WeighKernels{total_weights_bf16_##PARTS, weigh_blocks_bf16_##PARTS, weigh_keys_bf16_##PARTS};
     OF_PARTS(2)
     OF_PARTS(3)
     OF_PARTS(4)
@@ -279,8 +286,9 @@ static const char *const STAGE_NAMES[STAGES] = {"summarise_keys", "represent_que
                                                 "weigh_keys",     "choose_keys",       "sum_summaries",
                                                 "refined_tiles"};
 
-// Selection of a whole pass; `each` is called before every kernel.
-static void select(const RefinedParams &p, const std::function<void(Stage)> &each)
+// Selection of a whole pass; `each` is called before every kernel. Thread blocks weigh the keys of one block, or of
+// several where there are more than `most_key_blocks`.
+static void select(const RefinedParams &p, const std::function<void(Stage)> &each, u32 most_key_blocks = ~0u)
 {
     u32 heads = p.batch * p.heads_q;
     each(SUMMARISE);
@@ -302,17 +310,22 @@ static void select(const RefinedParams &p, const std::function<void(Stage)> &eac
         u32 places = chunk.chunk_groups * GROUP_TILES;
         u32 heads_of_chunk = (first + chunk.chunk_groups - 1) / p.groups_of_head - first / p.groups_of_head + 1;
         each(WEIGH_BLOCKS);
-        if (p.operand_type == F32)
+        if (p.operand_type == F32) {
             weigh_blocks_f32<<<places, WEIGH_F32_THREADS>>>(chunk);
-        else
-            weigh_kernel(p, false)<<<chunk.chunk_groups, WEIGH_BLOCKS_THREADS>>>(chunk);
+        } else {
+            WeighKernels weigh = weigh_kernels(p);
+            weigh.totals<<<chunk.chunk_groups, WEIGH_BLOCKS_THREADS>>>(chunk);
+            u32 slices = std::min((1024 + chunk.chunk_groups - 1) / chunk.chunk_groups, (p.blocks + 15) / 16);
+            weigh.blocks<<<dim3(chunk.chunk_groups, slices), WEIGH_BLOCKS_THREADS>>>(chunk);
+        }
         each(CHOOSE_BLOCKS);
         choose_blocks<<<places, SELECT_THREADS>>>(chunk);
         each(WEIGH_KEYS);
         if (p.operand_type == F32)
             weigh_keys_f32<<<places, WEIGH_F32_THREADS>>>(chunk);
         else
-            weigh_kernel(p, true)<<<heads_of_chunk * p.blocks, WEIGH_KEYS_THREADS>>>(chunk);
+            weigh_kernels(p).keys<<<dim3(std::min(p.blocks, most_key_blocks), heads_of_chunk), WEIGH_KEYS_THREADS>>>(
+                chunk);
         each(CHOOSE_KEYS);
         // Every other chunk leaves the weights of many candidates where they are.
         u32 kept = first / p.chunk_groups % 2 ? 8 : p.most_candidates;
@@ -861,16 +874,24 @@ static void check_probes(const Case &c)
     probe.estimate = device<float>(outputs);
     probe.budgets = device<u32>(heads);
     probe.settled = device<u32>(heads);
-    probe.probe_records = device<Tile>(heads * probe.records_of_head);
-    probe.probe_segments = device<Segment>(heads * probe.records_of_head);
+    probe.parts = 3;
+    probe.probe_records = device<Tile>(heads * probe.records_of_head * probe.parts);
+    probe.probe_segments = device<Segment>(heads * probe.records_of_head * probe.parts);
     draw_probes<<<heads * probe.tiles, REPRESENT_THREADS>>>(p, probe);
+    auto rows_of_any = fetch(probe.rows, heads * rows);
+    auto weights_of_any = fetch(probe.weights, heads * rows);
+    u32 shared_bytes = (c.head_dim + REPRESENT_CHUNK - 1) / REPRESENT_CHUNK * REPRESENT_CHUNK_BYTES;
+    CHECK(cudaFuncSetAttribute(draw_probes_bf16, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+    draw_probes_bf16<<<heads * probe.tiles, REPRESENT_THREADS, shared_bytes>>>(p, probe);
     probe_tiles<<<heads, 32>>>(p, probe);
     CHECK(cudaDeviceSynchronize());
+    report(rows_of_any == fetch(probe.rows, heads * rows) && weights_of_any == fetch(probe.weights, heads * rows),
+           "probe rows drawn from shared memory are the same");
     auto list = fetch(probe.tile_list, heads * probe.tiles);
     auto drawn = fetch(probe.rows, heads * rows);
     auto weights = fetch(probe.weights, heads * rows);
-    auto records = fetch(probe.probe_records, heads * probe.records_of_head);
-    auto segments = fetch(probe.probe_segments, heads * probe.records_of_head);
+    auto records = fetch(probe.probe_records, heads * probe.records_of_head * probe.parts);
+    auto segments = fetch(probe.probe_segments, heads * probe.records_of_head * probe.parts);
     u32 wrong_tiles = 0, wrong_rows = 0, wrong_weights = 0;
     for (u32 item = 0; item < heads * probe.tiles; ++item) {
         u32 head = item / probe.tiles % c.heads_q, batch = item / probe.tiles / c.heads_q, index = item % probe.tiles;
@@ -902,9 +923,16 @@ static void check_probes(const Case &c)
     }
     bool lists = true;
     for (u32 head = 0; head < heads; ++head) {
-        const Tile &tile = records[head];
-        lists &= tile.rows == rows && tile.flags == (TILE_SORTED | TILE_COMPACT) && tile.first_query == 0;
-        lists &= segments[tile.first_segment].count == visible_keys(c, drawn[head * rows + rows - 1]);
+        u32 next = 0;
+        for (u32 part = 0; part < probe.parts; ++part) {
+            const Tile &tile = records[head * probe.parts + part];
+            const Segment &segment = segments[tile.first_segment];
+            lists &= tile.rows == rows && tile.first_query == 0 && tile.first_output == part * heads * rows;
+            lists &= tile.flags == (TILE_SORTED | TILE_COMPACT | TILE_STORE) && tile.head == head % c.heads_q;
+            lists &= segment.first == next && tile.segments == (segment.count > 0);
+            next += segment.count;
+        }
+        lists &= next == visible_keys(c, drawn[head * rows + rows - 1]);
     }
     char text[200];
     std::snprintf(text, sizeof text, "probe rows: %u tiles, %u rows and %u weights of %u differ", wrong_tiles,
@@ -923,7 +951,7 @@ static void check_probes(const Case &c)
     std::vector<u32> none(heads, 0);
     none[1] = 1;
     CHECK(cudaMemcpy(probe.settled, none.data(), heads * 4, cudaMemcpyHostToDevice));
-    select(pass, [](Stage) {});
+    select(pass, [](Stage) {}, 7);
     CHECK(cudaDeviceSynchronize());
     u32 places = pass.pass_groups * GROUP_TILES, wrong_records = 0, choosing = 0;
     auto pass_tiles = fetch(pass.tiles, places);
@@ -1003,6 +1031,76 @@ static void check_probes(const Case &c)
     report(std::abs(per_query[0] - pairs / c.n_q) < 1e-3 * per_query[0], text);
 }
 
+// States of several parts, some of which have met nothing, or something that is not a number.
+static void check_merge(u32 parts, u32 value_dim, u32 out_type)
+{
+    const u32 batch = 2, heads = 3, n_q = 5, rows = batch * heads * n_q;
+    const float infinite = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    std::vector<float> max(parts * rows), sum(parts * rows), accumulated((u64)parts * rows * value_dim);
+    for (u32 state = 0; state < parts * rows; ++state) {
+        u32 row = state % rows, part = state / rows;
+        bool empty = row % 7 == 3 || (row + part) % 3 == 0;
+        max[state] = empty ? -infinite : 20.0f * normal() + (row % 7 == 1 ? 1e6f : 0.0f);
+        sum[state] = empty ? 0.0f : 1.0f + std::abs(normal());
+        if (row % 7 == 5 && part == 1)
+            max[state] = 0.0f, sum[state] = nan;
+        for (u32 i = 0; i < value_dim; ++i)
+            accumulated[(u64)state * value_dim + i] = empty ? nan : normal();
+    }
+    auto upload = [](const std::vector<float> &values) {
+        float *to = device<float>(values.size());
+        CHECK(cudaMemcpy(to, values.data(), values.size() * 4, cudaMemcpyHostToDevice));
+        return to;
+    };
+    u32 bytes = bytes_of(out_type);
+    char *out = device<char>((u64)rows * value_dim * bytes);
+    float *lse = device<float>(rows);
+    AttendParams p = {};
+    p.heads_q = heads, p.n_q = n_q, p.value_dim = value_dim, p.out_type = out_type;
+    p.out = {out, (i64)heads * n_q * value_dim * bytes, (i64)n_q * value_dim * bytes, (i64)value_dim * bytes};
+    p.lse = {(char *)lse, heads * n_q * 4, n_q * 4, 4};
+    p.state_max = upload(max), p.state_sum = upload(sum), p.state_accumulated = upload(accumulated);
+    u32 slices = (value_dim + MERGE_COLUMNS - 1) / MERGE_COLUMNS;
+    merge_parts<<<(rows * slices + MERGE_WARPS - 1) / MERGE_WARPS, MERGE_THREADS>>>(p, parts, rows);
+    CHECK(cudaDeviceSynchronize());
+    auto found = fetch(out, (u64)rows * value_dim * bytes);
+    auto found_lse = fetch(lse, rows);
+    u32 wrong = 0;
+    auto differs = [](double a, double b, double tolerance) {
+        return std::isnan(b) ? !std::isnan(a) : a != b && !(std::abs(a - b) <= tolerance * std::max(1.0, std::abs(b)));
+    };
+    for (u32 row = 0; row < rows; ++row) {
+        double most = -INFINITY, total = 0;
+        for (u32 part = 0; part < parts; ++part)
+            most = std::max(most, (double)max[part * rows + row]);
+        std::vector<double> values(value_dim);
+        for (u32 part = 0; part < parts; ++part) {
+            u32 state = part * rows + row;
+            if (sum[state] == 0.0f)
+                continue;
+            double factor = std::exp2(max[state] - most);
+            total += factor * sum[state];
+            for (u32 i = 0; i < value_dim; ++i)
+                values[i] += factor * accumulated[(u64)state * value_dim + i];
+        }
+        for (u32 i = 0; i < value_dim; ++i) {
+            u64 at = (u64)row * value_dim + i;
+            u32 bits = 0;
+            std::memcpy(&bits, &found[at * bytes], bytes);
+            // F32 is compared as it is; what is rounded is within half a step.
+            float value;
+            bits <<= out_type == BF16 ? 16 : 0;
+            std::memcpy(&value, &bits, 4);
+            wrong += differs(value, total == 0 ? 0.0 : values[i] / total, out_type == BF16 ? 4e-3 : 1e-5);
+        }
+        wrong += differs(found_lse[row], total == 0 ? -INFINITY : (most + std::log2(total)) * std::log(2.0), 1e-6);
+    }
+    char text[200];
+    std::snprintf(text, sizeof text, "merge of %u parts, dim %u, type %u: %u numbers wrong", parts, value_dim, out_type,
+                  wrong);
+    report(wrong == 0, text);
+}
+
 __global__ void fill_normal(u16 *to, u64 count, u32 seed, float scale)
 {
     for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x) {
@@ -1079,6 +1177,12 @@ int main()
     check_case({"f32 over bf16", F32, BF16, 1, 2, 2, 1500, 3000, 80, 64, 0, 16, 128, 256, true, false, 0}, LARGE);
     check_case({"bf16 long", BF16, BF16, 1, 1, 1, 33333, 33333, 128, 128, 1, 16, 128, 1024, true, false, 0}, LARGE);
     check_probes({"probes", BF16, BF16, 1, 8, 1, 6000, 6000, 64, 64, 1, 16, 128, 512, false, false, 0});
+    for (u32 parts : {2u, 5u, 40u, MOST_PARTS}) {
+        for (u32 dim : {1u, 57u, 64u, 128u, 200u, 256u}) {
+            check_merge(parts, dim, F32);
+            check_merge(parts, dim, BF16);
+        }
+    }
     time_case({"d 128 causal 131072 x 32, budget 2048", BF16, BF16, 1, 32, 1, 131072, 131072, 128, 128, 1, 16, 128,
                2048, false, false, 0});
     std::printf(failures ? "FAIL %d checks\n" : "PASS all checks\n", failures);

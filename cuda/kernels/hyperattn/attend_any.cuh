@@ -502,7 +502,7 @@ template <u32 DIM> __device__ __forceinline__ void attend(const AttendParams &p)
                 const bool store = memory.tile.flags & TILE_STORE;
                 float inverse = total == 0.0f ? 0.0f : 1.0f / total;
                 if (store) {
-                    const u64 state = head_row + query_row;
+                    const u64 state = head_row + output_row;
                     to = (char *)(p.state_accumulated + state * p.value_dim);
                     type = F32;
                     fours = p.value_dim % 4 == 0 && (u64)p.state_accumulated % 16 == 0;

@@ -470,11 +470,11 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                 total += __shfl_xor_sync(0xffffffffu, total, 1);
                 total += __shfl_xor_sync(0xffffffffu, total, 2);
                 float inverse = 1.0f / total;
-                u32 query_row = row < rows ? memory.query_rows[row] : 0;
+                u32 output_row = row < rows ? p.output_row(memory.tile, row, memory.query_rows[row]) : 0;
                 if (tile_flags & TILE_STORE) {
                     if (row >= rows)
                         continue;
-                    u64 state = head_row + query_row;
+                    u64 state = head_row + output_row;
                     if (quad_lane == 0) {
                         p.state_max[state] = reference[i][half];
                         p.state_sum[state] = total;
@@ -490,7 +490,6 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                     }
                     continue;
                 }
-                u32 output_row = p.output_row(memory.tile, row, query_row);
                 if (p.lse.data && row < rows && quad_lane == 0) {
                     *(float *)p.lse.row(memory.tile.batch, memory.tile.head, output_row) =
                         log_sum(reference[i][half], total);

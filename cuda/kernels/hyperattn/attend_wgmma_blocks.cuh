@@ -38,7 +38,7 @@ __device__ __forceinline__ u32 word_of(u32 words, u32 lane) { return __shfl_sync
 __device__ __forceinline__ Tile tile_of(u32 words)
 {
     return {word_of(words, 0), word_of(words, 1), word_of(words, 2), word_of(words, 3),
-            word_of(words, 4), word_of(words, 5), word_of(words, 6), 0};
+            word_of(words, 4), word_of(words, 5), word_of(words, 6), word_of(words, 7)};
 }
 
 // The lane's word of segments number `first` to `end`, as many as are held.

@@ -264,7 +264,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
             query.rows = tile.rows;
             query.flags = tile.flags;
             query.has_keys = has_keys;
-            query.first_output = tile.first_query;
+            query.first_output = tile.first_output;
         }
     }
 

@@ -1,15 +1,19 @@
-// The work of exact attention: every tile of queries meets the leading keys, as far as its last query sees them.
+// The work of exact attention: every tile of queries meets the leading keys, as far as its last query sees them, at once
+// or in parts.
 #pragma once
 
-#include "work.cuh"
+#include "parts.cuh"
 
 namespace hyperattn {
 
-// Tile and segment number `index`, in the order in which tiles are handed out: KV heads in sections of `section`; in a
-// section tile by tile, those with the most keys first; for each the section's KV heads, and their query heads.
-__device__ __forceinline__ void exact_tile(Tile *tiles, Segment *segments, u32 index, u32 kv_heads, u32 heads_kv,
-                                           u32 group, u32 n_q, u32 n_k, i32 visible, bool limited, u32 section)
+// Tile and segment number `number`, in the order in which tiles are handed out: KV heads in sections of `section`; in a
+// section tile by tile, those with the most keys first; for each the section's KV heads, their query heads, and the
+// parts of the keys.
+__device__ __forceinline__ void exact_tile(Tile *tiles, Segment *segments, u32 number, u32 kv_heads, u32 heads_kv,
+                                           u32 group, u32 n_q, u32 n_k, i32 visible, bool limited, u32 section,
+                                           u32 parts)
 {
+    u32 index = number / parts;
     u32 tiles_of_head = (n_q + (TILE_ROWS - 1)) / TILE_ROWS;
     // A section may have more tiles than 32 bits count, but only where it is the only one.
     u64 tiles_of_section = (u64)section * group * tiles_of_head;
@@ -33,10 +37,9 @@ __device__ __forceinline__ void exact_tile(Tile *tiles, Segment *segments, u32 i
     tile.first_query = first_query;
     tile.rows = rows;
     tile.flags = 0;
-    tile.first_segment = index;
+    tile.first_segment = number;
     tile.segments = keys > 0 ? 1 : 0;
-    tile.reserved = 0;
-    tiles[index] = tile;
+    tile.first_output = 0;
 
     Segment segment;
     segment.first = 0;
@@ -45,7 +48,9 @@ __device__ __forceinline__ void exact_tile(Tile *tiles, Segment *segments, u32 i
     segment.log_weight = 0.0f;
     segment.hidden_start = 0;
     segment.hidden_end = 0;
-    segments[index] = segment;
+    take_part(tile, segment, number % parts, parts, kv_heads * group * n_q);
+    tiles[number] = tile;
+    segments[number] = segment;
 }
 
 } // namespace hyperattn
@@ -54,10 +59,10 @@ __device__ __forceinline__ void exact_tile(Tile *tiles, Segment *segments, u32 i
 extern "C" __global__ void exact_tiles(hyperattn::Tile *tiles, hyperattn::Segment *segments, hyperattn::u32 count,
                                        hyperattn::u32 kv_heads, hyperattn::u32 heads_kv, hyperattn::u32 group,
                                        hyperattn::u32 n_q, hyperattn::u32 n_k, hyperattn::i32 visible,
-                                       hyperattn::u32 limited, hyperattn::u32 section)
+                                       hyperattn::u32 limited, hyperattn::u32 section, hyperattn::u32 parts)
 {
-    hyperattn::u32 index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index < count)
-        hyperattn::exact_tile(tiles, segments, index, kv_heads, heads_kv, group, n_q, n_k, visible, limited != 0,
-                              section);
+    hyperattn::u32 number = blockIdx.x * blockDim.x + threadIdx.x;
+    if (number < count)
+        hyperattn::exact_tile(tiles, segments, number, kv_heads, heads_kv, group, n_q, n_k, visible, limited != 0,
+                              section, parts);
 }

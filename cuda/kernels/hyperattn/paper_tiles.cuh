@@ -78,7 +78,7 @@ struct PassTiles {
         tile.flags = flags | (resumes(index) ? (u32)TILE_RESUME : 0);
         tile.first_segment = first_segment;
         tile.segments = count;
-        tile.reserved = 0;
+        tile.first_output = 0;
         tiles[(block_number(set_kv_head, index, block) * group + member) * tiles_per_block + part] = tile;
     }
 };

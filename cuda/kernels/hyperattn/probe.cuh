@@ -1,9 +1,11 @@
 // Probe rows: a few queries of each head that are computed exactly besides, to estimate the error of an estimator.
 //
-// Launches: draw_probes, grid (heads * probe tiles), REPRESENT_THREADS threads; probe_tiles, grid
-// (heads), 32 threads; probe_errors, grid (heads), NORM_THREADS threads.
+// Launches: draw_probes, grid (heads * probe tiles), REPRESENT_THREADS threads, and for queries that represent.cuh keeps in
+// shared memory draw_probes_f16 and draw_probes_bf16, with as much of it; probe_tiles, grid (heads), 32 threads;
+// probe_errors, grid (heads), NORM_THREADS threads.
 #pragma once
 
+#include "parts.cuh"
 #include "philox.cuh"
 #include "represent.cuh"
 
@@ -39,10 +41,11 @@ struct ProbeParams {
     // [head]; budgets may be null where no head is exact.
     u32 *budgets;
     u32 *settled;
-    // For the exact outputs: records of each head, with one segment each.
+    // For the exact outputs: records of each head, with one segment each, and as many for each part of the keys.
     Tile *probe_records;
     Segment *probe_segments;
     u32 records_of_head;
+    u32 parts;
 
     __device__ __forceinline__ u32 rows_of_head() const { return tiles * PROBE_ROWS; }
 
@@ -117,35 +120,53 @@ __device__ __forceinline__ void draw_rows(DrawShared &shared, double cube, u32 c
     }
 }
 
-// A query that is far from its neighbours' mean is drawn more often: it looks where the others do not, and there most
-// of the error is.
-__device__ __forceinline__ void draw_probes(const RefinedParams &p, const ProbeParams &probe, DrawShared &shared)
+// The tile whose rows a thread block draws, noted in the list.
+__device__ __forceinline__ QueryTile drawn_tile(const RefinedParams &p, const ProbeParams &probe)
 {
     u32 head_number = blockIdx.x / probe.tiles, index = blockIdx.x % probe.tiles;
-    u32 head = head_number % p.heads_q;
     u64 tiles = p.query_tiles - probe.first_tile;
     u32 first = (u32)(index * tiles / probe.tiles), end = (u32)((index + 1) * tiles / probe.tiles);
-    u32 drawn = probe.first_tile + first + probe.draw(head, index, 0, end - first);
-    QueryTile tile = query_tile(p, head_number, drawn);
-    u32 part;
-    float distance = measure_run(shared.represent, TileQueries(p, tile), part);
-    u64 at = (u64)blockIdx.x * PROBE_ROWS;
-    float phase = (float)probe.draw(head, index, 1, 1u << 20) / (1u << 20);
-    draw_rows(shared, cube_of(distance), tile.queries, phase, tile.first_query, probe.rows + at, probe.weights + at);
+    u32 drawn = probe.first_tile + first + probe.draw(head_number % p.heads_q, index, 0, end - first);
     if (threadIdx.x == 0)
         probe.tile_list[blockIdx.x] = drawn;
+    return query_tile(p, head_number, drawn);
+}
+
+// A query that is far from its neighbours' mean is drawn more often: it looks where the others do not, and there most
+// of the error is.
+template <class Queries>
+__device__ __forceinline__ void draw_probes(const ProbeParams &probe, DrawShared &shared, const QueryTile &tile,
+                                            const Queries &queries)
+{
+    u32 part;
+    float distance = measure_run(shared.represent, queries, part);
+    u64 at = (u64)blockIdx.x * PROBE_ROWS;
+    float phase = (float)probe.draw(tile.head, blockIdx.x % probe.tiles, 1, 1u << 20) / (1u << 20);
+    draw_rows(shared, cube_of(distance), tile.queries, phase, tile.first_query, probe.rows + at, probe.weights + at);
+}
+
+template <u32 TYPE>
+__device__ __forceinline__ void draw_from_shared(const RefinedParams &p, const ProbeParams &probe, DrawShared &shared)
+{
+    extern __shared__ __align__(16) char represented_queries[];
+    QueryTile tile = drawn_tile(p, probe);
+    TileQueries queries(p, tile);
+    if (p.head_dim <= REPRESENT_CHUNK)
+        draw_probes(probe, shared, tile, SharedQueries<TYPE, 1>(queries, represented_queries));
+    else
+        draw_probes(probe, shared, tile, SharedQueries<TYPE, 2>(queries, represented_queries));
 }
 
 // Attention of the probe rows to everything that they see.
 __device__ __forceinline__ void write_probe_tiles(const RefinedParams &p, const ProbeParams &probe)
 {
-    u32 rows = probe.rows_of_head();
-    for (u32 record = threadIdx.x; record < probe.records_of_head; record += 32) {
-        u32 first = record * TILE_ROWS, number = blockIdx.x * probe.records_of_head + record;
+    u32 rows = probe.rows_of_head(), records = probe.records_of_head * probe.parts;
+    for (u32 record = threadIdx.x; record < records; record += 32) {
+        u32 first = record / probe.parts * TILE_ROWS, number = blockIdx.x * records + record;
         Tile tile = {};
         tile.batch = blockIdx.x / p.heads_q;
         tile.head = blockIdx.x % p.heads_q;
-        tile.first_query = first;
+        tile.first_query = tile.first_output = first;
         tile.rows = min(rows - first, TILE_ROWS);
         tile.flags = TILE_SORTED | TILE_COMPACT;
         Segment segment = {};
@@ -153,16 +174,19 @@ __device__ __forceinline__ void write_probe_tiles(const RefinedParams &p, const 
         segment.flags = p.flags & REFINED_CAUSAL ? (u32)SEGMENT_LIMITED : 0u;
         tile.first_segment = number;
         tile.segments = segment.count > 0;
+        take_part(tile, segment, record % probe.parts, probe.parts, p.batch * p.heads_q * rows);
         probe.probe_segments[number] = segment;
         probe.probe_records[number] = tile;
     }
 }
 
-constexpr u32 NORM_THREADS = 256;
+constexpr u32 NORM_THREADS = 1024;
 
 struct NormShared {
     double difference[MOST_PROBE_TILES * PROBE_ROWS];
     double whole[MOST_PROBE_TILES * PROBE_ROWS];
+    // The sum of `whole`.
+    double all;
 };
 
 // Squared Frobenius norms of a difference and of what it is relative to, over the probe rows of a head.
@@ -229,19 +253,27 @@ __device__ __forceinline__ Norms norms_of(const RefinedParams &p, const ProbePar
     __syncthreads();
     Norms norms = {};
     norms.whole_over_probed = probe.whole_over_probed;
+    norms.groups = probe.tiles;
+    // Two threads of different warps add, in the order of the rows.
     if (threadIdx.x == 0) {
+#pragma unroll 4
         for (u32 group = 0; group < probe.tiles; ++group) {
             double difference = 0.0;
-            for (u32 row = group * PROBE_ROWS; row < (group + 1) * PROBE_ROWS; ++row) {
+            for (u32 row = group * PROBE_ROWS; row < (group + 1) * PROBE_ROWS; ++row)
                 difference += shared.difference[row];
-                norms.whole += shared.whole[row];
-            }
             norms.difference += difference;
             norms.squares += difference * difference;
             norms.cubes += difference * difference * difference;
-            norms.groups += 1.0;
         }
+    } else if (threadIdx.x == 32) {
+        double whole = 0.0;
+#pragma unroll 8
+        for (u32 row = 0; row < rows; ++row)
+            whole += shared.whole[row];
+        shared.all = whole;
     }
+    __syncthreads();
+    norms.whole = shared.all;
     return norms;
 }
 
@@ -267,7 +299,24 @@ extern "C" __global__ void __launch_bounds__(hyperattn::refined::REPRESENT_THREA
                           const __grid_constant__ hyperattn::refined::ProbeParams probe)
 {
     __shared__ hyperattn::refined::DrawShared shared;
-    hyperattn::refined::draw_probes(p, probe, shared);
+    hyperattn::refined::QueryTile tile = hyperattn::refined::drawn_tile(p, probe);
+    hyperattn::refined::draw_probes(probe, shared, tile, hyperattn::refined::TileQueries(p, tile));
+}
+
+extern "C" __global__ void __launch_bounds__(hyperattn::refined::REPRESENT_THREADS, 3)
+    draw_probes_f16(const __grid_constant__ hyperattn::refined::RefinedParams p,
+                              const __grid_constant__ hyperattn::refined::ProbeParams probe)
+{
+    __shared__ hyperattn::refined::DrawShared shared;
+    hyperattn::refined::draw_from_shared<hyperattn::F16>(p, probe, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(hyperattn::refined::REPRESENT_THREADS, 3)
+    draw_probes_bf16(const __grid_constant__ hyperattn::refined::RefinedParams p,
+                               const __grid_constant__ hyperattn::refined::ProbeParams probe)
+{
+    __shared__ hyperattn::refined::DrawShared shared;
+    hyperattn::refined::draw_from_shared<hyperattn::BF16>(p, probe, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(32)

@@ -152,7 +152,7 @@ __device__ __forceinline__ void write_records(const RefinedParams &p, const Quer
         written.head = tile.head;
         if (!left_out && p.probe_rows) {
             u32 first = tile.index_in_pass * PROBE_ROWS;
-            written.first_query = first;
+            written.first_query = written.first_output = first;
             written.rows = PROBE_ROWS;
             written.flags = TILE_SORTED | TILE_COMPACT;
             last_row = p.probe_rows[(u64)tile.head_number * p.tiles_of_head * PROBE_ROWS + first + PROBE_ROWS - 1];

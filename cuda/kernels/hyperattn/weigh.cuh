@@ -4,8 +4,9 @@
 // 32j..32j + 32, of which lane t of four has 8t..8t + 8, two for each of the four registers of two products.
 //
 // TYPE is F16 or BF16, PARTS the parts of a row: width / 32.
-// Launches: weigh_blocks_TYPE_PARTS, grid (groups of the chunk), WEIGH_BLOCKS_THREADS threads;
-// weigh_keys_TYPE_PARTS, grid (heads of the chunk * blocks), WEIGH_KEYS_THREADS threads.
+// Launches: total_weights_TYPE_PARTS, grid (groups of the chunk), and weigh_blocks_TYPE_PARTS, grid (groups of the chunk,
+// slices of the blocks), WEIGH_BLOCKS_THREADS threads;
+// weigh_keys_TYPE_PARTS, grid (blocks of keys or fewer, heads of the chunk), WEIGH_KEYS_THREADS threads.
 #pragma once
 
 #include "refined_params.cuh"
@@ -213,6 +214,11 @@ constexpr u32 WEIGH_BLOCKS_THREADS = GROUP_TILES / TILES_OF_WARP * 32;
 // Thread blocks that a multiprocessor is to hold, by the registers that they need.
 template <u32 PARTS> constexpr u32 WEIGH_BLOCKS_BLOCKS = PARTS <= 4 ? 2 : 1;
 
+// The same for total_weights, and the steps of sixteen mean keys that it reads ahead: it goes through all of them one after
+// the other, and mostly with few thread blocks.
+template <u32 PARTS> constexpr u32 TOTAL_WEIGHTS_BLOCKS = PARTS <= 3 ? 2 : 1;
+template <u32 PARTS> constexpr u32 TOTAL_WEIGHTS_AHEAD = PARTS <= 6 ? 2 : 1;
+
 // Adds keys, one by one, to the sums of tile u of two: the first ones, and those near.
 template <u32 TYPE, u32 PARTS>
 __device__ __forceinline__ void add_keys(const RefinedParams &p, const char *rows, const Frame &frame,
@@ -239,80 +245,96 @@ __device__ __forceinline__ void add_keys(const RefinedParams &p, const char *row
     }
 }
 
-// Totals and starts of each tile of a group, and the weights of its blocks: by their mean keys, and with their
-// outliers. Sixteen blocks at a time; those beyond the last are not any that count, but memory of the workspace.
-template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(const RefinedParams &p)
-{
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    u32 in_chunk = group_by_length(p, blockIdx.x);
+// The two tiles of a group that a warp weighs blocks for, and the blocks that they choose from.
+struct WeighedTiles {
     QueryTile tile[TILES_OF_WARP];
+    Frame frame[TILES_OF_WARP];
+    u64 place[TILES_OF_WARP];
+
+    __device__ __forceinline__ WeighedTiles(const RefinedParams &p)
+    {
+        u32 in_chunk = group_by_length(p, blockIdx.x), first = threadIdx.x / 32 * TILES_OF_WARP;
 #pragma unroll
-    for (u32 u = 0; u < TILES_OF_WARP; ++u)
-        tile[u] = tile_of_group(p, p.chunk_first + in_chunk, warp * TILES_OF_WARP + u);
-    // The blocks that the tiles choose from, and what the lane's tile needs of its frame.
-    u32 its_end[TILES_OF_WARP], begin = 0xffffffffu;
-    u32 end_of_lane = 0, cut_block = 0xffffffffu;
-    Representing<PARTS> queries;
-    load_representatives<PARTS>(p, tile[0].number, tile[1].number, queries);
-    // Of the representatives g and blocks 2t, 2t + 1: sums over all keys, estimated from the mean keys.
-    RunningSum sums[TILES_OF_WARP][2];
-    const char *keys = p.k.row(tile[0].batch, tile[0].head / p.group, 0);
-#pragma unroll
-    for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-        Frame frame = frame_of(p, tile[u]);
-        sums[u][0].empty();
-        sums[u][1].empty();
-        its_end[u] = frame.chooses ? frame.end_block() : 0;
-        if (frame.chooses) {
-            begin = min(begin, frame.first_block());
-            add_keys<TYPE, PARTS>(p, keys, frame, queries, u, sums[u]);
-        }
-        if (u == weighing_tile()) {
-            end_of_lane = its_end[u];
-            if (frame.first % KEY_BLOCK)
-                cut_block = frame.first_block();
+        for (u32 u = 0; u < TILES_OF_WARP; ++u) {
+            tile[u] = tile_of_group(p, p.chunk_first + in_chunk, first + u);
+            frame[u] = frame_of(p, tile[u]);
+            place[u] = (u64)in_chunk * GROUP_TILES + first + u;
         }
     }
-    u32 end = max(its_end[0], its_end[1]);
+
+    // One behind the last block that tile u chooses from, 0 if it does not choose.
+    __device__ __forceinline__ u32 end(u32 u) const { return frame[u].chooses ? frame[u].end_block() : 0; }
+    __device__ __forceinline__ u32 end() const { return max(end(0), end(1)); }
+};
+
+// Totals and starts of each tile of a group. Sixteen blocks at a time; those beyond the last are not any that count,
+// but memory of the workspace.
+template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void total_weights(const RefinedParams &p)
+{
+    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    WeighedTiles tiles(p);
+    u32 its_end[TILES_OF_WARP] = {tiles.end(0), tiles.end(1)}, end = tiles.end();
     if (end == 0)
         return;
-    u64 first_of_head = (u64)kv_number(p, tile[0]) * p.blocks;
-    u64 of_lane = (first_of_head + g) * (PARTS * 64) + t * 16;
-    const char *means = p.mean_keys + of_lane, *outliers = p.outliers + of_lane;
+    Representing<PARTS> queries;
+    load_representatives<PARTS>(p, tiles.tile[0].number, tiles.tile[1].number, queries);
+    // Of the representatives g and blocks 2t, 2t + 1: sums over all keys, estimated from the mean keys.
+    RunningSum sums[TILES_OF_WARP][2];
+    const char *keys = p.k.row(tiles.tile[0].batch, tiles.tile[0].head / p.group, 0);
+#pragma unroll
+    for (u32 u = 0; u < TILES_OF_WARP; ++u) {
+        sums[u][0].empty();
+        sums[u][1].empty();
+        if (tiles.frame[u].chooses)
+            add_keys<TYPE, PARTS>(p, keys, tiles.frame[u], queries, u, sums[u]);
+    }
+    u64 first_of_head = (u64)kv_number(p, tiles.tile[0]) * p.blocks;
+    const char *means = p.mean_keys + (first_of_head + g) * (PARTS * 64) + t * 16;
     const float *counts = p.key_counts + first_of_head;
 
-    KeyRow<PARTS> rows[2];
-    load_operands<PARTS>(means, rows);
-    for (u32 first = 0; first < end; first += 16) {
+    constexpr u32 AHEAD = TOTAL_WEIGHTS_AHEAD<PARTS>;
+    KeyRow<PARTS> rows[AHEAD][2];
+    float count[AHEAD][4];
+    auto load = [&](u32 first, u32 slot) {
+        load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows[slot]);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i)
+            count[slot][i] = counts[first + i / 2 * 8 + t * 2 + i % 2];
+    };
+    // `first` is before `end`.
+    auto add = [&](u32 first, u32 slot) {
+        float c[2][4], log_count[4];
+        multiply<TYPE, PARTS, 2>(queries, rows[slot], c);
         // A block without keys has -inf.
-        float count[2][2];
 #pragma unroll
-        for (u32 n = 0; n < 2; ++n) {
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i)
-                count[n][i] = log2_approximately(counts[first + n * 8 + t * 2 + i]);
-        }
-        float c[2][4];
-        multiply<TYPE, PARTS, 2>(queries, rows, c);
-        if (first + 16 < end)
-            load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows);
+        for (u32 i = 0; i < 4; ++i)
+            log_count[i] = log2_approximately(count[slot][i]);
+        if (first + AHEAD * 16 < end)
+            load(first + AHEAD * 16, slot);
 #pragma unroll
         for (u32 u = 0; u < TILES_OF_WARP; ++u) {
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
                 u32 low = first + t * 2 + i, high = low + 8;
                 sums[u][i].add(
-                    low < its_end[u] ? fmaf(c[0][2 * u + i], p.scale_log2, count[0][i]) : negative_infinity(),
-                    high < its_end[u] ? fmaf(c[1][2 * u + i], p.scale_log2, count[1][i]) : negative_infinity());
+                    low < its_end[u] ? fmaf(c[0][2 * u + i], p.scale_log2, log_count[i]) : negative_infinity(),
+                    high < its_end[u] ? fmaf(c[1][2 * u + i], p.scale_log2, log_count[2 + i]) : negative_infinity());
             }
         }
+    };
+    load(0, 0);
+    if (AHEAD > 1 && 16 < end)
+        load(16, AHEAD - 1);
+#pragma unroll 1
+    for (u32 first = 0; first < end; first += AHEAD * 16) {
+        add(first, 0);
+        if (AHEAD > 1 && first + 16 < end)
+            add(first + 16, AHEAD - 1);
     }
-    u32 first = begin / 16 * 16;
-    load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows);
-    float start[TILES_OF_WARP];
+
 #pragma unroll
     for (u32 u = 0; u < TILES_OF_WARP; ++u) {
-        const float *represented = p.represented + (u64)tile[u].number * REPRESENTATIVES;
+        const float *represented = p.represented + (u64)tiles.tile[u].number * REPRESENTATIVES;
         float number = 0.0f;
 #pragma unroll
         for (u32 slot = 0; slot < REPRESENTATIVES; ++slot)
@@ -327,31 +349,68 @@ template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(cons
             sum.add(its);
         }
         // The last bits depend on the order of addition: one lane's are for all.
-        float total = __shfl_sync(ALL_LANES, sum.log2_sum(), lane / 4 * 4);
-        start[u] = start_of(total, number, represented[g]);
-        u64 place = (u64)in_chunk * GROUP_TILES + warp * TILES_OF_WARP + u;
         if (t == 0 && its_end[u] > 0) {
-            p.totals[place * REPRESENTATIVES + g] = total;
-            p.starts[place * REPRESENTATIVES + g] = start[u];
+            float total = sum.log2_sum();
+            p.totals[tiles.place[u] * REPRESENTATIVES + g] = total;
+            p.starts[tiles.place[u] * REPRESENTATIVES + g] = start_of(total, number, represented[g]);
         }
     }
+}
 
-    u64 first_weight = ((u64)in_chunk * GROUP_TILES + warp * TILES_OF_WARP + weighing_tile()) * p.blocks;
+// The weights of a slice of blocks for each tile of a group: by their mean keys, and with their outliers. Sixteen blocks
+// at a time, as above.
+template <u32 TYPE, u32 PARTS> __device__ __forceinline__ void weigh_blocks(const RefinedParams &p)
+{
+    u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    WeighedTiles tiles(p);
+    u32 slice = (p.blocks + gridDim.y * 16 - 1) / (gridDim.y * 16) * 16;
+    u32 end = min(tiles.end(), (blockIdx.y + 1) * slice), begin = end;
+    float start[TILES_OF_WARP];
+#pragma unroll
+    for (u32 u = 0; u < TILES_OF_WARP; ++u) {
+        start[u] = infinity();
+        if (tiles.frame[u].chooses) {
+            begin = min(begin, tiles.frame[u].first_block());
+            start[u] = p.starts[tiles.place[u] * REPRESENTATIVES + g];
+        }
+    }
+    u32 first = max(begin / 16 * 16, blockIdx.y * slice);
+    if (first >= end)
+        return;
+    // What the lane's tile needs of its frame.
+    u32 its = weighing_tile();
+    const Frame &frame = its ? tiles.frame[1] : tiles.frame[0];
+    u32 its_end = its ? tiles.end(1) : tiles.end(0);
+    u32 cut_block = frame.first % KEY_BLOCK ? frame.first_block() : 0xffffffffu;
+    u64 first_weight = (its ? tiles.place[1] : tiles.place[0]) * p.blocks;
     float *mean_weights = p.block_weights + first_weight, *outlier_weights = p.outlier_weights + first_weight;
+
+    Representing<PARTS> queries;
+    load_representatives<PARTS>(p, tiles.tile[0].number, tiles.tile[1].number, queries);
+    u64 first_of_head = (u64)kv_number(p, tiles.tile[0]) * p.blocks;
+    u64 of_lane = (first_of_head + g) * (PARTS * 64) + t * 16;
+    const char *means = p.mean_keys + of_lane, *outliers = p.outliers + of_lane;
+    const float *counts = p.key_counts + first_of_head;
+    KeyRow<PARTS> rows[2];
+    load_operands<PARTS>(means + (u64)first * (PARTS * 64), rows);
+    float next_count = counts[first + weighed_key()];
     for (; first < end; first += 16) {
         u32 block = first + weighed_key();
-        float count = counts[block], c[2][4];
+        bool more = first + 16 < end;
+        float count = next_count, c[2][4];
         multiply<TYPE, PARTS, 2>(queries, rows, c);
         load_operands<PARTS>(outliers + (u64)first * (PARTS * 64), rows);
+        if (more)
+            next_count = counts[block + 16];
         float mean = add_weights(c, p.scale_log2, start) * count;
         multiply<TYPE, PARTS, 2>(queries, rows, c);
-        if (first + 16 < end)
+        if (more)
             load_operands<PARTS>(means + (u64)(first + 16) * (PARTS * 64), rows);
         float outlier = fmaf(add_weights(c, p.scale_log2, start), fminf(count, 1.0f), mean);
         // The block that the first keys cut is looked into: their part of it is met already.
         if (block == cut_block)
             outlier = __uint_as_float(0x7f7fffffu);
-        if (block < end_of_lane) {
+        if (block < its_end) {
             mean_weights[block] = mean;
             outlier_weights[block] = outlier;
         }
@@ -391,15 +450,13 @@ __device__ __forceinline__ void load_pair(const RefinedParams &p, const WeighKey
 // The weights of a block's keys for all tiles of one head in the chunk of which it is a candidate. The keys stay in
 // registers, and the tiles' representatives, which are fewer, pass by.
 template <u32 TYPE, u32 PARTS>
-__device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShared &shared)
+__device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShared &shared, u32 head, u32 block)
 {
     // So many groups of 16 keys does a warp hold; the warps that hold the others of the block are its peers.
     constexpr u32 HELD = PARTS <= 2 ? 4 : PARTS <= 4 ? 2 : 1;
     constexpr u32 PEERS = 4 / HELD;
     constexpr u32 STREAMS = WEIGH_KEYS_WARPS / PEERS;
     u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    u32 block = blockIdx.x % p.blocks;
-    u32 head = p.chunk_first / p.groups_of_head + blockIdx.x / p.blocks;
     u32 first_group = max(p.chunk_first, head * p.groups_of_head);
     u32 end_group = min(p.chunk_first + p.chunk_groups, (head + 1) * p.groups_of_head);
     if (first_group >= end_group)
@@ -473,9 +530,26 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
     }
 }
 
+template <u32 TYPE, u32 PARTS>
+__device__ __forceinline__ void weigh_keys_of_head(const RefinedParams &p, WeighKeysShared &shared)
+{
+    u32 head = p.chunk_first / p.groups_of_head + blockIdx.y;
+    if (p.settled && p.settled[head])
+        return;
+#pragma unroll 1
+    for (u32 block = blockIdx.x; block < p.blocks; block += gridDim.x)
+        weigh_keys<TYPE, PARTS>(p, shared, head, block);
+}
+
 } // namespace hyperattn::refined
 
 #define HYPERATTN_WEIGH(NAME, TYPE, PARTS)                                                                             \
+    extern "C" __global__ void                                                                                         \
+        __launch_bounds__(hyperattn::refined::WEIGH_BLOCKS_THREADS, hyperattn::refined::TOTAL_WEIGHTS_BLOCKS<PARTS>)   \
+            total_weights_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)                \
+    {                                                                                                                  \
+        hyperattn::refined::total_weights<hyperattn::TYPE, PARTS>(p);                                                  \
+    }                                                                                                                  \
     extern "C" __global__ void                                                                                         \
         __launch_bounds__(hyperattn::refined::WEIGH_BLOCKS_THREADS, hyperattn::refined::WEIGH_BLOCKS_BLOCKS<PARTS>)    \
             weigh_blocks_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)                 \
@@ -487,7 +561,7 @@ __device__ __forceinline__ void weigh_keys(const RefinedParams &p, WeighKeysShar
             weigh_keys_##NAME##_##PARTS(const __grid_constant__ hyperattn::refined::RefinedParams p)         \
     {                                                                                                                  \
         __shared__ hyperattn::refined::WeighKeysShared shared;                                                         \
-        hyperattn::refined::weigh_keys<hyperattn::TYPE, PARTS>(p, shared);                                             \
+        hyperattn::refined::weigh_keys_of_head<hyperattn::TYPE, PARTS>(p, shared);                                     \
     }
 
 #define HYPERATTN_WEIGH_TYPES(PARTS)                                                                                   \

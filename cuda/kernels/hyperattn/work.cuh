@@ -48,7 +48,8 @@ struct Tile {
     u32 flags;
     u32 first_segment;
     u32 segments;
-    u32 reserved;
+    // Of TILE_COMPACT.
+    u32 first_output;
 };
 
 enum TileFlags : u32 {
@@ -57,7 +58,8 @@ enum TileFlags : u32 {
     TILE_RESUME = 2,
     // The rows' states are stored; without it the outputs are written.
     TILE_STORE = 4,
-    // Outputs are written to row first_query + i instead of the query's own row; there are no states.
+    // Outputs are written, or states stored, in row first_output + i instead of the query's own row. Rows beyond n_q are
+    // those of the heads behind, and behind the last head's those of another set of states. Never with TILE_RESUME.
     TILE_COMPACT = 8,
 };
 
@@ -115,10 +117,10 @@ struct AttendParams {
         return position;
     }
 
-    // Where the outputs of query number i go, which is row `row` of its head.
+    // Where the outputs or the stored state of query number i go, which is row `row` of its head.
     __device__ __forceinline__ u32 output_row(const Tile &tile, u32 i, u32 row) const
     {
-        return tile.flags & TILE_COMPACT ? tile.first_query + i : row;
+        return tile.flags & TILE_COMPACT ? tile.first_output + i : row;
     }
 
     __device__ __forceinline__ u32 limit(u32 row) const

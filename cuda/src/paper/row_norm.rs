@@ -5,13 +5,13 @@ use std::ops::Range;
 use super::lists::{Lists, Step};
 use super::tile_count;
 use super::{
-    Paper, SEGMENT_SORTED, States, THREADS, TILE_SORTED, TILE_STORE, VISITED_NONE, block_length, blocks_of,
-    mirror,
+    Paper, SEGMENT_SORTED, THREADS, TILE_SORTED, TILE_STORE, VISITED_NONE, block_length, blocks_of, mirror,
 };
 use crate::abi::TILE_ROWS;
 use crate::attend::attend;
 use crate::call::Call;
 use crate::launch::args;
+use crate::states::States;
 use crate::workspace::{Carver, Pointer};
 use hyperattn_core::Result;
 

@@ -3,12 +3,13 @@
 use hyperattn_core::device::{ProbePlan, RefinedPlan};
 use hyperattn_core::{DType, Result};
 
-use super::shape::{RefinedParams, shape_params};
-use super::{NORM_THREADS, REPRESENT_THREADS};
-use crate::abi::{Segment, TILE_ROWS, Tile, View, element_type};
+use super::shape::{GROUP_TILES, RefinedParams, shape_params};
+use super::{DRAW, NORM_THREADS, REPRESENT_THREADS, of_queries};
+use crate::abi::{AttendParams, Segment, TILE_ROWS, Tile, View, element_type};
 use crate::attend::attend;
 use crate::call::Call;
 use crate::launch::{Argument, Queue, args};
+use crate::parts::{Parts, parts_of};
 use crate::workspace::{Carver, Pointer};
 
 /// Mirror of ProbeParams in probe.cuh, which says what the fields mean.
@@ -36,6 +37,7 @@ pub(super) struct ProbeParams {
     pub(super) probe_records: Pointer<Tile>,
     pub(super) probe_segments: Pointer<Segment>,
     pub(super) records_of_head: u32,
+    pub(super) parts: u32,
 }
 
 // What probe.cuh states too.
@@ -49,6 +51,8 @@ pub(crate) struct Probing {
     shape: RefinedParams,
     pub(super) params: ProbeParams,
     pub(super) heads: usize,
+    /// Of the keys, for the exact outputs.
+    parts: Parts,
     next_tile: Pointer<u32>,
 }
 
@@ -64,6 +68,7 @@ impl Probing {
         let heads = call.problem.batch * call.problem.heads_q;
         let rows = probes.tiles * probes.rows_of_a_tile;
         let records = rows.div_ceil(TILE_ROWS);
+        let parts = parts_of(call.problem.heads_q * records, rows, call.problem.n_k);
         let outputs = heads.saturating_mul(rows).saturating_mul(call.problem.value_dim);
         let params = ProbeParams {
             seed: call.params.seed,
@@ -84,16 +89,30 @@ impl Probing {
             estimate: Pointer::NULL,
             budgets: Pointer::NULL,
             settled: Pointer::NULL,
-            probe_records: carver.take(heads * records),
-            probe_segments: carver.take(heads * records),
+            probe_records: carver.take(heads * records * parts),
+            probe_segments: carver.take(heads * records * parts),
             records_of_head: records as u32,
+            parts: parts as u32,
         };
-        Ok(Probing { shape, params, heads, next_tile: carver.take(1) })
+        let parts = Parts::carve(parts, heads.saturating_mul(rows), call.problem.value_dim, carver)?;
+        Ok(Probing { shape, params, heads, parts, next_tile: carver.take(1) })
     }
 
     /// Probe rows of a head.
     pub(super) fn rows_of_head(&self) -> usize {
         self.params.tiles as usize * 4
+    }
+
+    /// What selection of `shape` is for the probe tiles of heads with this budget.
+    pub(super) fn shape_of_round(&self, shape: &RefinedParams, budget: usize) -> RefinedParams {
+        let mut round = *shape;
+        round.bound(budget);
+        round.tile_list = self.params.tile_list;
+        round.probe_rows = self.params.rows;
+        round.settled = self.params.settled;
+        round.tiles_of_head = self.params.tiles;
+        round.groups_of_head = self.params.tiles.div_ceil(GROUP_TILES as u32);
+        round
     }
 
     /// A view of outputs of all probe rows.
@@ -108,18 +127,13 @@ impl Probing {
         }
     }
 
-    /// Lets listed rows attend, `tiles` of them written before, with outputs one after the other.
-    ///
-    /// # Safety
-    /// As for [`attend`].
-    pub(super) unsafe fn attend(
+    /// Attention of the probe rows by these tiles and segments, with outputs one after the other.
+    fn attention(
         &self,
-        queue: &Queue<'_>,
         call: &Call<'_>,
         outputs: Pointer<f32>,
-        lists: (Pointer<Tile>, Pointer<Segment>, u32),
-        of_pass: Option<&RefinedParams>,
-    ) -> Result<()> {
+        (tiles, segments, tile_count): (Pointer<Tile>, Pointer<Segment>, u32),
+    ) -> AttendParams {
         let mut attention = call.attend_params();
         attention.out = self.outputs(outputs);
         attention.out_type = element_type(DType::F32);
@@ -127,13 +141,29 @@ impl Probing {
         // The list of rows has so many for each head.
         attention.n_q = self.rows_of_head() as u32;
         attention.query_order = self.params.rows;
-        (attention.tiles, attention.segments, attention.tile_count) = lists;
+        attention.tiles = tiles;
+        attention.segments = segments;
+        attention.tile_count = tile_count;
         attention.next_tile = self.next_tile;
-        if let Some(pass) = of_pass {
-            attention.positions = pass.positions;
-            attention.extra_keys = pass.extra_keys;
-            attention.extra_values = pass.extra_values;
-        }
+        attention
+    }
+
+    /// Lets the probe rows meet what a pass over their tiles has selected, for their estimates.
+    ///
+    /// # Safety
+    /// As for [`attend`].
+    pub(super) unsafe fn estimate(
+        &self,
+        queue: &Queue<'_>,
+        call: &Call<'_>,
+        pass: &RefinedParams,
+    ) -> Result<()> {
+        // One record for each place.
+        let lists = (pass.tiles, pass.segments, pass.pass_groups * GROUP_TILES as u32);
+        let mut attention = self.attention(call, self.params.estimate, lists);
+        attention.positions = pass.positions;
+        attention.extra_keys = pass.extra_keys;
+        attention.extra_values = pass.extra_values;
         // SAFETY: the caller's contract.
         unsafe { attend(queue, call, &attention) }
     }
@@ -144,19 +174,20 @@ impl Probing {
     /// The call's tensors and the workspace are there, see [`crate::forward`].
     pub(crate) unsafe fn draw(&self, queue: &Queue<'_>, call: &Call<'_>) -> Result<()> {
         let (heads, tiles) = (self.heads as u32, self.params.tiles);
+        let (draw, shared_bytes) = of_queries(DRAW, call);
         // SAFETY: these are the kernels' parameters, of this workspace and call.
         unsafe {
             queue.launch(
-                c"draw_probes",
+                draw,
                 [heads * tiles, 1, 1],
                 REPRESENT_THREADS,
-                0,
+                shared_bytes,
                 args![self.shape, self.params],
             )?;
             queue.launch(c"probe_tiles", [heads, 1, 1], 32, 0, args![self.shape, self.params])?;
-            let count = heads * self.params.records_of_head;
+            let count = heads * self.params.records_of_head * self.params.parts;
             let lists = (self.params.probe_records, self.params.probe_segments, count);
-            self.attend(queue, call, self.params.exact, lists, None)
+            self.parts.attend(queue, call, &self.attention(call, self.params.exact, lists))
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the kernels of METHOD_REFINED are told of a call.
 
-use hyperattn_core::device::RefinedPlan;
+use hyperattn_core::device::{RefinedPlan, candidate_blocks};
 use hyperattn_core::{DType, Error, ErrorKind, Mask, Residual, Result};
 
 use crate::abi::{Segment, Tile, View, element_type};
@@ -83,6 +83,17 @@ pub(super) struct RefinedParams {
     pub(super) tiles: Pointer<Tile>,
 }
 
+impl RefinedParams {
+    /// Bounds what a tile looks into and lists for budgets up to this.
+    pub(super) fn bound(&mut self, budget: usize) {
+        let n_k = self.n_k as usize;
+        self.most_candidates = candidate_blocks(n_k, budget).min(self.blocks as usize) as u32;
+        // Either the budget holds them all, or the first keys fill it and an eighth of it comes besides.
+        let most_first = (self.num_first_keys as usize).min(n_k);
+        self.most_positions = budget.max(most_first + budget / 8).min(n_k) as u32;
+    }
+}
+
 // What refined_params.cuh states too.
 const _: () = assert!(size_of::<RefinedParams>() == 432);
 
@@ -127,7 +138,6 @@ pub(super) fn shape_params(call: &Call<'_>, plan: &RefinedPlan) -> Result<Refine
     let blocks = problem.n_k.div_ceil(KEY_BLOCK);
     narrow("tiles of queries", heads.checked_mul(plan.query_tiles.next_multiple_of(GROUP_TILES)))?;
     narrow("blocks of keys", heads.checked_mul(blocks))?;
-    let most_first = (params.num_first_keys as usize).min(problem.n_k);
     let causal = problem.mask != Mask::None;
     let rows = [
         aligned(&tensors.q, problem.head_dim),
@@ -141,7 +151,7 @@ pub(super) fn shape_params(call: &Call<'_>, plan: &RefinedPlan) -> Result<Refine
     for (aligned, flag) in rows.into_iter().zip(REFINED_ALIGNED) {
         flags |= if aligned { flag } else { 0 };
     }
-    Ok(RefinedParams {
+    let mut shape = RefinedParams {
         q: tensors.q.view(),
         k: tensors.k.view(),
         v: tensors.v.view(),
@@ -167,9 +177,8 @@ pub(super) fn shape_params(call: &Call<'_>, plan: &RefinedPlan) -> Result<Refine
         earlier_queries: plan.earlier_queries as u32,
         query_tiles: plan.query_tiles as u32,
         blocks: blocks as u32,
-        most_candidates: plan.most_candidates.min(blocks) as u32,
-        // Either the budget holds them all, or the first keys fill it and an eighth of it comes besides.
-        most_positions: plan.most_budget.max(most_first + plan.most_budget / 8).min(problem.n_k) as u32,
+        most_candidates: 0,
+        most_positions: 0,
         tiles_of_head: plan.query_tiles as u32,
         groups_of_head: plan.query_tiles.div_ceil(GROUP_TILES) as u32,
         pass_first: 0,
@@ -203,5 +212,7 @@ pub(super) fn shape_params(call: &Call<'_>, plan: &RefinedPlan) -> Result<Refine
         extra_values: Pointer::NULL,
         segments: Pointer::NULL,
         tiles: Pointer::NULL,
-    })
+    };
+    shape.bound(plan.most_budget);
+    Ok(shape)
 }
