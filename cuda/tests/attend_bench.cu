@@ -252,6 +252,8 @@ struct Problem {
     std::vector<Segment> segments;
     std::vector<u32> positions, query_order, key_order, listed_rows;
     u32 extra = 0;
+    // Thread blocks that share the tiles; 0: one for each multiprocessor.
+    u32 blocks = 0;
 };
 
 static View view_of(char *data, u32 heads, u32 rows, u32 row_bytes, bool rows_outside)
@@ -357,7 +359,8 @@ struct Setup {
         CHECK(cudaMemsetAsync(next_tile.data, 0, 4));
         CHECK(cudaFuncSetAttribute((const void *)variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    (int)variant.shared_bytes));
-        variant.kernel<<<multiprocessors, hopper::THREADS, variant.shared_bytes>>>(p, k_map, v_map);
+        u32 blocks = problem.blocks ? problem.blocks : multiprocessors;
+        variant.kernel<<<blocks, hopper::THREADS, variant.shared_bytes>>>(p, k_map, v_map);
         CHECK(cudaGetLastError());
     }
 };
@@ -475,8 +478,16 @@ static void test(Problem problem)
     double limit = problem.type == BF16 || problem.out_type == BF16 ? 6e-3 : 1e-3;
     bool pass = relative < limit && lse_error < 2e-3 && !not_finite && !bad_lse && !bad_padding && !bad_rows;
     failures += !pass;
-    printf("%s %-44s dim %3u: relative error %.2e, max abs %.2e, lse %.1e", pass ? "PASS" : "FAIL",
-           problem.name.c_str(), setup.variant.dim, relative, largest, lse_error);
+    // Of all bits of the results: two versions that should compute the same are compared by it.
+    u64 hash = 14695981039346656037ull;
+    auto add_to_hash = [&](const void *data, size_t bytes) {
+        for (size_t i = 0; i < bytes; ++i)
+            hash = (hash ^ ((const u8 *)data)[i]) * 1099511628211ull;
+    };
+    add_to_hash(out.data(), out.size());
+    add_to_hash(lse.data(), lse.size() * 4);
+    printf("%s %-44s dim %3u: relative error %.2e, max abs %.2e, lse %.1e, bits %016llx", pass ? "PASS" : "FAIL",
+           problem.name.c_str(), setup.variant.dim, relative, largest, lse_error, hash);
     if (!pass)
         printf("; wrongly (not) finite %ld, lse %ld, padding bytes %ld, bad rows %ld, 16-row strips %#x, 8-column "
                "groups %#x;%s",
@@ -590,6 +601,54 @@ static void make_mixed(Problem &problem, bool sorted_queries)
             }
 }
 
+// Small tiles of few segments of every kind and length, none at times: of no block to many, so that another of the
+// loading warps begins each tile, and another ends it.
+static void make_turns(Problem &problem)
+{
+    std::mt19937 random(13);
+    problem.extra = 150;
+    u32 heads_kv = problem.heads / problem.group, samples = 300;
+    auto shuffle = [&](std::vector<u32> &to, u32 lists, u32 n) {
+        for (u32 i = 0; i < lists; ++i) {
+            for (u32 j = 0; j < n; ++j)
+                to.push_back(j);
+            std::shuffle(to.end() - n, to.end(), random);
+        }
+    };
+    shuffle(problem.query_order, problem.batch * problem.heads, problem.n_q);
+    shuffle(problem.key_order, problem.batch * heads_kv, problem.n_k);
+    const u32 counts[] = {0, 0, 1, 40, 128, 129, 192, 256, 384, 500};
+    const u32 kinds[] = {0, 0, SEGMENT_SORTED, SEGMENT_LISTED | SEGMENT_SORTED, SEGMENT_LISTED, SEGMENT_LIMITED,
+                         SEGMENT_LIMITED | SEGMENT_LISTED, SEGMENT_EXTRA};
+    for (u32 b = 0; b < problem.batch; ++b)
+        for (u32 h = 0; h < problem.heads; ++h) {
+            u32 list = (u32)problem.positions.size();
+            const u32 *order = problem.key_order.data() + ((size_t)b * heads_kv + h / problem.group) * problem.n_k;
+            for (u32 i = 0; i < samples; ++i) {
+                problem.positions.push_back(random() % problem.n_k);
+                problem.listed_rows.push_back(order[problem.positions.back()]);
+            }
+            for (u32 first = 0, rows; first < problem.n_q; first += rows) {
+                rows = std::min(random() % 10 ? 1 + (u32)random() % 24 : TILE_ROWS, problem.n_q - first);
+                u32 segments = random() % 4 ? random() % 5 : random() % 14;
+                for (u32 i = 0; i < segments; ++i) {
+                    u32 flags = kinds[random() % 8], count = counts[random() % 10];
+                    u32 end = flags & SEGMENT_EXTRA ? problem.extra : flags & SEGMENT_LISTED ? samples : problem.n_k;
+                    u32 start = random() % end;
+                    count = std::min(count, end - start);
+                    u32 hidden = random() % problem.n_k, size = random() % 3 ? 0 : random() % 200;
+                    if (flags & SEGMENT_EXTRA)
+                        hidden = size = 0;
+                    problem.segments.push_back(segment(flags & SEGMENT_LISTED ? list + start : start, count, flags,
+                                                       (float)(random() % 5) - 2, hidden, hidden + size));
+                }
+                problem.tiles.push_back(tile(problem, b, h, first, rows, h % 2 ? TILE_SORTED : 0, segments));
+                if (random() % 16 == 0)
+                    problem.tiles.push_back(tile(problem, b, h, first, 0, 0, segments));
+            }
+        }
+}
+
 // Each tile's segments over two launches.
 static void split(Problem &problem)
 {
@@ -672,6 +731,19 @@ static void run_tests(const char *part)
             split(mixed);
             mixed.out_type = type;
             add(mixed, "the same over two launches");
+
+            Problem turns = base;
+            turns.batch = 2;
+            turns.group = 2;
+            turns.n_q = 5000;
+            turns.n_k = 1500;
+            turns.visible = -1000;
+            make_turns(turns);
+            add(turns, "tiles of few blocks and of none");
+            turns.blocks = 3;
+            add(turns, "the same by three thread blocks");
+            turns.maps = false;
+            add(turns, "the same without maps");
         }
         Problem base;
         base.type = base.out_type = type;

@@ -24,20 +24,18 @@ __device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k
     typename S::Control &control = *(typename S::Control *)(shared + (data - start) + S::CONTROL_AT);
 
     if (threadIdx.x == 0) {
-        for (u32 i = 0; i < S::QUERY_STAGES; ++i) {
-            barrier_init(shared_address(&control.query_full[i]), LOADER_ARRIVALS);
-            barrier_init(shared_address(&control.query_empty[i]), CONSUMER_WARPS);
-        }
-        for (u32 i = 0; i < S::KEY_STAGES; ++i) {
-            barrier_init(shared_address(&control.key_full[i]), LOADER_ARRIVALS);
-            barrier_init(shared_address(&control.key_empty[i]), CONSUMER_WARPS);
-            barrier_init(shared_address(&control.value_full[i]), LOADER_ARRIVALS);
-            barrier_init(shared_address(&control.value_empty[i]), CONSUMER_WARPS);
-        }
-        for (u32 i = 0; i < NUMBER_STAGES; ++i) {
-            barrier_init(shared_address(&control.number_full[i]), 1);
-            barrier_init(shared_address(&control.number_empty[i]), LOADER_WARPS);
-        }
+        auto initialize = [&](u32 first, u32 count, u32 arrivals) {
+            for (u32 i = first; i < first + count; ++i)
+                barrier_init(shared_address(&control.barriers[i]), arrivals);
+        };
+        initialize(S::QUERY_FULL, S::QUERY_STAGES, 1);
+        initialize(S::QUERY_EMPTY, S::QUERY_STAGES, CONSUMER_WARPS);
+        initialize(S::KEY_FULL, S::KEY_STAGES, LOADER_ARRIVALS);
+        initialize(S::KEY_EMPTY, LOADER_WARPS, CONSUMER_WARPS);
+        initialize(S::VALUE_FULL, S::KEY_STAGES, LOADER_ARRIVALS);
+        initialize(S::VALUE_EMPTY, LOADER_WARPS, CONSUMER_WARPS);
+        initialize(S::NUMBER_FULL, NUMBER_STAGES, 1);
+        initialize(S::NUMBER_EMPTY, NUMBER_STAGES, LOADER_WARPS);
         barrier_init_fence();
     }
     __syncthreads();

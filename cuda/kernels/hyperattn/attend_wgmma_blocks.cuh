@@ -1,4 +1,5 @@
-// The tiles and segments of the Hopper attention kernel as its loading warps see them: blocks of keys, one after another.
+// The tiles and segments of the Hopper attention kernel as a loading warp sees them: its blocks of keys, one after
+// another.
 #pragma once
 
 #include "attend_wgmma_layout.cuh"
@@ -16,13 +17,9 @@ constexpr u32 HELD_SEGMENTS = 32 / SEGMENT_WORDS;
 constexpr u32 HELD_WORDS = HELD_SEGMENTS * SEGMENT_WORDS;
 // The lanes that hold segments' flags.
 constexpr u32 SEGMENT_FLAGS_LANES = 0x04104104;
-// Words that are added to a tile's: what warps want to know besides.
+// The words of a tile that are asked for later, and words that are added to them.
 enum TileWord : u32 {
     TILE_BATCH = 0,
-    TILE_HEAD = 1,
-    TILE_QUERIES = 3,
-    TILE_FIRST_SEGMENT = 5,
-    TILE_SEGMENTS = 6,
     TILE_KV_HEAD = 8,
     // Counted through the batch.
     TILE_FLAT_KV_HEAD = 9,
@@ -49,16 +46,19 @@ __device__ __forceinline__ u32 segment_word(const AttendParams &p, u32 first, u3
     return ((const u32 *)(p.segments + first))[lane];
 }
 
-// One block after another of a tile's segments.
+// One after another of a warp's blocks, those of every LOADER_WARPS-th number in the stream of all tiles' blocks.
 template <u32 KEYS> struct Blocks {
     // Of the segment.
     u32 first;
     u32 flags;
     // Keys of the segment without those that lie beyond all limits.
     u32 count;
-    // The next block's first key in the segment.
-    u32 next_start;
+    // Of the segment, the first key of the warp's next block. At `count` or beyond if that block is in a later segment,
+    // or in a later tile: then it is as many blocks from the segment's end.
+    u32 start;
     u32 next_segment;
+    // Behind the tile's last segment that has keys.
+    u32 end_segment;
     // Words of several segments, and the number of this one's first word.
     u32 words;
     u32 word;
@@ -69,24 +69,46 @@ template <u32 KEYS> struct Blocks {
     __device__ __forceinline__ u32 hidden_end() const { return word_of(words, word + 5); }
     __device__ __forceinline__ u32 lowest_limit() const { return word_of(tile, TILE_LOWEST_LIMIT); }
     __device__ __forceinline__ u32 highest_limit() const { return word_of(tile, TILE_HIGHEST_LIMIT); }
-    // The block's first key in the segment.
-    __device__ __forceinline__ u32 start() const { return next_start - KEYS; }
+    __device__ __forceinline__ bool empty() const { return next_segment == end_segment; }
+    // Whether the warp's block is the last of the tile.
+    __device__ __forceinline__ bool last() const { return next_segment == end_segment && count - start <= KEYS; }
 
-    __device__ __forceinline__ void begin(u32 tile_words, u32 segment_words)
+    // Keys of a segment that are not beyond all limits.
+    __device__ __forceinline__ u32 keys(u32 first_key, u32 all, u32 segment_flags) const
+    {
+        if ((segment_flags & (SEGMENT_LIMITED | SEGMENT_LISTED)) != SEGMENT_LIMITED)
+            return all;
+        u32 highest = highest_limit();
+        return min(all, highest > first_key ? highest - first_key : 0);
+    }
+
+    // Goes to the start of a tile of segments number `first_segment` to `end`, the words of the first ones and of the
+    // last one given.
+    __device__ __forceinline__ void begin(const AttendParams &p, u32 lane, u32 tile_words, u32 first_segment,
+                                          u32 end, u32 segment_words, u32 last_words)
     {
         tile = tile_words;
-        next_segment = word_of(tile, TILE_FIRST_SEGMENT);
+        next_segment = first_segment;
+        end_segment = end;
         words = segment_words;
         // One segment before.
         word = 0u - SEGMENT_WORDS;
-        count = next_start = 0;
+        count = 0;
+#pragma unroll 1
+        while (!empty() && keys(word_of(last_words, 0), word_of(last_words, 1), word_of(last_words, 2)) == 0) {
+            --end_segment;
+            last_words = segment_word(p, empty() ? end_segment : end_segment - 1, end_segment, lane);
+        }
     }
 
+    // Goes to the warp's next block. If the tile ends before, `start` counts from the tile's end.
     __device__ __forceinline__ bool advance(const AttendParams &p, u32 lane)
     {
-        while (next_start >= count) {
-            u32 end_segment = word_of(tile, TILE_FIRST_SEGMENT) + word_of(tile, TILE_SEGMENTS);
-            if (next_segment == end_segment)
+#pragma unroll 1
+        while (start >= count) {
+            start -= (count + KEYS - 1) / KEYS * KEYS;
+            count = 0;
+            if (empty())
                 return false;
             word += SEGMENT_WORDS;
             if (word == HELD_WORDS) {
@@ -94,32 +116,23 @@ template <u32 KEYS> struct Blocks {
                 word = 0;
             }
             ++next_segment;
-            next_start = 0;
             first = word_of(words, word);
-            count = word_of(words, word + 1);
             flags = word_of(words, word + 2);
-            if ((flags & (SEGMENT_LIMITED | SEGMENT_LISTED)) == SEGMENT_LIMITED) {
-                u32 highest = highest_limit();
-                u32 visible = highest > first ? highest - first : 0;
-                count = visible < count ? visible : count;
-            }
+            count = keys(first, word_of(words, word + 1), flags);
         }
-        next_start += KEYS;
         return true;
     }
 
-    // How many blocks from this one on have KEYS consecutive rows that all queries see.
-    __device__ __forceinline__ u32 plain() const
+    // Whether the block is KEYS consecutive rows that all queries see.
+    __device__ __forceinline__ bool plain() const
     {
-        if (flags & (SEGMENT_LISTED | SEGMENT_SORTED | SEGMENT_EXTRA))
-            return 0;
-        u32 at = first + start(), end = first + count;
-        if (flags & SEGMENT_LIMITED)
-            end = min(end, lowest_limit());
+        if ((flags & (SEGMENT_LISTED | SEGMENT_SORTED | SEGMENT_EXTRA)) || count - start < KEYS)
+            return false;
+        u32 from = first + start, end = from + KEYS;
+        if ((flags & SEGMENT_LIMITED) && end > lowest_limit())
+            return false;
         u32 hidden_from = hidden_start();
-        if (hidden_end() > at)
-            end = min(end, hidden_from);
-        return end > at ? (end - at) / KEYS : 0;
+        return end <= hidden_from || hidden_end() <= from;
     }
 };
 

@@ -141,14 +141,13 @@ __device__ __forceinline__ void add_not_finite(const AttendParams &p, u32 batch,
                                                float (&accumulated)[COLUMNS / 2])
 {
     constexpr u32 EXPONENT = TYPE == BF16 ? 0x7f80 : 0x7c00;
-    constexpr u32 WARP_KEYS = KEYS / LOADER_WARPS;
 #pragma unroll 1
     for (u32 key = 0; key < KEYS; ++key) {
-        if (!(stage.not_finite[key / WARP_KEYS] >> (key % WARP_KEYS) & 1))
+        if (!(stage.not_finite[key / 32] >> (key % 32) & 1))
             continue;
-        u32 position = stage.position[key];
-        const char *value = p.v.row(batch, head / p.group, stage.row[key]) + 4 * (lane & 3);
-        bool seen[2] = {position < rows.limit[0], position < rows.limit[1]};
+        u32 row = stage.row[key];
+        const char *value = p.v.row(batch, head / p.group, row) + 4 * (lane & 3);
+        bool seen[2] = {row < rows.limit[0], row < rows.limit[1]};
 #pragma unroll
         for (u32 j = 0; j < COLUMNS / 8; ++j) {
             if (8 * j >= p.value_dim)
@@ -234,15 +233,13 @@ template <u32 TYPE, u32 DIM> struct Consumer {
 
     __device__ __forceinline__ u32 block_flags(u32 stage) const
     {
-        const u32 *flags = control.key[stage].flags;
-        return __shfl_sync(ALL_LANES, flags[0] | flags[1] | flags[2] | flags[3], 0);
+        return __shfl_sync(ALL_LANES, control.key[stage].flags, 0);
     }
 
-    // Ends the use of the keys in `stage`. Logits are slope * score + shift then.
-    template <bool SPECIAL>
-    __device__ __forceinline__ void finish_keys(u32 stage, u32 flags, float &slope, float &shift)
+    // Ends the use of the keys in `ring`. Logits are slope * score + shift then.
+    template <bool SPECIAL> __device__ __forceinline__ void finish_keys(u32 flags, float &slope, float &shift)
     {
-        const KeyStage<KEYS> &key_stage = control.key[stage];
+        const KeyStage<KEYS> &key_stage = control.key[ring.stage];
         slope = p.scale_log2;
         shift = key_stage.log_weight;
         if (SPECIAL) {
@@ -250,9 +247,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             slope = 1.0f;
             shift = 0.0f;
         }
-        release(control.key_empty[stage]);
+        release(control.barriers[S::KEY_EMPTY + ring.loader()]);
         if (flags & BLOCK_LAST)
-            release(control.query_empty[query_ring.stage]);
+            release(control.barriers[S::QUERY_EMPTY + query_ring.stage]);
     }
 
     // Weights of the block, relative to the rows' maxima as they are if that will do.
@@ -289,7 +286,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     // Of the block in `ring`; returns its flags. Threads' copies are ordered before the products.
     __device__ __forceinline__ u32 wait_for_keys()
     {
-        barrier_wait(shared_address(&control.key_full[ring.stage]), ring.phase);
+        barrier_wait(shared_address(&control.barriers[S::KEY_FULL + ring.stage]), ring.phase);
         u32 flags = block_flags(ring.stage);
         if (flags & BLOCK_GATHERED)
             async_proxy_fence();
@@ -300,10 +297,10 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     {
         // Not one wait before the branch: the compiler would serialize the products around it.
         if (flags & BLOCK_GATHERED) {
-            barrier_wait(shared_address(&control.value_full[place.stage]), place.phase);
+            barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
             async_proxy_fence();
         } else {
-            barrier_wait(shared_address(&control.value_full[place.stage]), place.phase);
+            barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
         }
     }
 
@@ -321,26 +318,28 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         products_wait<1>();
         pin(scores);
         float slope, shift;
-        finish_keys<SPECIAL>(ring.stage, flags, slope, shift);
+        finish_keys<SPECIAL>(flags, slope, shift);
         products_wait<0>();
         pin(scores);
         pin(accumulated);
         pin(weights);
-        finish_values(before.stage, flags_before);
+        finish_values(before, flags_before);
         weigh_block(slope, shift);
     }
 
     // After the products with a block's values.
-    __device__ __forceinline__ void finish_values(u32 stage, u32 flags)
+    __device__ __forceinline__ void finish_values(const Ring<S::KEY_STAGES> &place, u32 flags)
     {
-        const ValueStage<KEYS> &value_stage = control.value[stage];
+        const ValueStage<KEYS> &value_stage = control.value[place.stage];
         if ((flags & (BLOCK_LIMITED | BLOCK_MASKED)) == (BLOCK_LIMITED | BLOCK_MASKED)) {
-            u32 found = value_stage.not_finite[0] | value_stage.not_finite[1] | value_stage.not_finite[2] |
-                        value_stage.not_finite[3];
+            u32 found = 0;
+#pragma unroll
+            for (u32 i = 0; i < KEYS / 32; ++i)
+                found |= value_stage.not_finite[i];
             if (found)
                 add_not_finite<TYPE, KEYS, DIM>(p, batch, head, value_stage, rows, lane, accumulated);
         }
-        release(control.value_empty[stage]);
+        release(control.barriers[S::VALUE_EMPTY + place.loader()]);
     }
 
     __device__ __forceinline__ void attend()
@@ -351,9 +350,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(scores);
         float slope, shift;
         if (special(flags))
-            finish_keys<true>(ring.stage, flags, slope, shift);
+            finish_keys<true>(flags, slope, shift);
         else
-            finish_keys<false>(ring.stage, flags, slope, shift);
+            finish_keys<false>(flags, slope, shift);
         weigh_first_block(slope, shift);
 
         while (!(flags & BLOCK_LAST)) {
@@ -376,7 +375,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         products_wait<0>();
         pin(accumulated);
         pin(weights);
-        finish_values(ring.stage, flags);
+        finish_values(ring, flags);
         ring.advance();
     }
 
@@ -529,7 +528,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             named_barrier_arrive(1, CONSUMERS * WARPGROUP);
         u32 first_row = group * 64 + (threadIdx.x / 32 % 4) * 16 + lane / 4;
         for (;;) {
-            barrier_wait(shared_address(&control.query_full[query_ring.stage]), query_ring.phase);
+            barrier_wait(shared_address(&control.barriers[S::QUERY_FULL + query_ring.stage]), query_ring.phase);
             const QueryStage &query = control.query[query_ring.stage];
             if (query.rows == 0)
                 break;
@@ -549,7 +548,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             if (has_keys)
                 attend();
             else
-                release(control.query_empty[query_ring.stage]);
+                release(control.barriers[S::QUERY_EMPTY + query_ring.stage]);
             query_ring.advance();
             end_row<0>(flags);
             end_row<1>(flags);

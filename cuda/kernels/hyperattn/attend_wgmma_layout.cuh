@@ -15,18 +15,17 @@ constexpr u32 CONSUMERS = 2;
 constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr u32 ALL_LANES = 0xffffffff;
 
-// Arrivals that complete a phase: of the loaders one of each warp and one of each thread, of the consumers one of each
-// warp.
+// The loading warps take turns: block i of the stream of blocks, and all that has to do with it, is warp i % 4's.
 constexpr u32 LOADER_WARPS = 4;
-constexpr u32 LOADER_ARRIVALS = LOADER_WARPS + WARPGROUP;
+
+// Arrivals that complete a phase: of a block's loader one of the warp and one of each of its threads, of the consumers
+// one of each warp.
+constexpr u32 LOADER_ARRIVALS = 1 + 32;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
 
 // Bytes of a row of a chunk, and its elements.
 constexpr u32 ROW_BYTES = 128;
 constexpr u32 ROW_ELEMENTS = 64;
-
-// The named barrier of the loading warps; those of the consumers are 1 and 2.
-constexpr u32 LOADERS_BARRIER = 3;
 
 // Stands for a key that no row of the tile may see, and for no query. More than any position.
 constexpr u32 NO_ROW = 0xffffffff;
@@ -34,7 +33,7 @@ constexpr u32 NO_ROW = 0xffffffff;
 // Tile numbers on their way from the thread that draws them to the loading warps.
 constexpr u32 NUMBER_STAGES = 2;
 
-// What a warp of the loaders says of its keys of a block.
+// What the loaders say of a block.
 enum BlockFlags : u32 {
     // Some logits of these keys are to be masked: a row sees a key if the key's position is below the row's limit.
     BLOCK_MASKED = 1,
@@ -59,25 +58,24 @@ struct alignas(16) QueryStage {
 };
 
 template <u32 KEYS> struct alignas(16) KeyStage {
-    u32 flags[LOADER_WARPS];
+    u32 flags;
     float log_weight;
+    // Of blocks that are BLOCK_MASKED; any but NO_ROW will do without BLOCK_LIMITED.
     u32 position[KEYS];
 };
 
 // Values that are not finite and that some rows of the tile must not see: 0 times them would not be 0. Their elements
 // are 0 in shared memory, and rows that see the key add them afterwards. Written for blocks that are BLOCK_LIMITED and
-// BLOCK_MASKED.
+// BLOCK_MASKED, whose keys' rows are their positions.
 template <u32 KEYS> struct alignas(16) ValueStage {
-    // A bit for each of a warp's keys.
-    u32 not_finite[LOADER_WARPS];
+    // A bit for each key.
+    u32 not_finite[KEYS / 32];
     u32 row[KEYS];
-    u32 position[KEYS];
 };
 
 template <u32 DIM> struct Shape {
     static constexpr u32 KEYS = DIM <= 128 ? 128 : DIM <= 192 ? 96 : 64;
     static constexpr u32 CHUNKS = (DIM + ROW_ELEMENTS - 1) / ROW_ELEMENTS;
-    static constexpr u32 WARP_KEYS = KEYS / LOADER_WARPS;
     // Of a thread; together no more than the block starts with.
     static constexpr u32 LOADER_REGISTERS = DIM <= 64 ? 72 : 56;
     static constexpr u32 CONSUMER_REGISTERS = DIM <= 64 ? 216 : 224;
@@ -91,33 +89,48 @@ template <u32 DIM> struct Shape {
     static constexpr u32 VALUES_AT = KEYS_AT + KEY_STAGES * KEY_BYTES;
     static constexpr u32 CONTROL_AT = VALUES_AT + KEY_STAGES * KEY_BYTES;
 
-    // Barriers are "full" for the consumers, "empty" for the loaders.
+    // Numbers of the first barriers of each kind: "full" for the consumers, "empty" for the loaders. Block i is released
+    // on barrier i % LOADER_WARPS even if there are fewer stages: a warp waits for the same one of each four blocks, and
+    // so sees every phase of a barrier, of which two can be told apart and no more.
+    static constexpr u32 QUERY_FULL = 0;
+    static constexpr u32 QUERY_EMPTY = QUERY_FULL + QUERY_STAGES;
+    static constexpr u32 KEY_FULL = QUERY_EMPTY + QUERY_STAGES;
+    static constexpr u32 KEY_EMPTY = KEY_FULL + KEY_STAGES;
+    static constexpr u32 VALUE_FULL = KEY_EMPTY + LOADER_WARPS;
+    static constexpr u32 VALUE_EMPTY = VALUE_FULL + KEY_STAGES;
+    // "Full" for all loading warps, "empty" for the one that draws.
+    static constexpr u32 NUMBER_FULL = VALUE_EMPTY + LOADER_WARPS;
+    static constexpr u32 NUMBER_EMPTY = NUMBER_FULL + NUMBER_STAGES;
+    static constexpr u32 BARRIERS = NUMBER_EMPTY + NUMBER_STAGES;
+
     struct Control {
-        u64 query_full[QUERY_STAGES];
-        u64 query_empty[QUERY_STAGES];
-        u64 key_full[KEY_STAGES];
-        u64 key_empty[KEY_STAGES];
-        u64 value_full[KEY_STAGES];
-        u64 value_empty[KEY_STAGES];
-        // "Full" for all loading warps, "empty" for the one that draws.
-        u64 number_full[NUMBER_STAGES];
-        u64 number_empty[NUMBER_STAGES];
+        u64 barriers[BARRIERS];
         u32 number[NUMBER_STAGES];
         QueryStage query[QUERY_STAGES];
         KeyStage<KEYS> key[KEY_STAGES];
         ValueStage<KEYS> value[KEY_STAGES];
+        // What each warp is copying, see list_rows().
+        alignas(16) u32 list[LOADER_WARPS][TILE_ROWS];
     };
 
     // Swizzled rows repeat every 1024 bytes, to which the launch's shared memory is not aligned.
     static constexpr u32 SHARED_BYTES = 1024 + CONTROL_AT + sizeof(Control);
     static_assert(SHARED_BYTES <= 227 * 1024, "shared memory of a block");
-    static_assert(WARP_KEYS % 8 == 0 && WARP_KEYS <= 32, "a lane looks up one key, copies take 8 rows in two steps");
+    static_assert(KEYS % 32 == 0 && KEYS <= TILE_ROWS, "lanes look up as many keys each, and list them");
+    static_assert(LOADER_WARPS % KEY_STAGES == 0, "a warp's blocks are in one stage");
 };
 
-// A warp's place in a ring.
+// A consumer's place in a ring.
 template <u32 STAGES> struct Ring {
     u32 stage = 0;
     u32 phase = 0;
+
+    // Which of the loaders' warps has loaded the block.
+    __device__ __forceinline__ u32 loader() const
+    {
+        static_assert(STAGES == LOADER_WARPS || 2 * STAGES == LOADER_WARPS, "a phase is a turn or half of one");
+        return STAGES == LOADER_WARPS ? stage : phase * STAGES + stage;
+    }
 
     __device__ __forceinline__ void advance()
     {
