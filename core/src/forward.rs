@@ -223,7 +223,7 @@ pub(crate) fn execute(
         if let Some(to) = &tensors.keys_per_query {
             for head in 0..plan.problem.heads_q {
                 let pattern = batch * plan.problem.heads_q + head;
-                let mask = tensors.block_mask.map(|mask| mask.from_pattern(pattern));
+                let mask = tensors.block_mask.map(|mask| mask.patterns_from(pattern));
                 let keys = cost::planned_keys_per_query(params, mask.as_ref(), plan);
                 // SAFETY: this tensor is written here only, by one thread.
                 unsafe { to.write_row(batch, head, 0, &[keys as f32]) };

@@ -51,7 +51,7 @@ impl Problem {
 
 impl<'a> BlockMask<'a> {
     /// The patterns from number `first` on.
-    pub(crate) fn from_pattern(&self, first: usize) -> Self {
+    pub(crate) fn patterns_from(&self, first: usize) -> Self {
         BlockMask { row_offsets: &self.row_offsets[first * self.head_stride..], ..*self }
     }
 }
@@ -75,7 +75,7 @@ impl<'a> Layouts<'a> {
             block_mask: self
                 .block_mask
                 .filter(|_| section.masked)
-                .map(|mask| mask.from_pattern(section.first_pattern(heads_q))),
+                .map(|mask| mask.patterns_from(section.first_pattern(heads_q))),
             error: self.error.as_ref().and_then(of_heads),
             keys_per_query: self.keys_per_query.as_ref().and_then(of_heads),
         }
@@ -103,7 +103,7 @@ impl<'a> Tensors<'a> {
             block_mask: self
                 .block_mask
                 .filter(|_| section.masked)
-                .map(|mask| mask.from_pattern(section.first_pattern(heads_q))),
+                .map(|mask| mask.patterns_from(section.first_pattern(heads_q))),
             error: self.error.as_ref().and_then(of_heads),
             keys_per_query: self.keys_per_query.as_ref().and_then(of_heads),
         }

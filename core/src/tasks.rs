@@ -37,8 +37,8 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// Task `index` as a part of this part: a query head, or where it is exact a tile of queries of the heads that share
-    /// their keys.
+    /// Task `index` as a part of this part: a query head, or where it is exact a tile of queries of the heads that
+    /// share their keys.
     fn task(&self, index: usize, kernels: &Kernels) -> Part<'a> {
         let problem = &self.plan.problem;
         let (batch, heads, rectangle) = match self.plan.run {
@@ -100,8 +100,8 @@ fn measure(divided: &Divided<'_>, kernels: &Kernels) -> Result<(usize, usize)> {
 /// How many tasks [`run_tasks`] divides a call into.
 ///
 /// A task is a query head of one batch item or sequence, computed by itself: its keys are hashed or summarised for it
-/// alone. Where the head is exact it is a tile of its queries, with those of the other heads of its KV head. Tasks of one
-/// head cost alike in pairs, from an even number on, also under a causal mask.
+/// alone. Where the head is exact it is a tile of its queries, with those of the other heads of its KV head. Tasks of
+/// one head cost alike in pairs, from an even number on, also under a causal mask.
 pub fn task_count(
     params: &Params,
     division: &Division<'_>,

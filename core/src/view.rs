@@ -257,9 +257,9 @@ impl<'a> TensorMut<'a> {
     /// A view of memory that the caller vouches for. Element alignment is not required.
     ///
     /// # Safety
-    /// For `'a`, every element that `layout` describes is writable at its offset from `data` and not
-    /// accessed by anyone else, but for the rows of other tasks than those that [`crate::run_tasks`] runs with this view.
-    /// An empty tensor needs no memory.
+    /// For `'a`, every element that `layout` describes is writable at its offset from `data` and not accessed by
+    /// anyone else, but for the rows of other tasks than those that [`crate::run_tasks`] runs with this view. An
+    /// empty tensor needs no memory.
     pub unsafe fn from_raw(data: *mut u8, layout: TensorLayout) -> Self {
         TensorMut { data, layout, owner: PhantomData }
     }

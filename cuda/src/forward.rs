@@ -80,8 +80,8 @@ pub unsafe fn forward_divided(
     let run_parts = |address: u64| {
         (0..parts.count()).try_for_each(|index| {
             let part = parts.part(index)?;
-            // SAFETY: the caller's contract; the workspace suffices for every part, and the stream is through with the part
-            // before.
+            // SAFETY: the caller's contract; the workspace suffices for every part, and the stream is through with
+            // the part before.
             unsafe { run(driver, &loaded, stream, &part.call()?, address) }
         })
     };

@@ -73,8 +73,8 @@ pub unsafe extern "C" fn hyperattn_cuda_plan_workspace(
     })
 }
 
-/// hyperattn_cuda_forward() for the plan's arguments and the data of these tensors, with the same bits. With a workspace it
-/// can be captured in a graph.
+/// hyperattn_cuda_forward() for the plan's arguments and the data of these tensors, with the same bits. With a
+/// workspace it can be captured in a graph.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_plan_run(
     plan: *const hyperattn_cuda_plan,

@@ -28,12 +28,12 @@ pub struct hyperattn_plan {
 /// hyperattn_plan_destroy().
 ///
 /// params and what it points to are copied. Of the tensors their dtypes and shapes, num_sequences with both cu_seqlens,
-/// and block_mask belong to the plan; their data are not looked at and may be NULL, and so may change their strides from
-/// run to run. lse and error can be asked for in a run when their dtype is not 0 here.
+/// and block_mask belong to the plan. Their data are not looked at and may be NULL; data and strides may be others in
+/// every run. lse and error can be asked for in a run when their dtype is not 0 here.
 ///
 /// A run's tensors must have the plan's dtypes and shapes, sequences and numbers of blocks, else it answers
-/// HYPERATTN_STATUS_INVALID_ARGUMENT; it may leave out lse and error. The arrays of a block_mask may hold other blocks in
-/// every run; with one the methods must be PAPER, since what AUTO takes depends on the blocks.
+/// HYPERATTN_STATUS_INVALID_ARGUMENT; it may leave out lse and error. The arrays of a block_mask may hold other
+/// blocks in every run; with one the methods must be PAPER, since what AUTO takes depends on the blocks.
 ///
 /// HYPERATTN_FLAG_NO_ALLOC concerns the runs: the plan itself takes some memory, here only.
 ///
@@ -114,18 +114,18 @@ pub unsafe extern "C" fn hyperattn_plan_run(
 
 /// How many tasks the plan's work is divided into, at least 1 (0 for NULL). The number does not depend on the threads.
 ///
-/// A task is one query head of one batch item or sequence, which hashes or summarises its keys for itself; where the head
-/// is exact it is a tile of up to 256 queries, those of the other heads of its KV head included. In the order of their
-/// numbers the tasks of a head cost alike two by two, also under a causal mask, so that equal ranges of tasks are equal
-/// shares. Where methods or lengths of sequences differ, let threads fetch tasks from a counter instead.
+/// A task is one query head of one batch item or sequence, which hashes or summarises its keys for itself; where the
+/// head is exact it is a tile of up to 256 queries, those of the other heads of its KV head included. In the order of
+/// their numbers the tasks of a head cost alike two by two, also under a causal mask, so that equal ranges of tasks
+/// are equal shares. Where methods or lengths of sequences differ, let threads fetch tasks from a counter instead.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_plan_task_count(plan: *const hyperattn_plan) -> usize {
     // SAFETY: the pointer is what the header asks for.
     unsafe { plan.as_ref() }.map_or(0, |plan| plan.tasks)
 }
 
-/// Size and alignment of the workspace of one thread for hyperattn_plan_run_tasks(), whatever its tasks. Each thread needs
-/// one of its own. *out is written on success only.
+/// Size and alignment of the workspace of one thread for hyperattn_plan_run_tasks(), whatever its tasks. Each thread
+/// needs one of its own. *out is written on success only.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_plan_task_workspace(
     plan: *const hyperattn_plan,
@@ -141,10 +141,10 @@ pub unsafe extern "C" fn hyperattn_plan_task_workspace(
     })
 }
 
-/// Runs the tasks from number begin up to, but not including, end on the calling thread, one after the other. Tasks need
-/// nothing from one another: run each once, in any order, on any threads, with the same tensors, and the outputs are
-/// complete when all have returned, with the bits of hyperattn_plan_run(). Each writes rows of its own and nothing else;
-/// until then no output may be used for anything.
+/// Runs the tasks from number begin up to, but not including, end on the calling thread, one after the other. Tasks
+/// need nothing from one another: run each once, in any order, on any threads, with the same tensors, and the outputs
+/// are complete when all have returned, with the bits of hyperattn_plan_run(). Each writes rows of its own and
+/// nothing else; until then no output may be used for anything.
 ///
 /// With a workspace of hyperattn_plan_task_workspace() nothing is allocated; { NULL, 0 } lets the call allocate. Every
 /// call checks all its arguments before it writes: on an error this call has written nothing. begin = end runs nothing.

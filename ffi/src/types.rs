@@ -142,9 +142,9 @@ pub struct hyperattn_params {
     /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
     /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     pub target_error: f32,
-    /// A method for each of the heads_q query heads instead of `method`, for example exact ones where an estimate is too
-    /// far off. Each head gets the bits that it would get if all had its method. A block_mask then concerns the heads
-    /// whose method is PAPER or AUTO. Default NULL: `method` is that of all heads.
+    /// A method for each of the heads_q query heads instead of `method`, for example exact ones where an estimate is
+    /// too far off. Each head gets the bits that it would get if all had its method. A block_mask then concerns the
+    /// heads whose method is PAPER or AUTO. Default NULL: `method` is that of all heads.
     pub head_methods: *const hyperattn_method,
 }
 
@@ -233,11 +233,11 @@ pub struct hyperattn_tensors {
     /// With num_sequences above 0 it is [num_sequences, heads_q, 1, 1].
     pub error: hyperattn_tensor,
     /// Sequences of different lengths, one after the other in the rows of the tensors, whose batch is then 1. Each is
-    /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item are
-    /// one sequence. Not together with a block_mask.
+    /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item
+    /// are one sequence. Not together with a block_mask.
     pub num_sequences: i64,
-    /// num_sequences + 1 numbers that ascend from 0 to n_q: sequence i has the queries from cu_seqlens_q[i] up to, but not
-    /// including, cu_seqlens_q[i + 1]. In host memory, for CUDA too. Not looked at when num_sequences is 0.
+    /// num_sequences + 1 numbers that ascend from 0 to n_q: sequence i has the queries from cu_seqlens_q[i] up to,
+    /// but not including, cu_seqlens_q[i + 1]. In host memory, for CUDA too. Not looked at when num_sequences is 0.
     pub cu_seqlens_q: *const i32,
     /// The same for keys, up to n_k.
     pub cu_seqlens_k: *const i32,

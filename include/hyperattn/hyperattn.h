@@ -215,9 +215,9 @@ typedef struct hyperattn_params {
     /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
     /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     float target_error;
-    /// A method for each of the heads_q query heads instead of `method`, for example exact ones where an estimate is too
-    /// far off. Each head gets the bits that it would get if all had its method. A block_mask then concerns the heads
-    /// whose method is PAPER or AUTO. Default NULL: `method` is that of all heads.
+    /// A method for each of the heads_q query heads instead of `method`, for example exact ones where an estimate is
+    /// too far off. Each head gets the bits that it would get if all had its method. A block_mask then concerns the
+    /// heads whose method is PAPER or AUTO. Default NULL: `method` is that of all heads.
     const hyperattn_method *head_methods;
 } hyperattn_params;
 
@@ -279,11 +279,11 @@ typedef struct hyperattn_tensors {
     /// With num_sequences above 0 it is [num_sequences, heads_q, 1, 1].
     struct hyperattn_tensor error;
     /// Sequences of different lengths, one after the other in the rows of the tensors, whose batch is then 1. Each is
-    /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item are
-    /// one sequence. Not together with a block_mask.
+    /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item
+    /// are one sequence. Not together with a block_mask.
     int64_t num_sequences;
-    /// num_sequences + 1 numbers that ascend from 0 to n_q: sequence i has the queries from cu_seqlens_q[i] up to, but not
-    /// including, cu_seqlens_q[i + 1]. In host memory, for CUDA too. Not looked at when num_sequences is 0.
+    /// num_sequences + 1 numbers that ascend from 0 to n_q: sequence i has the queries from cu_seqlens_q[i] up to,
+    /// but not including, cu_seqlens_q[i + 1]. In host memory, for CUDA too. Not looked at when num_sequences is 0.
     const int32_t *cu_seqlens_q;
     /// The same for keys, up to n_k.
     const int32_t *cu_seqlens_k;
@@ -549,12 +549,12 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
 /// hyperattn_plan_destroy().
 ///
 /// params and what it points to are copied. Of the tensors their dtypes and shapes, num_sequences with both cu_seqlens,
-/// and block_mask belong to the plan; their data are not looked at and may be NULL, and so may change their strides from
-/// run to run. lse and error can be asked for in a run when their dtype is not 0 here.
+/// and block_mask belong to the plan. Their data are not looked at and may be NULL; data and strides may be others in
+/// every run. lse and error can be asked for in a run when their dtype is not 0 here.
 ///
 /// A run's tensors must have the plan's dtypes and shapes, sequences and numbers of blocks, else it answers
-/// HYPERATTN_STATUS_INVALID_ARGUMENT; it may leave out lse and error. The arrays of a block_mask may hold other blocks in
-/// every run; with one the methods must be PAPER, since what AUTO takes depends on the blocks.
+/// HYPERATTN_STATUS_INVALID_ARGUMENT; it may leave out lse and error. The arrays of a block_mask may hold other
+/// blocks in every run; with one the methods must be PAPER, since what AUTO takes depends on the blocks.
 ///
 /// HYPERATTN_FLAG_NO_ALLOC concerns the runs: the plan itself takes some memory, here only.
 ///
@@ -581,21 +581,21 @@ hyperattn_status hyperattn_plan_run(const struct hyperattn_plan *plan,
 
 /// How many tasks the plan's work is divided into, at least 1 (0 for NULL). The number does not depend on the threads.
 ///
-/// A task is one query head of one batch item or sequence, which hashes or summarises its keys for itself; where the head
-/// is exact it is a tile of up to 256 queries, those of the other heads of its KV head included. In the order of their
-/// numbers the tasks of a head cost alike two by two, also under a causal mask, so that equal ranges of tasks are equal
-/// shares. Where methods or lengths of sequences differ, let threads fetch tasks from a counter instead.
+/// A task is one query head of one batch item or sequence, which hashes or summarises its keys for itself; where the
+/// head is exact it is a tile of up to 256 queries, those of the other heads of its KV head included. In the order of
+/// their numbers the tasks of a head cost alike two by two, also under a causal mask, so that equal ranges of tasks
+/// are equal shares. Where methods or lengths of sequences differ, let threads fetch tasks from a counter instead.
 size_t hyperattn_plan_task_count(const struct hyperattn_plan *plan);
 
-/// Size and alignment of the workspace of one thread for hyperattn_plan_run_tasks(), whatever its tasks. Each thread needs
-/// one of its own. *out is written on success only.
+/// Size and alignment of the workspace of one thread for hyperattn_plan_run_tasks(), whatever its tasks. Each thread
+/// needs one of its own. *out is written on success only.
 hyperattn_status hyperattn_plan_task_workspace(const struct hyperattn_plan *plan,
                                                struct hyperattn_layout *out);
 
-/// Runs the tasks from number begin up to, but not including, end on the calling thread, one after the other. Tasks need
-/// nothing from one another: run each once, in any order, on any threads, with the same tensors, and the outputs are
-/// complete when all have returned, with the bits of hyperattn_plan_run(). Each writes rows of its own and nothing else;
-/// until then no output may be used for anything.
+/// Runs the tasks from number begin up to, but not including, end on the calling thread, one after the other. Tasks
+/// need nothing from one another: run each once, in any order, on any threads, with the same tensors, and the outputs
+/// are complete when all have returned, with the bits of hyperattn_plan_run(). Each writes rows of its own and
+/// nothing else; until then no output may be used for anything.
 ///
 /// With a workspace of hyperattn_plan_task_workspace() nothing is allocated; { NULL, 0 } lets the call allocate. Every
 /// call checks all its arguments before it writes: on an error this call has written nothing. begin = end runs nothing.
@@ -699,8 +699,8 @@ void hyperattn_cuda_plan_destroy(struct hyperattn_cuda_plan *plan);
 hyperattn_status hyperattn_cuda_plan_workspace(const struct hyperattn_cuda_plan *plan,
                                                struct hyperattn_layout *out);
 
-/// hyperattn_cuda_forward() for the plan's arguments and the data of these tensors, with the same bits. With a workspace it
-/// can be captured in a graph.
+/// hyperattn_cuda_forward() for the plan's arguments and the data of these tensors, with the same bits. With a
+/// workspace it can be captured in a graph.
 hyperattn_status hyperattn_cuda_plan_run(const struct hyperattn_cuda_plan *plan,
                                          const struct hyperattn_tensors *tensors,
                                          const struct hyperattn_cuda_exec *exec);

@@ -384,9 +384,9 @@ struct tensors : hyperattn_tensors {
         lse = log_sum_exp;
     }
 
-    /// Sequences of different lengths in the rows of one batch item: arrays, std::vectors or spans of std::int32_t, which
-    /// must outlive the calls, with the first row of each sequence and the number of all rows at the end. Calls reject
-    /// them where they differ in length.
+    /// Sequences of different lengths in the rows of one batch item: arrays, std::vectors or spans of std::int32_t,
+    /// which must outlive the calls, with the first row of each sequence and the number of all rows at the end. Calls
+    /// reject them where they differ in length.
     template <class Queries, class Keys>
     void set_sequences(Queries &starts_of_queries, Keys &starts_of_keys) noexcept
     {

@@ -446,8 +446,8 @@ unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
 }
 
 /// Goes on with one row of [`add_panel`] from the word `next` on up to `limit` keys, in the same order: a row's sum
-/// does not depend on how far the rows beside it see. A key beyond the limit must not touch the row, not even with weight
-/// 0, or its NaN would.
+/// does not depend on how far the rows beside it see. A key beyond the limit must not touch the row, not even with
+/// weight 0, or its NaN would.
 #[inline(always)]
 unsafe fn multiply_rest<P: Product, const WIDTH: usize>(
     weights: *const u32,

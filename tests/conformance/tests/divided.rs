@@ -1,5 +1,5 @@
-//! A call in parts: tasks in any order, sequences one after the other, and heads with methods of their own have the bits
-//! of calls that are not divided.
+//! A call in parts: tasks in any order, sequences one after the other, and heads with methods of their own have the
+//! bits of calls that are not divided.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use hyperattn_core::{
 };
 use hyperattn_reference::Generator;
 
-const CASES: u64 = 40;
+const CASES: u64 = 30;
 const FIRST_SEED: u64 = 5200;
 
 /// A random call of any method, with several tiles and several query heads for each KV head more often than not.

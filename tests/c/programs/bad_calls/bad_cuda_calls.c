@@ -101,10 +101,11 @@ static void wrong_workspace_queries(void)
 static void divisions_and_plans(void)
 {
     static const int32_t starts_q[] = {0, 2, 5}, starts_k[] = {0, 3, 7}, wrong[] = {0, 3, 6};
-    static const hyperattn_method methods[] = {HYPERATTN_METHOD_EXACT, HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_AUTO, 77};
+    static const hyperattn_method methods[] = {HYPERATTN_METHOD_EXACT, HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_AUTO,
+                                               77};
     BAD_CUDA((c.params.head_methods = methods), INVALID, "head_methods[3] = 77");
-    BAD_CUDA((c.tensors.num_sequences = 2, c.tensors.cu_seqlens_q = starts_q, c.tensors.cu_seqlens_k = starts_k), INVALID,
-             "q.shape[0] (batch) = 2");
+    BAD_CUDA((c.tensors.num_sequences = 2, c.tensors.cu_seqlens_q = starts_q, c.tensors.cu_seqlens_k = starts_k),
+             INVALID, "q.shape[0] (batch) = 2");
 
     bad_call c;
     hyperattn_cuda_exec exec;

@@ -1,4 +1,5 @@
-// hyperattn.hpp: views from every source, calls against results worked out by hand, errors, thread pools, workspaces, plans.
+// hyperattn.hpp: views from every source, calls against results worked out by hand, errors, thread pools, workspaces,
+// plans.
 #include "check.hpp"
 
 #if __has_include(<version>)
