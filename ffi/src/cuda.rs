@@ -51,6 +51,9 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
 /// addresses, on what they then hold. The first call in a context loads the kernels, and where the build has none for the
 /// device, NVRTC compiles them, which takes a while: make it outside of what is timed.
 ///
+/// Sequences, and heads with methods of their own, are enqueued one part after the other in the same workspace: many
+/// short sequences leave a large device partly idle.
+///
 /// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it;
 /// HYPERATTN_STATUS_CUDA for other errors of the driver. What goes wrong while the kernels run is reported where the
 /// stream is waited for, as CUDA does.
