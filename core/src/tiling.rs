@@ -11,9 +11,11 @@ pub(crate) const TILE_ROWS: usize = 256;
 /// Query heads of one batch item that are worked on together, and the KV heads that they read: whole groups, or
 /// part of one group.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct HeadSet {
-    pub(crate) query: Range<usize>,
-    pub(crate) kv: Range<usize>,
+pub struct HeadSet {
+    /// Query heads.
+    pub query: Range<usize>,
+    /// KV heads.
+    pub kv: Range<usize>,
 }
 
 impl HeadSet {
@@ -33,6 +35,21 @@ impl HeadSet {
                 kv: kv.clone(),
             })
         })
+    }
+
+    /// The run of heads from `first` on that are `alike`: as many whole groups as there are, else neighbours of one KV
+    /// head.
+    pub(crate) fn run(group: usize, heads_q: usize, first: usize, alike: impl Fn(usize) -> bool) -> Self {
+        let kv_head = first / group;
+        let whole = |kv_head: usize| (kv_head * group..(kv_head + 1) * group).all(&alike);
+        if first.is_multiple_of(group) && whole(kv_head) {
+            let kv_heads = heads_q / group;
+            let end = (kv_head..kv_heads).find(|&kv_head| !whole(kv_head)).unwrap_or(kv_heads);
+            return HeadSet { query: first..end * group, kv: kv_head..end };
+        }
+        let end = (kv_head + 1) * group;
+        let end = (first..end).find(|&head| !alike(head)).unwrap_or(end);
+        HeadSet { query: first..end, kv: kv_head..kv_head + 1 }
     }
 
     /// Query heads per KV head.

@@ -90,6 +90,18 @@ impl TensorLayout {
         Ok(())
     }
 
+    /// Of these batch items, heads and rows alone, none of which is beyond the extents; and how many bytes after the
+    /// whole tensor's first element the part's lies.
+    pub fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> (Self, isize) {
+        let [batch, head, row, _] = self.extents();
+        assert!(batches.end <= batch && heads.end <= head && rows.end <= row);
+        let [batch, head, row] = [batches, heads, rows].map(|range| range.len() as i64);
+        let part = TensorLayout { shape: [batch, head, row, self.shape[3]], ..*self };
+        // Without elements there need not be memory, nor strides that mean anything.
+        let offset = if part.is_empty() { 0 } else { self.offset(batches.start, heads.start, rows.start) };
+        (part, offset)
+    }
+
     fn offset(&self, batch: usize, head: usize, row: usize) -> isize {
         let [b, h, s, _] = self.stride.map(|stride| stride as isize);
         (batch as isize * b + head as isize * h + row as isize * s) * self.dtype.size() as isize
@@ -158,6 +170,12 @@ impl<'a> TensorRef<'a> {
     /// Element type, extents and strides.
     pub fn layout(&self) -> &TensorLayout {
         &self.layout
+    }
+
+    /// A view of these batch items, heads and rows alone.
+    pub(crate) fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> Self {
+        let (layout, offset) = self.layout.part(batches, heads, rows);
+        TensorRef { data: self.data.wrapping_offset(offset), layout, owner: PhantomData }
     }
 
     /// Address of element `[0, 0, 0, 0]`.
@@ -239,8 +257,9 @@ impl<'a> TensorMut<'a> {
     /// A view of memory that the caller vouches for. Element alignment is not required.
     ///
     /// # Safety
-    /// For `'a`, every element that `layout` describes is writable at its offset from `data` and not
-    /// accessed by anyone else. An empty tensor needs no memory.
+    /// For `'a`, every element that `layout` describes is writable at its offset from `data` and not accessed by
+    /// anyone else, but for the rows of other tasks than those that [`crate::run_tasks`] runs with this view. An
+    /// empty tensor needs no memory.
     pub unsafe fn from_raw(data: *mut u8, layout: TensorLayout) -> Self {
         TensorMut { data, layout, owner: PhantomData }
     }
@@ -248,6 +267,20 @@ impl<'a> TensorMut<'a> {
     /// Element type, extents and strides.
     pub fn layout(&self) -> &TensorLayout {
         &self.layout
+    }
+
+    /// A view of these batch items, heads and rows alone.
+    ///
+    /// # Safety
+    /// While the view lives nobody else reads or writes the rows that are written through it.
+    pub(crate) unsafe fn part(
+        &self,
+        batches: &Range<usize>,
+        heads: &Range<usize>,
+        rows: &Range<usize>,
+    ) -> TensorMut<'_> {
+        let TensorRef { data, layout, .. } = self.reborrow().part(batches, heads, rows);
+        TensorMut { data: data.cast_mut(), layout, owner: PhantomData }
     }
 
     /// A view for reading the same memory.

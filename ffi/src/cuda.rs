@@ -1,13 +1,14 @@
 //! Attention on CUDA: always exported.
 
-use hyperattn_core::Layout;
+use hyperattn_core::{Division, Layout};
 use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
 use crate::boundary::{check_pointer, guard};
 use crate::cpu::{check_buffer, no_backward, no_workspace, read_tensors};
 use crate::error::Result;
+use crate::params::{self, Options};
 use crate::types::*;
-use crate::{block_mask, params, sized, tensor};
+use crate::{block_mask, call, sized, tensor};
 
 /// Size and alignment of the device workspace that hyperattn_cuda_forward() needs for the same arguments. Needs no
 /// device. The tensors' data are not looked at and may be NULL; *out is written on success only.
@@ -29,8 +30,13 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
         // SAFETY: the pointers are what the header asks for.
         let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
         // SAFETY: as above.
-        let tensors = unsafe { device_tensors(&from, &|_, _| Ok(())) }?;
-        let Layout { size, align } = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
+        let (tensors, division) = unsafe {
+            let tensors = device_tensors(&from, |tensor| !tensor.data.is_null(), &|_, _| Ok(()))?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            (tensors, division)
+        };
+        let Layout { size, align } =
+            hyperattn_cuda::forward_divided_workspace(&options.params, &division, &tensors)?;
         // SAFETY: out is aligned and, not being NULL, writable.
         unsafe { out.write(hyperattn_layout { size, align }) };
         Ok(())
@@ -44,6 +50,9 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
 /// With a workspace nothing is allocated on the device, so that a call can be captured in a graph and replayed: with the same
 /// addresses, on what they then hold. The first call in a context loads the kernels, and where the build has none for the
 /// device, NVRTC compiles them, which takes a while: make it outside of what is timed.
+///
+/// Sequences, and heads with methods of their own, are enqueued one part after the other in the same workspace: many
+/// short sequences leave a large device partly idle.
 ///
 /// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it;
 /// HYPERATTN_STATUS_CUDA for other errors of the driver. What goes wrong while the kernels run is reported where the
@@ -66,18 +75,13 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
         // SAFETY: as above.
         let exec = unsafe { read_exec(exec) }?;
         // SAFETY: as above.
-        let tensors = unsafe { device_tensors(&from, &check_data) }?;
-        let workspace = if !exec.workspace.data.is_null() {
-            Some((exec.workspace.data as u64, exec.workspace.size))
-        } else if options.may_allocate {
-            None
-        } else {
-            let need = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
-            return Err(no_workspace(need.size));
+        let (tensors, division) = unsafe {
+            let tensors = given_tensors(&from)?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            (tensors, division)
         };
         // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
-        unsafe { hyperattn_cuda::forward(&options.params, &tensors, workspace, exec.stream.cast()) }?;
-        Ok(())
+        unsafe { enqueue(&options, &division, &tensors, &exec) }
     })
 }
 
@@ -105,17 +109,51 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
     guard(|| Err(no_backward("hyperattn_cuda_backward")))
 }
 
+/// Enqueues a call.
+///
+/// # Safety
+/// As for [`hyperattn_cuda::forward`].
+pub(crate) unsafe fn enqueue(
+    options: &Options,
+    division: &Division<'_>,
+    tensors: &DeviceTensors,
+    exec: &hyperattn_cuda_exec,
+) -> Result<()> {
+    let params = &options.params;
+    let workspace = if !exec.workspace.data.is_null() {
+        Some((exec.workspace.data as u64, exec.workspace.size))
+    } else if options.may_allocate {
+        None
+    } else {
+        let need = hyperattn_cuda::forward_divided_workspace(params, division, tensors)?;
+        return Err(no_workspace(need.size));
+    };
+    // SAFETY: the caller's contract.
+    unsafe { hyperattn_cuda::forward_divided(params, division, tensors, workspace, exec.stream.cast()) }?;
+    Ok(())
+}
+
 /// The address and layout of a tensor with elements.
 fn check_data(name: &str, from: &hyperattn_tensor) -> Result<()> {
     tensor::check_data(name, from, &tensor::layout(name, from)?)
 }
 
-/// The tensors of a call, each of them passed to `check` too.
+/// The tensors of a call that looks at their data.
+///
+/// # Safety
+/// As for [`device_tensors`].
+pub(crate) unsafe fn given_tensors(from: &hyperattn_tensors) -> Result<DeviceTensors> {
+    // SAFETY: the caller's contract.
+    unsafe { device_tensors(from, |tensor| !tensor.data.is_null(), &check_data) }
+}
+
+/// The tensors of a call, each of them passed to `check` too; `wanted` says which of the optional ones there are.
 ///
 /// # Safety
 /// The block mask is NULL or points to as many readable bytes as its struct_size says.
-unsafe fn device_tensors(
+pub(crate) unsafe fn device_tensors(
     from: &hyperattn_tensors,
+    wanted: impl Fn(&hyperattn_tensor) -> bool,
     check: &dyn Fn(&str, &hyperattn_tensor) -> Result<()>,
 ) -> Result<DeviceTensors> {
     let required = |name: &str, from: &hyperattn_tensor| -> Result<DeviceTensor> {
@@ -123,9 +161,8 @@ unsafe fn device_tensors(
         check(name, from)?;
         Ok(DeviceTensor { address: from.data as u64, layout })
     };
-    let optional = |name: &str, from: &hyperattn_tensor| {
-        (!from.data.is_null()).then(|| required(name, from)).transpose()
-    };
+    let optional =
+        |name: &str, from: &hyperattn_tensor| wanted(from).then(|| required(name, from)).transpose();
     let (q, k) = (required("q", &from.q)?, required("k", &from.k)?);
     Ok(DeviceTensors {
         q,
@@ -152,7 +189,7 @@ unsafe fn device_tensors(
 
 /// # Safety
 /// `pointer` is NULL or points to as many readable bytes as its struct_size says.
-unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cuda_exec> {
+pub(crate) unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cuda_exec> {
     let defaults = hyperattn_cuda_exec {
         struct_size: size_of::<hyperattn_cuda_exec>(),
         workspace: hyperattn_buffer { data: std::ptr::null_mut(), size: 0 },
@@ -163,6 +200,6 @@ unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cud
     }
     // SAFETY: the caller's contract.
     let exec = unsafe { sized::read(pointer, "exec", defaults) }?;
-    check_buffer(&exec.workspace)?;
+    check_buffer("exec.workspace", &exec.workspace)?;
     Ok(exec)
 }

@@ -9,12 +9,17 @@
 
 mod block_mask;
 mod boundary;
+mod call;
 mod cpu;
 mod cuda;
+mod cuda_plan;
 mod diagnose;
 mod error;
 mod executor;
+mod memory;
 mod params;
+mod plan;
+mod planned;
 mod sized;
 mod status;
 mod tensor;

@@ -38,10 +38,11 @@ pub(super) struct ProbeParams {
     pub(super) probe_segments: Pointer<Segment>,
     pub(super) records_of_head: u32,
     pub(super) parts: u32,
+    pub(super) first_stream_head: u32,
 }
 
 // What probe.cuh states too.
-const _: () = assert!(size_of::<ProbeParams>() == 192);
+const _: () = assert!(size_of::<ProbeParams>() == 200);
 
 // SAFETY: a mirror of the kernels' parameter, see above.
 unsafe impl Argument for ProbeParams {}
@@ -93,6 +94,7 @@ impl Probing {
             probe_segments: carver.take(heads * records * parts),
             records_of_head: records as u32,
             parts: parts as u32,
+            first_stream_head: call.problem.first_head as u32,
         };
         let parts = Parts::carve(parts, heads.saturating_mul(rows), call.problem.value_dim, carver)?;
         Ok(Probing { shape, params, heads, parts, next_tile: carver.take(1) })

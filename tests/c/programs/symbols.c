@@ -28,11 +28,22 @@ static const symbol symbols[] = {
     SYMBOL(hyperattn_backward_workspace),
     SYMBOL(hyperattn_backward),
     SYMBOL(hyperattn_merge),
+    SYMBOL(hyperattn_plan_create),
+    SYMBOL(hyperattn_plan_destroy),
+    SYMBOL(hyperattn_plan_workspace),
+    SYMBOL(hyperattn_plan_run),
+    SYMBOL(hyperattn_plan_task_count),
+    SYMBOL(hyperattn_plan_task_workspace),
+    SYMBOL(hyperattn_plan_run_tasks),
     SYMBOL(hyperattn_diagnose),
     SYMBOL(hyperattn_cuda_forward_workspace),
     SYMBOL(hyperattn_cuda_forward),
     SYMBOL(hyperattn_cuda_backward_workspace),
     SYMBOL(hyperattn_cuda_backward),
+    SYMBOL(hyperattn_cuda_plan_create),
+    SYMBOL(hyperattn_cuda_plan_destroy),
+    SYMBOL(hyperattn_cuda_plan_workspace),
+    SYMBOL(hyperattn_cuda_plan_run),
 };
 
 int main(void)

@@ -94,6 +94,16 @@ fn diagnose() {
 }
 
 #[test]
+fn plan() {
+    run_sanitized("plan");
+}
+
+#[test]
+fn divided() {
+    run_sanitized("divided");
+}
+
+#[test]
 fn block_mask() {
     run_sanitized("block_mask");
 }
