@@ -78,6 +78,7 @@ impl<'a> Layouts<'a> {
                 .map(|mask| mask.patterns_from(section.first_pattern(heads_q))),
             error: self.error.as_ref().and_then(of_heads),
             keys_per_query: self.keys_per_query.as_ref().and_then(of_heads),
+            mask: self.mask.map(|mask| mask.mask_part([batches, &heads.query, queries], keys).0),
         }
     }
 }
@@ -106,6 +107,7 @@ impl<'a> Tensors<'a> {
                 .map(|mask| mask.patterns_from(section.first_pattern(heads_q))),
             error: self.error.as_ref().and_then(of_heads),
             keys_per_query: self.keys_per_query.as_ref().and_then(of_heads),
+            mask: self.mask.map(|mask| mask.mask_part([batches, &heads.query, queries], keys)),
         }
     }
 }

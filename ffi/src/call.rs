@@ -32,6 +32,7 @@ pub(crate) unsafe fn layouts<'a>(
         block_mask: unsafe { block_mask::read(from.block_mask, &q, &k) }?,
         error: optional("error", &from.error)?,
         keys_per_query: None,
+        mask: wanted(&from.mask).then(|| tensor::mask_layout(&from.mask)).transpose()?,
     })
 }
 
@@ -57,6 +58,7 @@ pub(crate) unsafe fn tensors<'a>(from: &hyperattn_tensors) -> Result<Tensors<'a>
             block_mask,
             error: optional("error", &from.error)?,
             keys_per_query: None,
+            mask: tensor::mask(&from.mask)?,
         })
     }
 }

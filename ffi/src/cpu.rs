@@ -16,8 +16,9 @@ use crate::{call, params, sized, tensor};
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
-/// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
+/// some 320 (head_dim + value dimension) numbers of 4 bytes, and 256 KiB with a mask tensor. METHOD_REFINED needs
+/// besides: a twentieth of the bytes of k and v of one batch item, 13 bytes for every key for every thread, and 1 KiB
+/// value_dim for every query head.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
@@ -52,8 +53,8 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
     })
 }
 
-/// out = softmax(scale * q k^T) v under the mask, exactly or by the estimator that params asks for; and
-/// lse, when its data is not NULL.
+/// out = softmax(scale * q k^T) v under params.mask, exactly or by the estimator that params asks for, and with
+/// tensors.mask added to the logits where there is one; and lse, when its data is not NULL.
 ///
 /// Returns when the outputs are complete. Any number of threads may call at the same time with outputs and
 /// workspaces of their own. The same arguments give the same bits for every number of threads, with a
@@ -206,6 +207,7 @@ pub(crate) unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<h
         lse: tensor::EMPTY,
         block_mask: ptr::null(),
         error: tensor::EMPTY,
+        mask: tensor::EMPTY,
         num_sequences: 0,
         cu_seqlens_q: ptr::null(),
         cu_seqlens_k: ptr::null(),

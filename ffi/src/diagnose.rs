@@ -18,8 +18,8 @@ use crate::{block_mask, sized, tensor};
 ///
 /// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
 /// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
-/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR. With num_sequences
-/// or head_methods it answers HYPERATTN_STATUS_UNSUPPORTED: diagnose one sequence and one method at a time.
+/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR. With a mask,
+/// num_sequences or head_methods it answers HYPERATTN_STATUS_UNSUPPORTED: diagnose one sequence and one method at a time.
 ///
 /// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
 /// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With
@@ -115,7 +115,7 @@ unsafe fn entry_size(heads: *mut hyperattn_diagnosis, count: usize) -> Result<us
 }
 
 /// # Safety
-/// What q, k, v and block_mask describe is readable and not written meanwhile.
+/// What q, k, v, block_mask and mask describe is readable and not written meanwhile.
 unsafe fn diagnose(
     options: &Options,
     from: &hyperattn_tensors,
@@ -150,6 +150,8 @@ unsafe fn diagnose(
         block_mask: mask,
         error: Some(TensorMut::contiguous(&mut errors, head_shape)?),
         keys_per_query: Some(TensorMut::contiguous(&mut keys, head_shape)?),
+        // SAFETY: the caller's contract.
+        mask: unsafe { tensor::mask(&from.mask) }?,
     };
     let figures = run(options, &mut tensors, chosen.executor(), true_error)?;
     let mut exact = filled(if true_error { out_len } else { 0 }, || 0f32)?;

@@ -6,6 +6,9 @@ use crate::error::{Failure, Result};
 use crate::memory::copied;
 use crate::params::Options;
 
+/// What sentences call the mask tensor.
+const MASK: &str = "tensors.mask";
+
 /// See the module.
 pub(crate) struct Planned {
     /// Without methods of heads.
@@ -65,11 +68,19 @@ impl Planned {
         ] {
             check_shape(name, planned, given)?;
         }
-        for (name, planned, given) in
-            [("lse", &planned.lse, &given.lse), ("error", &planned.error, &given.error)]
-        {
+        for (name, planned, given) in [
+            ("lse", &planned.lse, &given.lse),
+            ("error", &planned.error, &given.error),
+            (MASK, &planned.mask, &given.mask),
+        ] {
             match (planned, given) {
                 (Some(planned), Some(given)) => check_shape(name, planned, given)?,
+                (Some(planned), None) if name == MASK => {
+                    return Err(Failure::invalid(format_args!(
+                        "{name} is not given, but the plan was made with one of shape {:?}",
+                        planned.shape
+                    )));
+                }
                 (None, Some(given)) => {
                     return Err(Failure::invalid(format_args!(
                         "{name} of shape {:?} is given, but the plan was made with {name}.dtype = 0",

@@ -278,6 +278,16 @@ typedef struct hyperattn_tensors {
     /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
     /// With num_sequences above 0 it is [num_sequences, heads_q, 1, 1].
     struct hyperattn_tensor error;
+    /// Added to the logits: softmax(scale * q k^T + mask). Any dtype, [batch or 1, heads_q or 1, n_q or 1, n_k], where
+    /// an extent of 1 (or a stride of 0) serves all; stride[3] must be 1. With data NULL there is none and its other
+    /// fields are not looked at. A key is seen where params.mask shows it and this is not -inf; less than -2^127
+    /// (-1.7e38) counts as -inf. What a hidden key and its value hold, NaN too, does not touch the row. NaN or +inf in
+    /// the mask makes its row NaN, where params.mask shows the key.
+    ///
+    /// For METHOD_EXACT on the CPU, which METHOD_AUTO then takes; HYPERATTN_STATUS_UNSUPPORTED with another method,
+    /// with hyperattn_diagnose() and on CUDA. Keys that no query of a tile sees are not computed. A mask of 0 and -inf
+    /// that hides the last keys of each row, more or fewer of them, costs little beside reading it.
+    struct hyperattn_tensor mask;
     /// Sequences of different lengths, one after the other in the rows of the tensors, whose batch is then 1. Each is
     /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item
     /// are one sequence. Not together with a block_mask.
@@ -480,8 +490,9 @@ void hyperattn_params_init(struct hyperattn_params *params, size_t struct_size);
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
-/// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
+/// some 320 (head_dim + value dimension) numbers of 4 bytes, and 256 KiB with a mask tensor. METHOD_REFINED needs
+/// besides: a twentieth of the bytes of k and v of one batch item, 13 bytes for every key for every thread, and 1 KiB
+/// value_dim for every query head.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
@@ -494,8 +505,8 @@ hyperattn_status hyperattn_forward_workspace(const struct hyperattn_params *para
                                              const struct hyperattn_cpu_exec *exec,
                                              struct hyperattn_layout *out);
 
-/// out = softmax(scale * q k^T) v under the mask, exactly or by the estimator that params asks for; and
-/// lse, when its data is not NULL.
+/// out = softmax(scale * q k^T) v under params.mask, exactly or by the estimator that params asks for, and with
+/// tensors.mask added to the logits where there is one; and lse, when its data is not NULL.
 ///
 /// Returns when the outputs are complete. Any number of threads may call at the same time with outputs and
 /// workspaces of their own. The same arguments give the same bits for every number of threads, with a
@@ -615,8 +626,8 @@ hyperattn_status hyperattn_plan_run_tasks(const struct hyperattn_plan *plan,
 ///
 /// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
 /// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
-/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR. With num_sequences
-/// or head_methods it answers HYPERATTN_STATUS_UNSUPPORTED: diagnose one sequence and one method at a time.
+/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR. With a mask,
+/// num_sequences or head_methods it answers HYPERATTN_STATUS_UNSUPPORTED: diagnose one sequence and one method at a time.
 ///
 /// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
 /// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With

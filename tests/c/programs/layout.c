@@ -65,6 +65,7 @@ int main(void)
     FIELD(hyperattn_tensors, lse);
     FIELD(hyperattn_tensors, block_mask);
     FIELD(hyperattn_tensors, error);
+    FIELD(hyperattn_tensors, mask);
     FIELD(hyperattn_tensors, num_sequences);
     FIELD(hyperattn_tensors, cu_seqlens_q);
     FIELD(hyperattn_tensors, cu_seqlens_k);

@@ -180,8 +180,9 @@ static void other_structs_may_be_short(random_source *source)
     if (sizeof(void *) == 8) {
         CHECK_INT(offsetof(hyperattn_params, budget), 72);
         CHECK_INT(offsetof(hyperattn_tensors, error), 416);
+        CHECK_INT(offsetof(hyperattn_tensors, mask), 496);
         CHECK_INT(offsetof(hyperattn_params, head_methods), 88);
-        CHECK_INT(offsetof(hyperattn_tensors, num_sequences), 496);
+        CHECK_INT(offsetof(hyperattn_tensors, num_sequences), 576);
     }
 
     check_case("tensors without block_mask");
@@ -207,6 +208,14 @@ static void other_structs_may_be_short(random_source *source)
     CHECK(array_untouched(&p.error));
     CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
     CHECK(!array_untouched(&p.error));
+
+    check_case("tensors without mask");
+    problem_poison_outputs(&p);
+    tensors = p.tensors;
+    memset(&tensors.mask, 0xa5, sizeof tensors.mask); /* must not be looked at */
+    tensors.struct_size = offsetof(hyperattn_tensors, mask);
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    CHECK(tensor_all_finite(&p.out.view));
 
     check_case("tensors without sequences");
     tensors = p.tensors;

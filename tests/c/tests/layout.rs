@@ -82,6 +82,7 @@ contract! {
         lse: hyperattn_tensor,
         block_mask: *const hyperattn_block_mask,
         error: hyperattn_tensor,
+        mask: hyperattn_tensor,
         num_sequences: i64,
         cu_seqlens_q: *const i32,
         cu_seqlens_k: *const i32,
@@ -161,5 +162,5 @@ fn sizes_on_64_bit_machines() {
         size_of::<hyperattn_cpu_exec>(),
         size_of::<hyperattn_cuda_exec>(),
     ];
-    assert_eq!(sizes, [96, 80, 56, 520, 328, 56, 32, 40, 32]);
+    assert_eq!(sizes, [96, 80, 56, 600, 328, 56, 32, 40, 32]);
 }

@@ -81,6 +81,11 @@ fn divided() {
 }
 
 #[test]
+fn additive_mask() {
+    run_c("additive_mask");
+}
+
+#[test]
 fn block_mask() {
     run_c("block_mask");
 }

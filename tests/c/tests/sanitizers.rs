@@ -104,6 +104,11 @@ fn divided() {
 }
 
 #[test]
+fn additive_mask() {
+    run_sanitized("additive_mask");
+}
+
+#[test]
 fn block_mask() {
     run_sanitized("block_mask");
 }

@@ -5,6 +5,7 @@ use hyperattn_core::{
     forward_divided, forward_divided_workspace,
 };
 
+use crate::additive_mask::AdditiveMask;
 use crate::inputs::Inputs;
 use crate::storage::{Arrangement, Tensor};
 
@@ -94,6 +95,8 @@ pub struct Setup<'a> {
     pub division: Division<'a>,
     /// Exact blocks of the caller.
     pub block_mask: Option<BlockMask<'a>>,
+    /// The mask tensor.
+    pub mask: Option<&'a AdditiveMask>,
     /// Who runs the tasks.
     pub executor: &'a dyn Executor,
     /// Element type of the output.
@@ -115,6 +118,7 @@ impl<'a> Setup<'a> {
             inputs,
             division: Division::default(),
             block_mask: None,
+            mask: None,
             executor: &Serial,
             out: DType::F32,
             arrangements: [Arrangement::Packed; 4],
@@ -154,6 +158,7 @@ impl<'a> Setup<'a> {
         let mut q = tensor(&inputs.q, shape.q(), inputs.dtypes.q, 0);
         let mut k = tensor(&inputs.k, shape.k(), inputs.dtypes.kv, 1);
         let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
+        let mut mask = self.mask.map(AdditiveMask::tensor);
         let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], POISON);
         let scalars = |shape| Tensor::new(&[], shape, DType::F32, Arrangement::Padded, POISON);
         let (mut lse, mut error, mut keys) =
@@ -168,6 +173,7 @@ impl<'a> Setup<'a> {
             block_mask: self.block_mask,
             error: self.estimates.then(|| error.view_mut()),
             keys_per_query: self.estimates.then(|| keys.view_mut()),
+            mask: mask.as_mut().map(Tensor::view),
         });
         assert!([&out, &lse, &error, &keys].map(Tensor::gaps) == before, "written beyond an output");
         let of_heads = |tensor: &Tensor| if self.estimates { tensor.values() } else { Vec::new() };

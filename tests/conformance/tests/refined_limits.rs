@@ -261,6 +261,7 @@ fn tensors_of_estimates_are_checked() {
                 block_mask: None,
                 error: Some(error),
                 keys_per_query: Some(keys_per_query),
+                mask: None,
             };
             let layout = forward_workspace(&params, &tensors.layouts(), Kernels::scalar(), &Serial)?;
             let mut workspace = hyperattn_conformance::run::Workspace::new(layout, |_| 0);
