@@ -539,6 +539,10 @@ unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
             tile = longer;
         }
         for (r, row) in tile.iter().enumerate() {
+            // Not even a 0 is added to a row that sees none of these keys: -0 would become 0.
+            if limits.each[r] == 0 {
+                continue;
+            }
             for (v, &cell) in row.iter().enumerate() {
                 let at = sums.add(r * step.value_dim + v * lanes);
                 P::Vector::load(at).add(cell).store(at);
