@@ -6,6 +6,7 @@ from ._native import ffi, lib
 _CLASSES = {
     "INVALID_ARGUMENT": errors.InvalidArgument,
     "UNSUPPORTED": errors.Unsupported,
+    "DEVICE_UNAVAILABLE": errors.DeviceUnavailable,
     "OUT_OF_MEMORY": errors.OutOfMemory,
 }
 
