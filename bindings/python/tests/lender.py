@@ -30,7 +30,7 @@ class Lender:
         deleter=True,
     ):
         self.array, self.shape, self.ndim = array, array.shape, array.ndim
-        self.versioned, self.device = versioned, device
+        self.versioned, self.where = versioned, device
         self.returned, self.streams, self.kept = 0, [], []
         code, bits = _CODES[dtype or array.dtype.name]
         self.fields = dict(code=code, bits=bits, lanes=lanes, byte_offset=byte_offset)
@@ -47,8 +47,8 @@ class Lender:
         pointer = ctypes.POINTER(ctypes.c_int64)
         return _dlpack._Tensor(
             data=self.array.ctypes.data - self.fields["byte_offset"],
-            device_type=self.device[0],
-            device_id=self.device[1],
+            device_type=self.where[0],
+            device_id=self.where[1],
             ndim=self.ndim,
             shape=ctypes.cast(shape, pointer),
             strides=ctypes.cast(strides, pointer) if self.with_strides else None,
@@ -73,7 +73,7 @@ class Lender:
         return self._capsule(bool(self.versioned))
 
     def __dlpack_device__(self):
-        return self.device
+        return self.where
 
 
 class Namespaced(Lender):

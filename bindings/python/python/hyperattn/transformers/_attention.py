@@ -45,7 +45,7 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
     """The output, a view of [batch, tokens, heads, head_dim] memory, and the error estimate, if asked for."""
     batch, heads, tokens, _ = q.shape
-    out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype).transpose(1, 2)
+    out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype, device=q.device).transpose(1, 2)
     result = hyperattn.forward(q, k, v, out=out, **kwargs)
     return (out, result[1]) if kwargs.get("return_error") else (out, None)
 
