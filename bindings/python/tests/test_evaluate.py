@@ -151,7 +151,7 @@ def test_needle(model_folder, tmp_path, capsys, monkeypatch):
 
 
 def test_needle_goes_on_after_an_interruption(model_folder, tmp_path, capsys, monkeypatch):
-    arguments = ["needle", model_folder, "--tokens", "600", "--depths", 3, "--methods", "exact,paper", "--out", tmp_path]
+    arguments = ["needle", model_folder, "--tokens", "600", "--depths", 3, "--out", tmp_path]
     asked = []
 
     def answer_three(model, tokenizer, ids, count):
@@ -170,7 +170,7 @@ def test_needle_goes_on_after_an_interruption(model_folder, tmp_path, capsys, mo
     rows = rows_of(tmp_path / "needle.csv")
     assert [row["answer"] for row in rows] == ["nothing"] * 3 + ["something"] * 3
     assert [row["depth"] for row in rows] == ["0.0", "0.0", "0.5", "0.5", "1.0", "1.0"]
-    assert not torch.equal(asked[0], asked[-1]) and len(json.loads((tmp_path / "needle.json").read_text())["summary"]) == 2
+    assert len(json.loads((tmp_path / "needle.json").read_text())["summary"]) == 2
     # Nothing is left to ask; a further depth is; other settings are not mixed in.
     evaluate(*arguments, "--resume")
     assert len(asked) == 6

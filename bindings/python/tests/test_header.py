@@ -30,6 +30,11 @@ def test_every_function_is_there():
         assert ffi.cast("void *", getattr(lib, name)) != ffi.NULL
 
 
+def test_typed_keywords_are_the_parameters():
+    own = {"method", "mask", "scale"}
+    assert set(hyperattn.Parameters.__annotations__) | own == set(hyperattn.defaults())
+
+
 def test_defaults_have_every_parameter():
     assert set(hyperattn.defaults()) == set(struct_fields("hyperattn_params")) - {"struct_size", "flags"}
 

@@ -39,7 +39,7 @@ def test_every_parameter_is_an_argument(qkv):
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_registrations(qkv, layout):
-    """The schema is what it does, the fake implementation's tensors are those of the real one, and autograd knows it."""
+    """The schema is what it does, the fake implementation's tensors are like the real one's, and autograd knows it."""
     q, k, v = qkv if layout == "bhsd" else (x.transpose(1, 2) for x in qkv)
     arguments = dict(method="exact", layout=layout)
     torch.library.opcheck(

@@ -165,7 +165,7 @@ def forward(
     params: the other fields of the C struct hyperattn_params, see `Parameters`; `hyperattn.defaults()` lists them.
     Returns out, or a tuple (out, lse, error) of what was asked for.
     Raises HyperAttnError (InvalidArgument, Unsupported, OutOfMemory, DeviceUnavailable) with the library's sentence;
-        TypeError and ValueError for arguments that are no arrays or whose names are not known. Outputs are then untouched.
+        TypeError and ValueError for arguments that are no arrays or whose names are not known. Outputs are untouched.
     """
     struct = _params.build(method, mask, scale, params)
     with Call("q", q, layout, stream) as call:
@@ -209,7 +209,7 @@ def merge(out_a: Array, lse_a: Other, out_b: Any, lse_b: Any, *, layout: Layout 
 @functools.cache
 def _diagnosis() -> Any:
     names = [name for name, _ in ffi.typeof("hyperattn_diagnosis").fields if name != "struct_size"]
-    return namedtuple("Diagnosis", names)  # type: ignore[misc]
+    return namedtuple("Diagnosis", names)
 
 
 def diagnose(

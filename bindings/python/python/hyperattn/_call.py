@@ -78,7 +78,14 @@ class Call:
         return ffi.cast(c_type, view.pointer)
 
     def fill(
-        self, tensor: Any, name: str, array: Any, *, written: bool = False, per_row: bool = False, per_head: bool = False
+        self,
+        tensor: Any,
+        name: str,
+        array: Any,
+        *,
+        written: bool = False,
+        per_row: bool = False,
+        per_head: bool = False,
     ) -> None:
         """Makes the hyperattn_tensor show the array: 4 dimensions, or 3 for a single batch item.
 

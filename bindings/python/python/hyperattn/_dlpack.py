@@ -4,8 +4,9 @@ The structs and the names of the capsules are those of DLPack 1.0, https://dmlc.
 """
 
 import ctypes
+import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -16,7 +17,8 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> Any: ...
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """Where memory is: "cpu", or "cuda" and the number that the CUDA runtime gives the device."""
 
     kind: str
@@ -93,9 +95,7 @@ def _python_function(name: str, result: Any, *arguments: Any) -> Any:
     return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
 
 
-_capsule_new = _python_function(
-    "PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
-)
+_capsule_new = _python_function("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _capsule_is_valid = _python_function("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
 _capsule_pointer = _python_function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 _capsule_rename = _python_function("PyCapsule_SetName", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
@@ -185,7 +185,7 @@ class Memory:
         libc = ctypes.CDLL(None)
         allocate = libc.aligned_alloc
         allocate.restype, allocate.argtypes = ctypes.c_void_p, (ctypes.c_size_t, ctypes.c_size_t)
-        self._free = ctypes.cast(libc.free, ctypes.c_void_p).value
+        self._free = ctypes.cast(libc.free, ctypes.c_void_p).value or 0
         self._capsule: Any = None
         self._name = b""
         self._block: Any = None
@@ -198,8 +198,8 @@ class Memory:
         self._block = allocate(_ALIGNMENT, size)
         if not self._block:
             raise MemoryError(f"{size} bytes for a result")
-        extents.from_address(self._block + self._shape_at)[:] = self.shape
-        extents.from_address(self._block + self._strides_at)[:] = self.strides
+        extents.from_address(self._block + self._shape_at)[:] = list(self.shape)
+        extents.from_address(self._block + self._strides_at)[:] = list(self.strides)
         self.pointer: int = self._block + data_at
 
     def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: Any) -> Any:

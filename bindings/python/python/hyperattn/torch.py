@@ -45,7 +45,7 @@ def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> tupl
 
 def _backward(context: Any, *gradients: torch.Tensor) -> None:
     raise NotImplementedError(
-        "hyperattn::forward has no backward pass: hyperattn_backward() of the library is not implemented in this version; "
+        "hyperattn::forward has no backward pass: hyperattn_backward() is not implemented in this version; "
         "run it under torch.no_grad(), or train with another attention"
     )
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path, help="folder for needle.csv and needle.json")
     parser.add_argument(
-        "--resume", action="store_true", help="go on after an interruption: answers that --out has are not asked for again"
+        "--resume", action="store_true", help="go on after an interruption, without the answers that --out has"
     )
 
 
@@ -70,7 +70,7 @@ def _filler(generator: random.Random, sentences: int) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
@@ -114,7 +114,7 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, count: int) -> str:
         if chosen[-1] in ends:
             break
         step = torch.tensor([chosen[-1:]])
-    return tokenizer.decode(chosen, skip_special_tokens=True)
+    return str(tokenizer.decode(chosen, skip_special_tokens=True))
 
 
 def _question(depth: float, needle: Needle, ids: torch.Tensor, setting: Setting) -> dict[str, Any]:

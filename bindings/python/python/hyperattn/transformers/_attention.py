@@ -8,6 +8,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hyperattn
+from hyperattn._params import Mask
 
 if TYPE_CHECKING:
     from ._replace import Layer
@@ -28,7 +29,7 @@ class Call:
     k: torch.Tensor
     v: torch.Tensor
     out: torch.Tensor
-    mask: str
+    mask: Mask
     scale: float | None
     threads: int
     seconds: float
@@ -83,9 +84,10 @@ def attention(
     causal = _is_causal(module, is_causal)
 
     def sdpa() -> tuple[torch.Tensor, None]:
-        return sdpa_attention_forward(
+        out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, is_causal=causal, **kwargs
         )
+        return out, None
 
     reason = _why_not(attention_mask, kwargs)
     if reason is not None:
