@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from . import _native, errors
-
-ffi: Any = _native.ffi
-lib: Any = _native.lib
+from . import errors
+from ._native import ffi as ffi
+from ._native import lib as lib
 
 _CLASSES = {
     "INVALID_ARGUMENT": errors.InvalidArgument,
