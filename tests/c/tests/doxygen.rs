@@ -1,4 +1,4 @@
-//! Doxygen has nothing to complain about in the public headers: everything is documented, every reference leads somewhere.
+//! Doxygen has nothing to complain about in the public headers: everything is documented.
 
 use std::io::Write;
 use std::path::Path;

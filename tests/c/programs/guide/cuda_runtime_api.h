@@ -1,5 +1,5 @@
-/* What the guide's examples use of CUDA's header of this name, so that they compile where CUDA is not. The functions are
- * main.c's. */
+/* What the guide's examples use of CUDA's header of this name, so that they compile where CUDA is not. main.c has the
+ * functions. */
 #ifndef CUDA_RUNTIME_API_H
 #define CUDA_RUNTIME_API_H
 

@@ -138,7 +138,9 @@ static void check_chunks(random_source *source)
     check_case("chunks");
     problem p = solved(1, TOKENS, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, source);
     hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT);
-    kv_cache cache = { floats(HEADS_KV * CAPACITY * DIM), floats(HEADS_KV * CAPACITY * DIM), HEADS_KV, CAPACITY, DIM, 0 };
+    kv_cache cache = { .heads = HEADS_KV, .capacity = CAPACITY, .head_dim = DIM };
+    cache.k = floats(HEADS_KV * CAPACITY * DIM);
+    cache.v = floats(HEADS_KV * CAPACITY * DIM);
     hyperattn_tensor k = cached(cache.k, HYPERATTN_DTYPE_F32, 1, HEADS_KV, TOKENS, CAPACITY, DIM);
     hyperattn_tensor v = cached(cache.v, HYPERATTN_DTYPE_F32, 1, HEADS_KV, TOKENS, CAPACITY, DIM);
     copy(&k, &p.tensors.k);
