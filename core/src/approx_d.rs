@@ -8,7 +8,7 @@ use crate::params::Params;
 use crate::residual::{Column, uniform_columns, uniform_stream};
 use crate::rng::{Purpose, Stream, below};
 use crate::select::Selection;
-use crate::tile::{KeyOrder, Part, Tile};
+use crate::tile::{Call, KeyOrder, Part, Tile};
 use crate::tiling::TILE_ROWS;
 
 /// Number of rows whose unmasked sums bound tau: m, or all rows where there are fewer.
@@ -29,7 +29,7 @@ pub fn tau_position(params: &Params, head: usize, queries: &Range<usize>, i: usi
 /// `rows` (at most a tile) of query head `head`, into the tile's state.
 pub(crate) fn unmasked_row_sums(
     tile: &mut Tile<'_>,
-    params: &Params,
+    call: &Call<'_>,
     selection: &Selection<'_>,
     keys: KeyOrder<'_>,
     head: usize,
@@ -38,8 +38,9 @@ pub(crate) fn unmasked_row_sums(
 ) {
     debug_assert!(rows.len() <= TILE_ROWS);
     let mut blocks = [0u32; TILE_ROWS];
+    let numbered = call.problem.first_head + head;
     for i in rows.clone() {
-        let position = tau_position(params, head, &selection.rectangle.queries, i);
+        let position = tau_position(call.params, numbered, &selection.rectangle.queries, i);
         blocks[i - rows.start] = selection.block_of(position) as u32;
         tile.push(head, row_at(position), 0);
     }
@@ -73,12 +74,13 @@ fn log2_cap_factor(params: &Params, keys: usize) -> f32 {
 /// `log2_tau_of` gives tau of each row's head, `covered` says which positions the rows meet exactly.
 pub(crate) fn estimate_row_sums(
     tile: &mut Tile<'_>,
-    params: &Params,
+    call: &Call<'_>,
     keys: KeyOrder<'_>,
     positions: Range<usize>,
     log2_tau_of: impl Fn(usize) -> f32,
     covered: impl Fn(&Column) -> bool,
 ) {
+    let params = call.params;
     let factor = log2_cap_factor(params, positions.len());
     let floor = |r: usize| log2_tau_of(r) - log2(params.approx_d_kappa);
     for r in 0..tile.rows() {
@@ -86,7 +88,7 @@ pub(crate) fn estimate_row_sums(
     }
     tile.empty_other_sums();
     tile.swap_sums();
-    let stream = uniform_stream(params.seed, params.offset, keys.kv_head);
+    let stream = uniform_stream(params.seed, params.offset, call.problem.first_kv_head + keys.kv_head);
     let columns = uniform_columns(stream, positions, params.sample_size as usize);
     tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, true, Part::Sum);
     for r in 0..tile.rows() {

@@ -1,9 +1,10 @@
 //! The forward pass: checks the workspace and runs the method.
 
 use crate::cost;
-use crate::error::{Error, ErrorKind, Result};
+use crate::division::{Divided, Division, Part};
+use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::exact;
-use crate::exec::Executor;
+use crate::exec::{Executor, Serial, for_each_item};
 use crate::pack::PackedShape;
 use crate::paper::Paper;
 use crate::params::Params;
@@ -46,9 +47,20 @@ pub fn forward_workspace(
     kernels: &Kernels,
     executor: &dyn Executor,
 ) -> Result<Layout> {
-    let plan = Plan::new(params, layouts, kernels)?;
-    let sizes = Sizes::new(&plan, params, kernels, executor.lanes().max(1))?;
-    Ok(Layout { size: sizes.total, align: WORKSPACE_ALIGN })
+    forward_divided_workspace(params, &Division::default(), layouts, kernels, executor)
+}
+
+/// [`forward_workspace`] of [`forward_divided`].
+pub fn forward_divided_workspace(
+    params: &Params,
+    division: &Division<'_>,
+    layouts: &Layouts<'_>,
+    kernels: &Kernels,
+    executor: &dyn Executor,
+) -> Result<Layout> {
+    let divided = Divided::new(params, division, layouts)?;
+    let schedule = Schedule::new(&divided, kernels, executor.lanes().max(1))?;
+    Ok(Layout { size: schedule.total(), align: WORKSPACE_ALIGN })
 }
 
 /// Attention: `out = softmax(scale * q k^T) v` under the mask, exactly or by the estimator that `params`
@@ -67,7 +79,20 @@ pub fn forward(
     executor: &dyn Executor,
     workspace: &mut [u8],
 ) -> Result<()> {
-    run(params, tensors, kernels, executor, workspace, None)
+    run(params, &Division::default(), tensors, kernels, executor, workspace, None)
+}
+
+/// [`forward`] of a call that is divided. Each sequence gets the bits that it would get alone, and each head those that
+/// it would get if its method were that of all heads.
+pub fn forward_divided(
+    params: &Params,
+    division: &Division<'_>,
+    tensors: &mut Tensors<'_>,
+    kernels: &Kernels,
+    executor: &dyn Executor,
+    workspace: &mut [u8],
+) -> Result<()> {
+    run(params, division, tensors, kernels, executor, workspace, None)
 }
 
 /// [`forward`], which notes besides which keys the sampled rows do not meet exactly. `unmet` is made for these params
@@ -80,55 +105,126 @@ pub fn forward_recording(
     workspace: &mut [u8],
     unmet: &Unmet<'_>,
 ) -> Result<()> {
-    run(params, tensors, kernels, executor, workspace, Some(unmet))
+    run(params, &Division::default(), tensors, kernels, executor, workspace, Some(unmet))
 }
 
-fn run(
-    params: &Params,
-    tensors: &mut Tensors<'_>,
-    kernels: &Kernels,
-    executor: &dyn Executor,
-    workspace: &mut [u8],
-    unmet: Option<&Unmet<'_>>,
-) -> Result<()> {
-    let plan = Plan::new(params, &tensors.layouts(), kernels)?;
-    tensors.check_overlap()?;
-    let lane_count = executor.lanes().max(1);
-    let sizes = Sizes::new(&plan, params, kernels, lane_count)?;
+/// How the parts of a call are run.
+struct Schedule {
+    lanes: usize,
+    /// Whether every lane takes parts of its own; else the lanes share one part after the other.
+    at_once: bool,
+    /// Bytes for a part, or for each of the lanes.
+    size: usize,
+}
+
+impl Schedule {
+    fn new(divided: &Divided<'_>, kernels: &Kernels, lanes: usize) -> Result<Self> {
+        let pairs = |part: &Part<'_>| {
+            let problem = &part.plan.problem;
+            problem.heads_q as f64 * problem.n_q as f64 * problem.n_k as f64
+        };
+        let parts = || (0..divided.count()).map(|index| divided.part(index, kernels));
+        let (most, all) = parts()
+            .map(|part| pairs(&part))
+            .fold((0.0f64, 0.0), |(most, all), pairs| (most.max(pairs), all + pairs));
+        // The longest is a small part of what each lane has to do, and so is its workspace.
+        let at_once = divided.count() > 1 && lanes > 1 && most * 2.0 * lanes as f64 <= all;
+        let lanes_of_a_part = if at_once { 1 } else { lanes };
+        let size = parts().try_fold(0, |most: usize, part| {
+            Ok(Sizes::new(&part.plan, &part.params, kernels, lanes_of_a_part)?.total.max(most))
+        })?;
+        let schedule = Schedule { lanes, at_once, size };
+        if isize::try_from(schedule.total()).is_err() {
+            invalid!("the shapes need more scratch memory than an address space holds");
+        }
+        Ok(schedule)
+    }
+
+    fn total(&self) -> usize {
+        if self.at_once { self.size.saturating_mul(self.lanes) } else { self.size }
+    }
+}
+
+/// The workspace is aligned and has `need` bytes.
+pub(crate) fn check_workspace(workspace: &[u8], need: usize) -> Result<()> {
     if !workspace.as_ptr().addr().is_multiple_of(WORKSPACE_ALIGN) {
         return Err(Error::new(
             ErrorKind::WorkspaceTooSmall,
             format_args!("workspace.data = {:p} is not a multiple of {WORKSPACE_ALIGN}", workspace.as_ptr()),
         ));
     }
-    if workspace.len() < sizes.total {
+    if workspace.len() < need {
         return Err(Error::new(
             ErrorKind::WorkspaceTooSmall,
-            format_args!("workspace.size = {} bytes but {} are needed", workspace.len(), sizes.total),
+            format_args!("workspace.size = {} bytes but {need} are needed", workspace.len()),
         ));
     }
+    Ok(())
+}
+
+fn run(
+    params: &Params,
+    division: &Division<'_>,
+    tensors: &mut Tensors<'_>,
+    kernels: &Kernels,
+    executor: &dyn Executor,
+    workspace: &mut [u8],
+    unmet: Option<&Unmet<'_>>,
+) -> Result<()> {
+    let divided = Divided::new(params, division, &tensors.layouts())?;
+    tensors.check_overlap()?;
+    let schedule = Schedule::new(&divided, kernels, executor.lanes().max(1))?;
+    check_workspace(workspace, schedule.total())?;
+    let tensors = &*tensors;
+    let run_part = |index: usize, executor: &dyn Executor, workspace: &mut [u8]| {
+        let part = divided.part(index, kernels);
+        // SAFETY: parts have rows of their own, and the tensors are this call's.
+        let tensors = unsafe { tensors.part(&part.place) };
+        execute(&part.plan, &part.params, &tensors, kernels, executor, workspace, unmet)
+    };
+    if !schedule.at_once {
+        return (0..divided.count()).try_for_each(|index| run_part(index, executor, workspace));
+    }
+    let mut lanes = Lanes::new(workspace, schedule.size, schedule.lanes);
+    for_each_item(executor, &mut lanes, divided.count(), &|scratch, index| {
+        run_part(index, &Serial, scratch).expect("the calling thread runs every task");
+    })
+}
+
+/// Runs what is planned for tensors that are checked, with a workspace of [`Sizes`].
+pub(crate) fn execute(
+    plan: &Plan,
+    params: &Params,
+    tensors: &Tensors<'_>,
+    kernels: &Kernels,
+    executor: &dyn Executor,
+    workspace: &mut [u8],
+    unmet: Option<&Unmet<'_>>,
+) -> Result<()> {
+    let lane_count = executor.lanes().max(1);
+    let sizes = Sizes::new(plan, params, kernels, lane_count)?;
     let (shared, rest) = workspace.split_at_mut(sizes.shared);
     let mut lanes = Lanes::new(rest, sizes.lane, lane_count);
-    let mut shared = Shared::carve(&plan, params, kernels, &mut Carver::new(shared));
+    let mut shared = Shared::carve(plan, params, kernels, &mut Carver::new(shared));
     let shape = PackedShape::new(kernels, &plan.problem);
     let call = Call { kernels, params, problem: plan.problem, tensors, shape, unmet };
     match plan.run {
-        Run::Exact => exact(&call, executor, &mut lanes, shared.packed)?,
+        Run::Exact => exact(&call, &plan.rectangle, executor, &mut lanes, shared.packed)?,
         Run::Paper => {
-            let mut paper =
-                Paper { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
+            let mut paper = Paper { plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
             paper.run()?;
         }
         Run::Refined => {
-            let mut refined =
-                Refined { plan: &plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
+            let mut refined = Refined { plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
             return refined.run();
         }
     }
-    let keys = cost::planned_keys_per_query(params, tensors.block_mask.as_ref(), &plan);
     for batch in 0..plan.problem.batch {
         if let Some(to) = &tensors.keys_per_query {
             for head in 0..plan.problem.heads_q {
+                let pattern = batch * plan.problem.heads_q + head;
+                let mask = tensors.block_mask.map(|mask| mask.from_pattern(pattern));
+                let keys = cost::planned_keys_per_query(params, mask.as_ref(), plan);
                 // SAFETY: this tensor is written here only, by one thread.
                 unsafe { to.write_row(batch, head, 0, &[keys as f32]) };
             }
@@ -143,10 +239,15 @@ fn run(
 }
 
 /// Exact attention for every head of every batch item.
-fn exact(call: &Call<'_>, executor: &dyn Executor, lanes: &mut Lanes<'_>, packed: &mut [u32]) -> Result<()> {
+fn exact(
+    call: &Call<'_>,
+    rectangle: &Rectangle,
+    executor: &dyn Executor,
+    lanes: &mut Lanes<'_>,
+    packed: &mut [u32],
+) -> Result<()> {
     let problem = &call.problem;
-    let whole = Rectangle { queries: 0..problem.n_q, keys: 0..problem.n_k };
-    let pass = Pass { rectangle: &|_| Some(whole.clone()), count: 1, states: None, last: true };
+    let pass = Pass { rectangle: &|_| Some(rectangle.clone()), count: 1, states: None, last: true };
     // What is packed is that of one batch item.
     let batches_at_once = if packed.is_empty() { problem.batch } else { 1 };
     for batch in (0..problem.batch).step_by(batches_at_once) {

@@ -160,15 +160,15 @@ fn estimate(
     match effective_residual(params) {
         Residual::None => {}
         Residual::Uniform => {
-            let stream = uniform_stream(params.seed, params.offset, kv_head);
+            let stream = uniform_stream(params.seed, params.offset, problem.first_kv_head + kv_head);
             let columns = uniform_columns(stream, positions, sample_size);
             tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, false, Part::Both);
         }
         Residual::RowNorm => {
             let prefix = (kv_head - prepared.heads.kv.start) * problem.n_k;
             let prefix = &prepared.norm_prefix[prefix..][positions.clone()];
-            let stream = row_norm_stream(params.seed, params.offset, kv_head);
-            approx_d::estimate_row_sums(tile, params, keys, positions.clone(), log2_tau_of, covered);
+            let stream = row_norm_stream(params.seed, params.offset, problem.first_kv_head + kv_head);
+            approx_d::estimate_row_sums(tile, call, keys, positions.clone(), log2_tau_of, covered);
             let columns = row_norm_columns(stream, positions, sample_size, prefix);
             tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, false, Part::Values);
             approx_d::apply_row_sums(tile);
@@ -206,7 +206,7 @@ fn run_tau<'s>(
         let keys = prepared.keys(problem.n_k, head / problem.group);
         let mut tile = Tile::carve(call, &mut Carver::new(scratch));
         let row_at = |position: usize| prepared.query_row(problem.n_q, head, position);
-        approx_d::unmasked_row_sums(&mut tile, params, &selection, keys, head, row_at, rows.clone());
+        approx_d::unmasked_row_sums(&mut tile, call, &selection, keys, head, row_at, rows.clone());
         // SAFETY: rectangles have disjoint queries and every task its own rows of one.
         unsafe { tile.store_log2_sums(log2_row_sums, first + rows.start) };
     })

@@ -11,6 +11,7 @@ mod causal;
 mod cost;
 pub mod device;
 mod diagnose;
+mod division;
 mod element;
 mod error;
 mod exact;
@@ -24,6 +25,7 @@ mod overlap;
 mod pack;
 mod paper;
 mod params;
+mod part;
 mod pass;
 mod plan;
 mod probe;
@@ -39,6 +41,7 @@ mod select;
 pub mod simd;
 mod sort;
 mod summary;
+mod tasks;
 mod tile;
 mod tiling;
 mod unmet;
@@ -59,15 +62,19 @@ pub mod stages {
 }
 
 pub use diagnose::{HeadFigures, head_figures, head_figures_workspace};
+pub use division::{Division, Sequences};
 pub use element::{DType, Element};
 pub use error::{Error, ErrorKind, Result};
 pub use exec::{Executor, Serial};
-pub use forward::{forward, forward_recording, forward_workspace};
+pub use forward::{
+    forward, forward_divided, forward_divided_workspace, forward_recording, forward_workspace,
+};
 pub use half::{bf16, f16};
 pub use merge::merge;
 pub use params::{BlockMask, Mask, Method, Params, Residual};
 pub use problem::{Layouts, MAX_HEAD_DIM, Tensors};
 pub use scratch::{Layout, WORKSPACE_ALIGN};
 pub use simd::{Isa, Kernels};
+pub use tasks::{run_tasks, task_count, task_workspace};
 pub use unmet::{DIAGNOSIS_ROWS, Unmet, diagnosis_row};
 pub use view::{MAX_SEQUENCE, TensorLayout, TensorMut, TensorRef};

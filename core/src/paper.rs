@@ -45,7 +45,8 @@ impl Paper<'_, '_> {
 
     /// The hyperplanes of every KV head; its query heads share them, and so do all batch items.
     fn draw_projections(&mut self) -> Result<()> {
-        let (params, head_dim) = (self.call.params, self.plan.problem.head_dim);
+        let (params, problem) = (self.call.params, &self.plan.problem);
+        let head_dim = problem.head_dim;
         let num_projs = params.lsh_num_projs as usize;
         let width = lsh::projection_width(self.call.kernels, num_projs);
         for_each_chunk(
@@ -54,7 +55,7 @@ impl Paper<'_, '_> {
             self.shared.projections,
             head_dim * width,
             &|_, kv_head, to| {
-                let stream_of = (params.seed, params.offset, kv_head);
+                let stream_of = (params.seed, params.offset, problem.first_kv_head + kv_head);
                 lsh::fill_projections(stream_of, head_dim, num_projs, width, to);
             },
         )

@@ -14,20 +14,21 @@ pub enum Mask {
     CausalTopLeft,
 }
 
-/// How the output is computed.
+/// How the output is computed. The numbers are those of the C interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
 pub enum Method {
     /// Exact while that is the faster choice for the shape, else [`Method::Refined`]; [`Method::Paper`] where a block mask
     /// is given.
     #[default]
-    Auto,
+    Auto = 0,
     /// Softmax attention without approximation, any length. Cost n_q * n_k.
-    Exact,
+    Exact = 1,
     /// HyperAttention as published (arXiv 2310.05869): sortLSH blocks and a sampled residual.
-    Paper,
+    Paper = 2,
     /// Exact over the first keys, a local band and the keys that a tile of queries weighs most, with one column for
     /// all that is left; and an estimate of the error, which can raise the number of keys or ask for exact attention.
-    Refined,
+    Refined = 3,
 }
 
 /// How [`Method::Paper`] treats what the exact blocks do not cover.

@@ -6,9 +6,10 @@ use crate::error::Result;
 use crate::exact;
 use crate::hyper;
 use crate::pack::PackedShape;
-use crate::params::{Mask, Method, Params, Residual};
+use crate::params::{BlockMask, Mask, Method, Params, Residual};
 use crate::probe::Probes;
 use crate::problem::{Layouts, Problem};
+use crate::select::Rectangle;
 use crate::simd::{KEY_TILE, Kernels};
 use crate::tiling::HeadSet;
 
@@ -26,6 +27,8 @@ pub(crate) struct Plan {
     pub(crate) parts: Decomposition,
     /// What computes the output.
     pub(crate) run: Run,
+    /// What an exact call computes; all queries meet keys that are in it.
+    pub(crate) rectangle: Rectangle,
     /// Sub-problems with at most this many keys are exact.
     pub(crate) leaf: usize,
     /// Whether Algorithm 1 runs; otherwise the order in memory is the order.
@@ -93,32 +96,51 @@ pub(crate) fn most_budget(params: &Params, problem: &Problem) -> usize {
     budget
 }
 
-impl Plan {
-    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Result<Self> {
-        let problem = Problem::new(params, layouts)?;
-        let PaperParts { parts, leaf, sorted, nothing_to_estimate } =
-            PaperParts::new(params, &problem, layouts.block_mask.is_some());
+impl Run {
+    /// What `params.method` is for this problem.
+    pub(crate) fn choose(params: &Params, mask: Option<&BlockMask<'_>>, problem: &Problem) -> Self {
+        let PaperParts { parts, nothing_to_estimate, .. } = PaperParts::new(params, problem, mask.is_some());
         let budget = params.budget as usize;
-        let least_budget = least_budget(params);
         let refining_is_exact = problem.n_k <= params.min_seq_len.max(budget) || problem.n_q == 0;
         let refines = || {
-            let probes =
-                (params.target_error > 0.0).then(|| Probes::new(params, &problem, budget, least_budget));
+            let probes = (params.target_error > 0.0)
+                .then(|| Probes::new(params, problem, budget, least_budget(params)));
             let probe_rows = probes.map_or(0, |probes| probes.rows_of_a_head());
-            Screening::CPU.pays(params, &problem, probe_rows)
+            Screening::CPU.pays(params, problem, probe_rows)
         };
-        let run = match params.method {
+        match params.method {
             Method::Paper if !nothing_to_estimate => Run::Paper,
             Method::Refined if !refining_is_exact => Run::Refined,
             // The caller's blocks are METHOD_PAPER's.
-            Method::Auto if layouts.block_mask.is_some() => {
-                let exact = nothing_to_estimate
-                    || cost::exact_is_faster(params, layouts.block_mask.as_ref(), &problem, &parts);
+            Method::Auto if mask.is_some() => {
+                let exact = nothing_to_estimate || cost::exact_is_faster(params, mask, problem, &parts);
                 if exact { Run::Exact } else { Run::Paper }
             }
             Method::Auto if !refining_is_exact && refines() => Run::Refined,
             _ => Run::Exact,
-        };
+        }
+    }
+}
+
+impl Plan {
+    pub(crate) fn new(params: &Params, layouts: &Layouts<'_>, kernels: &Kernels) -> Result<Self> {
+        let problem = Problem::new(params, layouts)?;
+        let run = Run::choose(params, layouts.block_mask.as_ref(), &problem);
+        Ok(Self::of(params, layouts, kernels, problem, run))
+    }
+
+    /// The plan of a problem that is checked, for which `run` was chosen.
+    pub(crate) fn of(
+        params: &Params,
+        layouts: &Layouts<'_>,
+        kernels: &Kernels,
+        problem: Problem,
+        run: Run,
+    ) -> Self {
+        let PaperParts { parts, leaf, sorted, .. } =
+            PaperParts::new(params, &problem, layouts.block_mask.is_some());
+        let budget = params.budget as usize;
+        let least_budget = least_budget(params);
         let target = run == Run::Refined && params.target_error > 0.0;
         let probed = target || (run != Run::Exact && layouts.error.is_some());
         let most_budget = if target { most_budget(params, &problem) } else { budget };
@@ -137,6 +159,7 @@ impl Plan {
             }),
             least_budget,
             most_budget,
+            rectangle: Rectangle { queries: 0..problem.n_q, keys: 0..problem.n_k },
             problem,
             parts,
             run,
@@ -144,7 +167,13 @@ impl Plan {
         };
         let bytes = layouts.k.dtype.size() * (problem.head_dim + problem.value_dim);
         plan.fit_into(2 * problem.heads_kv as u128 * problem.n_k as u128 * bytes as u128, kernels);
-        Ok(plan)
+        plan
+    }
+
+    /// Leaves all but `rectangle` of an exact problem to others.
+    pub(crate) fn restrict(&mut self, rectangle: Rectangle) {
+        self.rectangle = rectangle;
+        self.packed_tiles = self.shared_tiles();
     }
 
     /// Chooses how many heads are worked on together, and whether keys are packed once for all tasks, so that
@@ -179,7 +208,10 @@ impl Plan {
     fn shared_tiles(&self) -> usize {
         let heads = HeadSet::all(&self.problem);
         match self.run {
-            Run::Exact => return exact::packed_tiles(&heads, 1, self.problem.n_q, self.problem.n_k),
+            Run::Exact => {
+                let Rectangle { queries, keys } = &self.rectangle;
+                return exact::packed_tiles(&heads, 1, queries.len(), keys.len());
+            }
             Run::Refined => return self.problem.n_k.div_ceil(KEY_TILE),
             Run::Paper => {}
         }

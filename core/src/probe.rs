@@ -32,6 +32,7 @@ const MOST: f64 = 0.02;
 pub(crate) struct Probes {
     seed: u64,
     offset: u64,
+    first_head: usize,
     n_q: usize,
     query_tiles: QueryTiles,
     /// Tiles before it are exact.
@@ -53,7 +54,15 @@ impl Probes {
         let exact = (0..count).take_while(|&tile| problem.visible_keys(last_row(tile)) <= exact_keys).count();
         let first_tile = exact.min(count - 1);
         let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]).min(count - first_tile);
-        Probes { seed: params.seed, offset: params.offset, n_q, query_tiles, first_tile, tiles }
+        Probes {
+            seed: params.seed,
+            offset: params.offset,
+            first_head: problem.first_head,
+            n_q,
+            query_tiles,
+            first_tile,
+            tiles,
+        }
     }
 
     /// Probe rows of a head.
@@ -86,7 +95,7 @@ impl Probes {
 
     /// A number in 0..len for probe tile `index` of `head`.
     fn draw(&self, head: usize, index: usize, number: usize, len: usize) -> usize {
-        let stream = Stream::new(self.seed, self.offset, head, Purpose::ProbeRow);
+        let stream = Stream::new(self.seed, self.offset, self.first_head + head, Purpose::ProbeRow);
         below(stream.uniform(index, self.tiles, number), len)
     }
 

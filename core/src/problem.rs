@@ -130,6 +130,10 @@ pub struct Problem {
     pub heads_kv: usize,
     /// Query heads per KV head.
     pub group: usize,
+    /// Number of the first query head and of the first KV head among those that random numbers are drawn for.
+    pub first_head: usize,
+    /// See `first_head`.
+    pub first_kv_head: usize,
     /// Queries of a head.
     pub n_q: usize,
     /// Keys of a head.
@@ -159,6 +163,8 @@ impl Problem {
             heads_q,
             heads_kv,
             group: heads_q / heads_kv,
+            first_head: 0,
+            first_kv_head: 0,
             n_q,
             n_k,
             head_dim,
@@ -380,6 +386,8 @@ pub(crate) fn one_head(mask: crate::params::Mask, n_q: usize, n_k: usize) -> Pro
         heads_q: 1,
         heads_kv: 1,
         group: 1,
+        first_head: 0,
+        first_kv_head: 0,
         n_q,
         n_k,
         head_dim: 1,

@@ -99,23 +99,14 @@ impl Keys<'_> {
     }
 }
 
-/// The heads whose budget is [`EXACT`]: as many whole groups in a row as there are, else neighbours of one KV head.
+/// The heads whose budget is [`EXACT`], in runs.
 fn exact_heads(group: usize, budgets: &[u32]) -> impl Iterator<Item = HeadSet> {
-    let exact = |head: usize| budgets[head] == EXACT;
-    let whole = move |kv_head: usize| (kv_head * group..(kv_head + 1) * group).all(exact);
-    let kv_heads = budgets.len() / group;
     let mut next = 0;
     core::iter::from_fn(move || {
         let start = next + budgets[next..].iter().position(|&budget| budget == EXACT)?;
-        let kv_head = start / group;
-        if start.is_multiple_of(group) && whole(kv_head) {
-            let end = (kv_head..kv_heads).find(|&kv_head| !whole(kv_head)).unwrap_or(kv_heads);
-            next = end * group;
-            return Some(HeadSet { query: start..next, kv: kv_head..end });
-        }
-        let end = (start..(kv_head + 1) * group).find(|&head| !exact(head)).unwrap_or((kv_head + 1) * group);
-        next = end;
-        Some(HeadSet { query: start..end, kv: kv_head..kv_head + 1 })
+        let run = HeadSet::run(group, budgets.len(), start, |head| budgets[head] == EXACT);
+        next = run.query.end;
+        Some(run)
     })
 }
 

@@ -35,6 +35,21 @@ impl HeadSet {
         })
     }
 
+    /// The run of heads from `first` on that are `alike`: as many whole groups as there are, else neighbours of one KV
+    /// head.
+    pub(crate) fn run(group: usize, heads_q: usize, first: usize, alike: impl Fn(usize) -> bool) -> Self {
+        let kv_head = first / group;
+        let whole = |kv_head: usize| (kv_head * group..(kv_head + 1) * group).all(&alike);
+        if first.is_multiple_of(group) && whole(kv_head) {
+            let kv_heads = heads_q / group;
+            let end = (kv_head..kv_heads).find(|&kv_head| !whole(kv_head)).unwrap_or(kv_heads);
+            return HeadSet { query: first..end * group, kv: kv_head..end };
+        }
+        let end = (kv_head + 1) * group;
+        let end = (first..end).find(|&head| !alike(head)).unwrap_or(end);
+        HeadSet { query: first..end, kv: kv_head..kv_head + 1 }
+    }
+
     /// Query heads per KV head.
     fn group(&self) -> usize {
         self.query.len() / self.kv.len()

@@ -90,6 +90,14 @@ impl TensorLayout {
         Ok(())
     }
 
+    /// Of these batch items, heads and rows alone, none of which is beyond the extents.
+    pub(crate) fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> Self {
+        let [batch, head, row, _] = self.extents();
+        assert!(batches.end <= batch && heads.end <= head && rows.end <= row);
+        let [batch, head, row] = [batches, heads, rows].map(|range| range.len() as i64);
+        TensorLayout { shape: [batch, head, row, self.shape[3]], ..*self }
+    }
+
     fn offset(&self, batch: usize, head: usize, row: usize) -> isize {
         let [b, h, s, _] = self.stride.map(|stride| stride as isize);
         (batch as isize * b + head as isize * h + row as isize * s) * self.dtype.size() as isize
@@ -158,6 +166,18 @@ impl<'a> TensorRef<'a> {
     /// Element type, extents and strides.
     pub fn layout(&self) -> &TensorLayout {
         &self.layout
+    }
+
+    /// A view of these batch items, heads and rows alone.
+    pub(crate) fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> Self {
+        let layout = self.layout.part(batches, heads, rows);
+        // Without elements there need not be memory, nor strides that mean anything.
+        let data = if layout.is_empty() {
+            self.data
+        } else {
+            self.data.wrapping_offset(self.layout.offset(batches.start, heads.start, rows.start))
+        };
+        TensorRef { data, layout, owner: PhantomData }
     }
 
     /// Address of element `[0, 0, 0, 0]`.
@@ -240,7 +260,8 @@ impl<'a> TensorMut<'a> {
     ///
     /// # Safety
     /// For `'a`, every element that `layout` describes is writable at its offset from `data` and not
-    /// accessed by anyone else. An empty tensor needs no memory.
+    /// accessed by anyone else, but for the rows of other tasks than those that [`crate::run_tasks`] runs with this view.
+    /// An empty tensor needs no memory.
     pub unsafe fn from_raw(data: *mut u8, layout: TensorLayout) -> Self {
         TensorMut { data, layout, owner: PhantomData }
     }
@@ -248,6 +269,20 @@ impl<'a> TensorMut<'a> {
     /// Element type, extents and strides.
     pub fn layout(&self) -> &TensorLayout {
         &self.layout
+    }
+
+    /// A view of these batch items, heads and rows alone.
+    ///
+    /// # Safety
+    /// While the view lives nobody else reads or writes the rows that are written through it.
+    pub(crate) unsafe fn part(
+        &self,
+        batches: &Range<usize>,
+        heads: &Range<usize>,
+        rows: &Range<usize>,
+    ) -> TensorMut<'_> {
+        let TensorRef { data, layout, .. } = self.reborrow().part(batches, heads, rows);
+        TensorMut { data: data.cast_mut(), layout, owner: PhantomData }
     }
 
     /// A view for reading the same memory.

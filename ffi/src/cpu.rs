@@ -3,13 +3,13 @@
 use std::alloc;
 use std::ptr;
 
-use hyperattn_core::{Executor, Layout, Layouts, Tensors};
+use hyperattn_core::{Division, Executor, Layout, Tensors};
 
 use crate::boundary::{check_pointer, guard, required};
 use crate::error::{Failure, Result};
 use crate::executor::{Chosen, kernels};
 use crate::types::*;
-use crate::{block_mask, params, sized, tensor};
+use crate::{call, params, sized, tensor};
 
 /// Size and alignment of the workspace that hyperattn_forward() needs for the same arguments. The tensors'
 /// data are not looked at and may be NULL; *out is written on success only.
@@ -36,22 +36,16 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
         check_pointer(out.cast_const(), "out")?;
         // SAFETY: the pointers are what the header asks for.
         let Arguments { options, from, exec } = unsafe { Arguments::read(params, tensors, exec) }?;
-        let (q, k) = (tensor::layout("q", &from.q)?, tensor::layout("k", &from.k)?);
-        let layouts = Layouts {
-            q,
-            k,
-            v: tensor::layout("v", &from.v)?,
-            out: tensor::layout("out", &from.out)?,
-            lse: (!from.lse.data.is_null()).then(|| tensor::layout("lse", &from.lse)).transpose()?,
-            // SAFETY: as above.
-            block_mask: unsafe { block_mask::read(from.block_mask, &q, &k) }?,
-            error: (!from.error.data.is_null()).then(|| tensor::layout("error", &from.error)).transpose()?,
-            keys_per_query: None,
+        // SAFETY: as above.
+        let (layouts, division) = unsafe {
+            let layouts = call::layouts(&from, |tensor| !tensor.data.is_null())?;
+            (layouts, call::division(&options, &from, &layouts.q)?)
         };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
+        let (params, executor) = (&options.params, chosen.executor());
         let Layout { size, align } =
-            hyperattn_core::forward_workspace(&options.params, &layouts, kernels(), chosen.executor())?;
+            hyperattn_core::forward_divided_workspace(params, &division, &layouts, kernels(), executor)?;
         // SAFETY: out is aligned and, not being NULL, writable.
         unsafe { out.write(hyperattn_layout { size, align }) };
         Ok(())
@@ -88,26 +82,14 @@ pub unsafe extern "C" fn hyperattn_forward(
         // SAFETY: the pointers are what the header asks for.
         let Arguments { options, from, exec } = unsafe { Arguments::read(params, tensors, exec) }?;
         // SAFETY: as above: the views describe the caller's memory, which is the call's until it returns.
-        let mut tensors = unsafe {
-            let (q, k) = (tensor::input("q", &from.q)?, tensor::input("k", &from.k)?);
-            let block_mask = block_mask::read(from.block_mask, q.layout(), k.layout())?;
-            Tensors {
-                q,
-                k,
-                v: tensor::input("v", &from.v)?,
-                out: tensor::output("out", &from.out)?,
-                lse: (!from.lse.data.is_null()).then(|| tensor::output("lse", &from.lse)).transpose()?,
-                block_mask,
-                error: (!from.error.data.is_null())
-                    .then(|| tensor::output("error", &from.error))
-                    .transpose()?,
-                keys_per_query: None,
-            }
+        let (mut tensors, division) = unsafe {
+            let tensors = call::tensors(&from)?;
+            let division = call::division(&options, &from, tensors.q.layout())?;
+            (tensors, division)
         };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
-        run(&options, &mut tensors, chosen.executor(), exec.workspace)?;
-        Ok(())
+        run(&options, &division, &mut tensors, chosen.executor(), exec.workspace)
     })
 }
 
@@ -168,13 +150,16 @@ pub unsafe extern "C" fn hyperattn_backward(
 /// The forward pass with `workspace`, or with memory of its own where that is empty.
 pub(crate) fn run(
     options: &params::Options,
+    division: &Division<'_>,
     tensors: &mut Tensors<'_>,
     executor: &dyn Executor,
     workspace: hyperattn_buffer,
 ) -> Result<()> {
-    let need = hyperattn_core::forward_workspace(&options.params, &tensors.layouts(), kernels(), executor)?;
+    let (params, layouts) = (&options.params, tensors.layouts());
+    let need = hyperattn_core::forward_divided_workspace(params, division, &layouts, kernels(), executor)?;
     let mut workspace = Workspace::new(workspace, need, options.may_allocate)?;
-    hyperattn_core::forward(&options.params, tensors, kernels(), executor, workspace.bytes())?;
+    let memory = workspace.bytes();
+    hyperattn_core::forward_divided(params, division, tensors, kernels(), executor, memory)?;
     Ok(())
 }
 
@@ -221,6 +206,9 @@ pub(crate) unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<h
         lse: tensor::EMPTY,
         block_mask: ptr::null(),
         error: tensor::EMPTY,
+        num_sequences: 0,
+        cu_seqlens_q: ptr::null(),
+        cu_seqlens_k: ptr::null(),
     };
     // SAFETY: the caller's contract.
     unsafe { sized::read(pointer, "tensors", defaults) }
@@ -228,7 +216,7 @@ pub(crate) unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<h
 
 /// # Safety
 /// As for [`read_tensors`].
-unsafe fn read_exec(pointer: *const hyperattn_cpu_exec) -> Result<hyperattn_cpu_exec> {
+pub(crate) unsafe fn read_exec(pointer: *const hyperattn_cpu_exec) -> Result<hyperattn_cpu_exec> {
     let defaults = hyperattn_cpu_exec {
         struct_size: size_of::<hyperattn_cpu_exec>(),
         workspace: hyperattn_buffer { data: ptr::null_mut(), size: 0 },
@@ -244,15 +232,15 @@ unsafe fn read_exec(pointer: *const hyperattn_cpu_exec) -> Result<hyperattn_cpu_
     if exec.reserved != 0 {
         return Err(Failure::invalid(format_args!("exec.reserved = {} must be 0", exec.reserved)));
     }
-    check_buffer(&exec.workspace)?;
+    check_buffer("exec.workspace", &exec.workspace)?;
     Ok(exec)
 }
 
 /// A lent workspace is somewhere.
-pub(crate) fn check_buffer(workspace: &hyperattn_buffer) -> Result<()> {
+pub(crate) fn check_buffer(name: &str, workspace: &hyperattn_buffer) -> Result<()> {
     if workspace.data.is_null() && workspace.size != 0 {
         return Err(Failure::invalid(format_args!(
-            "exec.workspace.data is NULL but exec.workspace.size = {}",
+            "{name}.data is NULL but {name}.size = {}",
             workspace.size
         )));
     }
@@ -264,7 +252,7 @@ pub(crate) fn no_workspace(need: usize) -> Failure {
     Failure::new(
         HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
         format_args!(
-            "params.flags has HYPERATTN_FLAG_NO_ALLOC but exec.workspace is empty; {need} bytes are needed"
+            "params.flags has HYPERATTN_FLAG_NO_ALLOC but the workspace is empty; {need} bytes are needed"
         ),
     )
 }

@@ -5,7 +5,7 @@ use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
 use crate::boundary::{check_pointer, guard};
 use crate::cpu::{check_buffer, no_backward, no_workspace, read_tensors};
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::types::*;
 use crate::{block_mask, params, sized, tensor};
 
@@ -28,6 +28,7 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
         check_pointer(out.cast_const(), "out")?;
         // SAFETY: the pointers are what the header asks for.
         let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
+        check_undivided(&options, &from)?;
         // SAFETY: as above.
         let tensors = unsafe { device_tensors(&from, &|_, _| Ok(())) }?;
         let Layout { size, align } = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
@@ -63,6 +64,7 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
         let options = unsafe { params::read(params) }?;
         // SAFETY: as above.
         let from = unsafe { read_tensors(tensors) }?;
+        check_undivided(&options, &from)?;
         // SAFETY: as above.
         let exec = unsafe { read_exec(exec) }?;
         // SAFETY: as above.
@@ -103,6 +105,20 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
 ) -> hyperattn_status {
     let _ = (params, tensors, grads, exec);
     guard(|| Err(no_backward("hyperattn_cuda_backward")))
+}
+
+/// Sequences and methods of heads are not for devices yet.
+fn check_undivided(options: &params::Options, from: &hyperattn_tensors) -> Result<()> {
+    if from.num_sequences != 0 || !options.head_methods.is_null() {
+        return Err(Failure::new(
+            HYPERATTN_STATUS_UNSUPPORTED,
+            format_args!(
+                "num_sequences = {} must be 0 and params.head_methods NULL on CUDA in this version",
+                from.num_sequences
+            ),
+        ));
+    }
+    Ok(())
 }
 
 /// The address and layout of a tensor with elements.
@@ -163,6 +179,6 @@ unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cud
     }
     // SAFETY: the caller's contract.
     let exec = unsafe { sized::read(pointer, "exec", defaults) }?;
-    check_buffer(&exec.workspace)?;
+    check_buffer("exec.workspace", &exec.workspace)?;
     Ok(exec)
 }

@@ -2,12 +2,13 @@
 
 use std::sync::atomic::AtomicU32;
 
-use hyperattn_core::{Executor, HeadFigures, Method, Params, TensorMut, Tensors, Unmet};
+use hyperattn_core::{Division, Executor, HeadFigures, Method, Params, TensorMut, Tensors, Unmet};
 
 use crate::boundary::guard;
 use crate::cpu::{self, Arguments, Workspace};
 use crate::error::{Failure, Result};
 use crate::executor::{Chosen, kernels};
+use crate::memory::filled;
 use crate::params::Options;
 use crate::types::*;
 use crate::{block_mask, sized, tensor};
@@ -17,7 +18,8 @@ use crate::{block_mask, sized, tensor};
 ///
 /// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
 /// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
-/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
+/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR. With num_sequences
+/// or head_methods it answers HYPERATTN_STATUS_UNSUPPORTED: diagnose one sequence and one method at a time.
 ///
 /// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
 /// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With
@@ -44,6 +46,16 @@ pub unsafe extern "C" fn hyperattn_diagnose(
             return Err(Failure::invalid(format_args!(
                 "flags = {flags:#x} has bits that are not a HYPERATTN_DIAGNOSE_*"
             )));
+        }
+        if from.num_sequences != 0 || !options.head_methods.is_null() {
+            return Err(Failure::new(
+                HYPERATTN_STATUS_UNSUPPORTED,
+                format_args!(
+                    "hyperattn_diagnose runs params.method on whole batch items: num_sequences = {} must be 0 and \
+                     params.head_methods NULL",
+                    from.num_sequences
+                ),
+            ));
         }
         let expected = number_of_heads(&from)?;
         if count != expected {
@@ -102,19 +114,6 @@ unsafe fn entry_size(heads: *mut hyperattn_diagnosis, count: usize) -> Result<us
     Ok(size)
 }
 
-/// `len` values, or the status that says that there is no memory.
-fn filled<T>(len: usize, value: impl FnMut() -> T) -> Result<Vec<T>> {
-    let mut memory = Vec::new();
-    memory.try_reserve_exact(len).map_err(|_| {
-        Failure::new(
-            HYPERATTN_STATUS_OUT_OF_MEMORY,
-            format_args!("{} bytes could not be allocated", len as u128 * size_of::<T>() as u128),
-        )
-    })?;
-    memory.resize_with(len, value);
-    Ok(memory)
-}
-
 /// # Safety
 /// What q, k, v and block_mask describe is readable and not written meanwhile.
 unsafe fn diagnose(
@@ -163,7 +162,8 @@ unsafe fn diagnose(
             keys_per_query: None,
             ..tensors
         };
-        cpu::run(&options, &mut tensors, chosen.executor(), OWN_WORKSPACE)?;
+        let whole = Division::default();
+        cpu::run(&options, &whole, &mut tensors, chosen.executor(), OWN_WORKSPACE)?;
     }
     let of_head = out_len / heads;
     let mut found = filled(heads, || NOTHING)?;

@@ -9,12 +9,15 @@
 
 mod block_mask;
 mod boundary;
+mod call;
 mod cpu;
 mod cuda;
 mod diagnose;
 mod error;
 mod executor;
+mod memory;
 mod params;
+mod plan;
 mod sized;
 mod status;
 mod tensor;

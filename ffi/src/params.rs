@@ -28,6 +28,7 @@ pub(crate) const DEFAULTS: hyperattn_params = hyperattn_params {
     num_first_keys: 16,
     band: 128,
     target_error: 0.05,
+    head_methods: std::ptr::null(),
 };
 
 /// Fills *params with the defaults. struct_size is sizeof(hyperattn_params) as the caller sees it: no
@@ -52,11 +53,25 @@ pub unsafe extern "C" fn hyperattn_params_init(params: *mut hyperattn_params, st
     }
 }
 
-/// The options of a call, and whether it may allocate.
+/// The options of a call.
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
     pub(crate) params: Params,
+    /// The caller's methods of the heads, NULL for none.
+    pub(crate) head_methods: *const hyperattn_method,
+    /// Whether the call may allocate.
     pub(crate) may_allocate: bool,
+}
+
+/// Whether `method` is a HYPERATTN_METHOD_*.
+pub(crate) fn method(method: hyperattn_method) -> Option<Method> {
+    match method {
+        HYPERATTN_METHOD_AUTO => Some(Method::Auto),
+        HYPERATTN_METHOD_EXACT => Some(Method::Exact),
+        HYPERATTN_METHOD_PAPER => Some(Method::Paper),
+        HYPERATTN_METHOD_REFINED => Some(Method::Refined),
+        _ => None,
+    }
 }
 
 /// Reads and checks the caller's options.
@@ -69,12 +84,8 @@ pub(crate) unsafe fn read(pointer: *const hyperattn_params) -> Result<Options> {
     let unknown = |name: &str, value: u32, what: &str| {
         Failure::invalid(format_args!("params.{name} = {value} is not a HYPERATTN_{what}_*"))
     };
-    let method = match from.method {
-        HYPERATTN_METHOD_AUTO => Method::Auto,
-        HYPERATTN_METHOD_EXACT => Method::Exact,
-        HYPERATTN_METHOD_PAPER => Method::Paper,
-        HYPERATTN_METHOD_REFINED => Method::Refined,
-        other => return Err(unknown("method", other, "METHOD")),
+    let Some(method) = method(from.method) else {
+        return Err(unknown("method", from.method, "METHOD"));
     };
     let mask = match from.mask {
         HYPERATTN_MASK_NONE => Mask::None,
@@ -118,7 +129,8 @@ pub(crate) unsafe fn read(pointer: *const hyperattn_params) -> Result<Options> {
         band: from.band,
         target_error: from.target_error,
     };
-    Ok(Options { params, may_allocate: from.flags & HYPERATTN_FLAG_NO_ALLOC == 0 })
+    let may_allocate = from.flags & HYPERATTN_FLAG_NO_ALLOC == 0;
+    Ok(Options { params, head_methods: from.head_methods, may_allocate })
 }
 
 #[cfg(test)]
@@ -130,7 +142,15 @@ mod tests {
         // SAFETY: the pointer is to a valid struct.
         let Ok(options) = (unsafe { read(&DEFAULTS) }) else { panic!("the defaults are rejected") };
         assert_eq!(options.params, Params::default());
+        assert!(options.head_methods.is_null());
         assert!(options.may_allocate);
+    }
+
+    #[test]
+    fn methods_have_the_core_s_numbers() {
+        for number in 0..100 {
+            assert!(method(number).is_none_or(|method| method as u32 == number), "{number}");
+        }
     }
 
     #[test]

@@ -126,7 +126,8 @@ sized!(hyperattn_params {
     budget,
     num_first_keys,
     band,
-    target_error
+    target_error,
+    head_methods
 });
 sized!(hyperattn_block_mask {
     query_block,
@@ -137,7 +138,7 @@ sized!(hyperattn_block_mask {
     columns,
     row_offsets_head_stride
 });
-sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error });
+sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error, num_sequences, cu_seqlens_q, cu_seqlens_k });
 sized!(hyperattn_threadpool { ctx, num_threads, parallel_for });
 sized!(hyperattn_cpu_exec { workspace, num_threads, reserved, pool });
 sized!(hyperattn_cuda_exec { workspace, stream });

@@ -142,6 +142,10 @@ pub struct hyperattn_params {
     /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
     /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     pub target_error: f32,
+    /// A method for each of the heads_q query heads instead of `method`, for example exact ones where an estimate is too
+    /// far off. Each head gets the bits that it would get if all had its method. A block_mask then concerns the heads
+    /// whose method is PAPER or AUTO. Default NULL: `method` is that of all heads.
+    pub head_methods: *const hyperattn_method,
 }
 
 /// A borrowed view of a tensor [batch, heads, sequence, head_dim]. The library neither frees nor keeps
@@ -226,7 +230,17 @@ pub struct hyperattn_tensors {
     /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1], for every method: the Frobenius norm
     /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
     /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
+    /// With num_sequences above 0 it is [num_sequences, heads_q, 1, 1].
     pub error: hyperattn_tensor,
+    /// Sequences of different lengths, one after the other in the rows of the tensors, whose batch is then 1. Each is
+    /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item are
+    /// one sequence. Not together with a block_mask.
+    pub num_sequences: i64,
+    /// num_sequences + 1 numbers that ascend from 0 to n_q: sequence i has the queries from cu_seqlens_q[i] up to, but not
+    /// including, cu_seqlens_q[i + 1]. In host memory, for CUDA too. Not looked at when num_sequences is 0.
+    pub cu_seqlens_q: *const i32,
+    /// The same for keys, up to n_k.
+    pub cu_seqlens_k: *const i32,
 }
 
 /// The tensors of a backward call: gradients, shaped like what they belong to.
@@ -395,18 +409,20 @@ mod tests {
 
     #[test]
     fn nothing_has_moved() {
-        layout!(hyperattn_params, 88, {
+        layout!(hyperattn_params, 96, {
             struct_size: 0, method: 8, mask: 12, scale: 16, residual: 20, lsh_num_projs: 24, block_size: 28,
             sample_size: 32, flags: 36, min_seq_len: 40, seed: 48, offset: 56, approx_d_epsilon: 64,
-            approx_d_kappa: 68, budget: 72, num_first_keys: 76, band: 80, target_error: 84
+            approx_d_kappa: 68, budget: 72, num_first_keys: 76, band: 80, target_error: 84,
+            head_methods: 88
         });
         layout!(hyperattn_tensor, 80, { data: 0, dtype: 8, reserved: 12, shape: 16, stride: 48 });
         layout!(hyperattn_block_mask, 56, {
             struct_size: 0, query_block: 8, key_block: 12, num_query_blocks: 16, num_key_blocks: 24,
             row_offsets: 32, columns: 40, row_offsets_head_stride: 48
         });
-        layout!(hyperattn_tensors, 496, {
-            struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416
+        layout!(hyperattn_tensors, 520, {
+            struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416,
+            num_sequences: 496, cu_seqlens_q: 504, cu_seqlens_k: 512
         });
         layout!(hyperattn_grads, 328, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248 });
         layout!(hyperattn_diagnosis, 56, {

@@ -5,7 +5,7 @@
  *
  * In short: fill a hyperattn_params with hyperattn_params_init(), describe the tensors with
  * hyperattn_tensor_bhsd() or hyperattn_tensor_bshd(), call hyperattn_forward(), look at the status.
- * Nothing here keeps a pointer after it returns, and there is nothing to create or destroy. */
+ * Nothing here keeps a pointer after it returns, and nothing has to be created or destroyed but a hyperattn_plan. */
 
 #ifndef HYPERATTN_H
 #define HYPERATTN_H
@@ -118,6 +118,11 @@
 /// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
 #define HYPERATTN_DIAGNOSE_TRUE_ERROR 1
 
+/// A forward call without its data: made once for params and the shapes of tensors, then run many times. It never
+/// changes, so that any number of threads may use it at the same time, and it holds no memory but a copy of its
+/// arguments.
+typedef struct hyperattn_plan hyperattn_plan;
+
 /// Something that a build may have: one of HYPERATTN_FEATURE_*.
 typedef uint32_t hyperattn_feature;
 
@@ -207,6 +212,10 @@ typedef struct hyperattn_params {
     /// Relative error of a head's output that METHOD_REFINED aims to stay within, judged by the rows that
     /// hyperattn_tensors.error comes from. Finite, at least 0, default 0.05. 0 keeps the budget, whatever the error.
     float target_error;
+    /// A method for each of the heads_q query heads instead of `method`, for example exact ones where an estimate is too
+    /// far off. Each head gets the bits that it would get if all had its method. A block_mask then concerns the heads
+    /// whose method is PAPER or AUTO. Default NULL: `method` is that of all heads.
+    const hyperattn_method *head_methods;
 } hyperattn_params;
 
 /// Exact blocks that the caller chooses, instead of sortLSH (the paper's predefined mask), for
@@ -264,7 +273,17 @@ typedef struct hyperattn_tensors {
     /// Estimated relative error of each head's output, f32 [batch, heads_q, 1, 1], for every method: the Frobenius norm
     /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
     /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
+    /// With num_sequences above 0 it is [num_sequences, heads_q, 1, 1].
     struct hyperattn_tensor error;
+    /// Sequences of different lengths, one after the other in the rows of the tensors, whose batch is then 1. Each is
+    /// computed as if it were alone, with its own mask, and gets the same bits as alone. 0: all rows of a batch item are
+    /// one sequence. Not together with a block_mask.
+    int64_t num_sequences;
+    /// num_sequences + 1 numbers that ascend from 0 to n_q: sequence i has the queries from cu_seqlens_q[i] up to, but not
+    /// including, cu_seqlens_q[i + 1]. In host memory, for CUDA too. Not looked at when num_sequences is 0.
+    const int32_t *cu_seqlens_q;
+    /// The same for keys, up to n_k.
+    const int32_t *cu_seqlens_k;
 } hyperattn_tensors;
 
 /// Memory that the caller lends for the length of a call.
@@ -523,12 +542,78 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
                                     const struct hyperattn_grads *grads,
                                     const struct hyperattn_cpu_exec *exec);
 
+/// Makes a plan for hyperattn_plan_run() and hyperattn_plan_run_tasks(). *out is written on success only; free it with
+/// hyperattn_plan_destroy().
+///
+/// params and what it points to are copied. Of the tensors their dtypes and shapes, num_sequences with both cu_seqlens,
+/// and block_mask belong to the plan; their data are not looked at and may be NULL, and so may change their strides from
+/// run to run. lse and error can be asked for in a run when their dtype is not 0 here.
+///
+/// A run's tensors must have the plan's dtypes and shapes, sequences and numbers of blocks, else it answers
+/// HYPERATTN_STATUS_INVALID_ARGUMENT; it may leave out lse and error. The arrays of a block_mask may hold other blocks in
+/// every run; with one the methods must be PAPER, since what AUTO takes depends on the blocks.
+///
+/// HYPERATTN_FLAG_NO_ALLOC concerns the runs: the plan itself takes some memory, here only.
+///
+///     hyperattn_plan *plan;
+///     if (hyperattn_plan_create(&params, &tensors, &plan) != HYPERATTN_STATUS_OK)
+///         return hyperattn_last_error();
+hyperattn_status hyperattn_plan_create(const struct hyperattn_params *params,
+                                       const struct hyperattn_tensors *tensors,
+                                       struct hyperattn_plan **out);
+
+/// Frees a plan that no thread uses any more. NULL is fine.
+void hyperattn_plan_destroy(struct hyperattn_plan *plan);
+
+/// Size and alignment of the workspace that hyperattn_plan_run() needs with this exec: what
+/// hyperattn_forward_workspace() answers for the plan's arguments. *out is written on success only.
+hyperattn_status hyperattn_plan_workspace(const struct hyperattn_plan *plan,
+                                          const struct hyperattn_cpu_exec *exec,
+                                          struct hyperattn_layout *out);
+
+/// hyperattn_forward() for the plan's arguments and the data of these tensors, with the same bits.
+hyperattn_status hyperattn_plan_run(const struct hyperattn_plan *plan,
+                                    const struct hyperattn_tensors *tensors,
+                                    const struct hyperattn_cpu_exec *exec);
+
+/// How many tasks the plan's work is divided into, at least 1 (0 for NULL). The number does not depend on the threads.
+///
+/// A task is one query head of one batch item or sequence, which hashes or summarises its keys for itself; where the head
+/// is exact it is a tile of up to 256 queries, those of the other heads of its KV head included. In the order of their
+/// numbers the tasks of a head cost alike two by two, also under a causal mask, so that equal ranges of tasks are equal
+/// shares. Where methods or lengths of sequences differ, let threads fetch tasks from a counter instead.
+size_t hyperattn_plan_task_count(const struct hyperattn_plan *plan);
+
+/// Size and alignment of the workspace of one thread for hyperattn_plan_run_tasks(), whatever its tasks. Each thread needs
+/// one of its own. *out is written on success only.
+hyperattn_status hyperattn_plan_task_workspace(const struct hyperattn_plan *plan,
+                                               struct hyperattn_layout *out);
+
+/// Runs the tasks from number begin up to, but not including, end on the calling thread, one after the other. Tasks need
+/// nothing from one another: run each once, in any order, on any threads, with the same tensors, and the outputs are
+/// complete when all have returned, with the bits of hyperattn_plan_run(). Each writes rows of its own and nothing else;
+/// until then no output may be used for anything.
+///
+/// With a workspace of hyperattn_plan_task_workspace() nothing is allocated; { NULL, 0 } lets the call allocate. Every
+/// call checks all its arguments before it writes: on an error this call has written nothing. begin = end runs nothing.
+///
+///     /* On thread ith of nth, all of which run this with the same plan and tensors. */
+///     size_t tasks = hyperattn_plan_task_count(plan);
+///     hyperattn_status status = hyperattn_plan_run_tasks(plan, &tensors, tasks * ith / nth, tasks * (ith + 1) / nth,
+///                                                        workspace_of_thread[ith]);
+hyperattn_status hyperattn_plan_run_tasks(const struct hyperattn_plan *plan,
+                                          const struct hyperattn_tensors *tensors,
+                                          size_t begin,
+                                          size_t end,
+                                          struct hyperattn_buffer workspace);
+
 /// Runs the method that params asks for into memory of its own and reports about each head: how hard its attention is
 /// to estimate, and how well it was estimated. A tool for choosing methods, budgets and layers, not for inference.
 ///
 /// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
 /// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
-/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
+/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR. With num_sequences
+/// or head_methods it answers HYPERATTN_STATUS_UNSUPPORTED: diagnose one sequence and one method at a time.
 ///
 /// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
 /// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With

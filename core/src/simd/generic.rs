@@ -396,45 +396,28 @@ unsafe fn add_values<P: Product, const ROWS: usize, const VECTORS: usize>(
     first: usize,
     limits: &Limits<ROWS>,
 ) {
-    // A word that holds the last key and nothing more has a zero value beside it.
-    let (least, words) = if limits.least == step.key_count {
-        (limits.least, limits.least.div_ceil(P::DEPTH))
-    } else {
-        let words = limits.least / P::DEPTH;
-        (words * P::DEPTH, words)
-    };
     let vectors = step.value_dim / P::Vector::LANES;
     for panel in 0..vectors / VECTORS {
         // SAFETY: the panel's vectors are among those of the values and of the rows.
-        unsafe { add_panel::<P, ROWS, VECTORS>(step, first, panel * VECTORS, words) };
+        unsafe { add_panel::<P, ROWS, VECTORS>(step, first, panel * VECTORS, limits) };
     }
     for vector in vectors / VECTORS * VECTORS..vectors {
         // SAFETY: as above.
-        unsafe { add_panel::<P, ROWS, 1>(step, first, vector, words) };
-    }
-    // Rows of a causal tile that see more keys than the others: a key beyond a row's limit must not
-    // touch it, not even with weight 0, or its NaN would.
-    for (r, &limit) in limits.each.iter().enumerate() {
-        if least < limit {
-            for vector in 0..vectors {
-                let width = if vector < vectors / VECTORS * VECTORS { VECTORS } else { 1 };
-                // SAFETY: as above.
-                unsafe { add_to_row::<P>(step, (r, first + r), least..limit, vector, width) };
-            }
-        }
+        unsafe { add_panel::<P, ROWS, 1>(step, first, vector, limits) };
     }
 }
 
-/// [`add_values`] for the `WIDTH` vectors of columns from `vector` on and the keys of the first `words` words.
+/// [`add_values`] for the `WIDTH` vectors of columns from `vector` on.
 #[inline(always)]
 unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
     step: &mut Step<'_>,
     first: usize,
     vector: usize,
-    words: usize,
+    limits: &Limits<ROWS>,
 ) {
     let lanes = P::Vector::LANES;
     let row_words = KEY_TILE / P::DEPTH;
+    let words = limits.least / P::DEPTH;
     // SAFETY: a panel holds KEY_TILE / DEPTH * WIDTH * LANES words and follows the vectors before it; the
     // weights have KEY_TILE / DEPTH words a row.
     unsafe {
@@ -445,6 +428,14 @@ unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
         // the small weights in the rounding of the sum.
         let mut tile = [[P::Vector::splat(0.0); WIDTH]; ROWS];
         multiply::<P, ROWS, WIDTH>(words, (weights, 1, row_words), value, &mut tile);
+        if words * P::DEPTH < limits.most {
+            // A copy: which rows go on is not known here, so that it cannot stay in registers.
+            let mut longer = tile;
+            for (r, row) in longer.iter_mut().enumerate() {
+                multiply_rest::<P, WIDTH>(weights.add(r * row_words), value, (words, limits.each[r]), row);
+            }
+            tile = longer;
+        }
         for (r, row) in tile.iter().enumerate() {
             for (v, &cell) in row.iter().enumerate() {
                 let at = sums.add(r * step.value_dim + v * lanes);
@@ -454,31 +445,33 @@ unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
     }
 }
 
-/// Adds the weighted values of `keys`, one vector of columns of them, to one row, given as its number in the
-/// group and in the step; the vector belongs to a panel of `width` vectors.
+/// Goes on with one row of [`add_panel`] from the word `next` on up to `limit` keys, in the same order: a row's sum
+/// does not depend on how far the rows beside it see. A key beyond the limit must not touch the row, not even with weight
+/// 0, or its NaN would.
 #[inline(always)]
-unsafe fn add_to_row<P: Product>(
-    step: &mut Step<'_>,
-    (row_in_group, row): (usize, usize),
-    keys: core::ops::Range<usize>,
-    vector: usize,
-    width: usize,
+unsafe fn multiply_rest<P: Product, const WIDTH: usize>(
+    weights: *const u32,
+    values: *const u32,
+    (next, limit): (usize, usize),
+    row: &mut [P::Vector; WIDTH],
 ) {
     let lanes = P::Vector::LANES;
-    let row_words = KEY_TILE / P::DEPTH;
-    let (panel, within) = (vector / width * width, vector % width);
+    let whole = limit / P::DEPTH;
     // SAFETY: as in `add_panel`, for one row and the words of the keys.
     unsafe {
-        let weights = step.weights.as_ptr().add(row_in_group * row_words);
-        let values = step.values.as_ptr().add((panel * row_words + within) * lanes);
-        let at = step.accumulated.as_mut_ptr().add(row * step.value_dim + vector * lanes);
-        let mut sum = P::Vector::load(at);
-        for key in keys {
+        for word in next..whole {
+            let weight = P::splat(*weights.add(word));
+            for (v, sum) in row.iter_mut().enumerate() {
+                *sum = P::multiply_add(weight, P::load(values.add((word * WIDTH + v) * lanes)), *sum);
+            }
+        }
+        for key in whole * P::DEPTH..limit {
             let (word, element) = (key / P::DEPTH, key % P::DEPTH);
             let weight = P::Vector::splat(P::element_of(*weights.add(word), element));
-            let value = P::element(P::load(values.add(word * width * lanes)), element);
-            sum = weight.mul_add(value, sum);
+            for (v, sum) in row.iter_mut().enumerate() {
+                let value = P::element(P::load(values.add((word * WIDTH + v) * lanes)), element);
+                *sum = weight.mul_add(value, *sum);
+            }
         }
-        sum.store(at);
     }
 }

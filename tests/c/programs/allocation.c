@@ -141,6 +141,53 @@ static void nothing_with_a_workspace(random_source *source)
     worker_pool_destroy(workers);
 }
 
+/* A plan's tasks need nothing but their workspace, and a plan that finds no memory is a status. */
+static void plans(random_source *source)
+{
+    enum { MOST = 200 };
+    problem p = problem_create(&SHAPE, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BSHD, source);
+    static const int32_t starts_q[] = {0, 50, 200}, starts_k[] = {0, 100, 240};
+    static const hyperattn_method methods[] = {HYPERATTN_METHOD_EXACT, HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_REFINED,
+                                               HYPERATTN_METHOD_REFINED};
+    p.tensors.num_sequences = 2;
+    p.tensors.cu_seqlens_q = starts_q;
+    p.tensors.cu_seqlens_k = starts_k;
+    hyperattn_params params = estimator_params(HYPERATTN_METHOD_AUTO, HYPERATTN_MASK_NONE, HYPERATTN_RESIDUAL_UNIFORM);
+    params.head_methods = methods;
+    hyperattn_plan *plan = NULL;
+    long granted = 0;
+    for (; granted < MOST; granted += 1) {
+        check_case("hyperattn_plan_create with %ld allocations", granted);
+        left = granted;
+        int32_t status = hyperattn_plan_create(&params, &p.tensors, &plan);
+        left = LONG_MAX;
+        if (status == HYPERATTN_STATUS_OK) {
+            break;
+        }
+        CHECK_STATUS(status, HYPERATTN_STATUS_OUT_OF_MEMORY);
+        CHECK(plan == NULL);
+    }
+    /* Methods, the sequences' queries and keys, the plan. */
+    CHECK_INT(granted, 4);
+    check_case("tasks");
+    hyperattn_layout layout = {0, 0};
+    CHECK_OK(hyperattn_plan_task_workspace(plan, &layout));
+    workspace w = workspace_create(layout, 0);
+    long before = counted();
+    CHECK_OK(hyperattn_plan_run_tasks(plan, &p.tensors, 0, hyperattn_plan_task_count(plan), w.buffer));
+    CHECK_INT(counted() - before, 0);
+    workspace_destroy(&w);
+    check_case("no memory for a workspace of tasks");
+    problem_poison_outputs(&p);
+    left = 0;
+    int32_t status = hyperattn_plan_run_tasks(plan, &p.tensors, 0, 1, (hyperattn_buffer){NULL, 0});
+    left = LONG_MAX;
+    CHECK_STATUS(status, HYPERATTN_STATUS_OUT_OF_MEMORY);
+    CHECK(array_untouched(&p.out));
+    hyperattn_plan_destroy(plan);
+    problem_destroy(&p);
+}
+
 /* The library's threads take work from queues that may grow by a block now and then. */
 static void at_most_one_a_call_with_own_threads(random_source *source)
 {
@@ -222,5 +269,6 @@ int main(int argc, char **argv)
     at_most_one_a_call_with_own_threads(&source);
     nothing_for_an_error(&source);
     out_of_memory_is_a_status(&source);
+    plans(&source);
     return check_finish();
 }

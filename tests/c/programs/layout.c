@@ -37,6 +37,7 @@ int main(void)
     FIELD(hyperattn_params, num_first_keys);
     FIELD(hyperattn_params, band);
     FIELD(hyperattn_params, target_error);
+    FIELD(hyperattn_params, head_methods);
 
     WHOLE(hyperattn_tensor);
     FIELD(hyperattn_tensor, data);
@@ -64,6 +65,9 @@ int main(void)
     FIELD(hyperattn_tensors, lse);
     FIELD(hyperattn_tensors, block_mask);
     FIELD(hyperattn_tensors, error);
+    FIELD(hyperattn_tensors, num_sequences);
+    FIELD(hyperattn_tensors, cu_seqlens_q);
+    FIELD(hyperattn_tensors, cu_seqlens_k);
 
     WHOLE(hyperattn_grads);
     FIELD(hyperattn_grads, struct_size);

@@ -37,6 +37,7 @@ static const struct boundary {
     {"num_first_keys", END(num_first_keys)},
     {"band", END(band)},
     {"target_error", END(target_error)},
+    {"head_methods", END(head_methods)},
 };
 enum { BOUNDARY_COUNT = sizeof BOUNDARIES / sizeof BOUNDARIES[0] };
 
@@ -63,6 +64,9 @@ static hyperattn_params unusual_params(hyperattn_method method)
     params.num_first_keys = 40;
     params.band = 300;
     params.target_error = 1e-7f;
+    static const hyperattn_method paper[] = {HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_EXACT};
+    static const hyperattn_method refined[] = {HYPERATTN_METHOD_REFINED, HYPERATTN_METHOD_EXACT};
+    params.head_methods = method == HYPERATTN_METHOD_PAPER ? paper : refined;
     return params;
 }
 
@@ -176,6 +180,8 @@ static void other_structs_may_be_short(random_source *source)
     if (sizeof(void *) == 8) {
         CHECK_INT(offsetof(hyperattn_params, budget), 72);
         CHECK_INT(offsetof(hyperattn_tensors, error), 416);
+        CHECK_INT(offsetof(hyperattn_params, head_methods), 88);
+        CHECK_INT(offsetof(hyperattn_tensors, num_sequences), 496);
     }
 
     check_case("tensors without block_mask");
@@ -201,6 +207,17 @@ static void other_structs_may_be_short(random_source *source)
     CHECK(array_untouched(&p.error));
     CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
     CHECK(!array_untouched(&p.error));
+
+    check_case("tensors without sequences");
+    tensors = p.tensors;
+    tensors.struct_size = offsetof(hyperattn_tensors, num_sequences);
+    tensors.num_sequences = 3; /* these must not be looked at */
+    tensors.cu_seqlens_q = (const int32_t *)16;
+    tensors.cu_seqlens_k = (const int32_t *)16;
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    tensors.struct_size = offsetof(hyperattn_tensors, cu_seqlens_q);
+    tensors.num_sequences = 0;
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
 
     check_case("exec without pool");
     hyperattn_cpu_exec exec = problem_exec(1);

@@ -54,6 +54,7 @@ contract! {
         num_first_keys: u32,
         band: u32,
         target_error: f32,
+        head_methods: *const u32,
     }
     struct hyperattn_tensor {
         data: *mut c_void,
@@ -81,6 +82,9 @@ contract! {
         lse: hyperattn_tensor,
         block_mask: *const hyperattn_block_mask,
         error: hyperattn_tensor,
+        num_sequences: i64,
+        cu_seqlens_q: *const i32,
+        cu_seqlens_k: *const i32,
     }
     struct hyperattn_grads {
         struct_size: usize,
@@ -157,5 +161,5 @@ fn sizes_on_64_bit_machines() {
         size_of::<hyperattn_cpu_exec>(),
         size_of::<hyperattn_cuda_exec>(),
     ];
-    assert_eq!(sizes, [88, 80, 56, 496, 328, 56, 32, 40, 32]);
+    assert_eq!(sizes, [96, 80, 56, 520, 328, 56, 32, 40, 32]);
 }

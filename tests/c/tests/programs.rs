@@ -45,6 +45,16 @@ fn diagnose() {
 }
 
 #[test]
+fn plan() {
+    run_c("plan");
+}
+
+#[test]
+fn divided() {
+    run_c("divided");
+}
+
+#[test]
 fn block_mask() {
     run_c("block_mask");
 }

@@ -1,5 +1,7 @@
 //! Seeded problems.
 
+use std::ops::Range;
+
 use hyperattn_core::DType;
 use hyperattn_reference::Generator;
 
@@ -188,6 +190,23 @@ impl Inputs {
             q: part(&self.q),
             k: part(&self.k),
             v: part(&self.v),
+        }
+    }
+
+    /// The rows `queries` and `keys` of batch item 0 alone.
+    pub fn rows(&self, queries: Range<usize>, keys: Range<usize>) -> Self {
+        let Shape { heads_q, heads_kv, head_dim, value_dim, .. } = self.shape;
+        let part = |values: &[f32], heads: usize, rows: usize, dim: usize, range: &Range<usize>| {
+            let heads = values.chunks(rows * dim).take(heads);
+            heads.flat_map(|head| head[range.start * dim..range.end * dim].to_vec()).collect()
+        };
+        let (n_q, n_k) = (self.shape.n_q, self.shape.n_k);
+        Inputs {
+            shape: Shape { batch: 1, n_q: queries.len(), n_k: keys.len(), ..self.shape },
+            dtypes: self.dtypes,
+            q: part(&self.q, heads_q, n_q, head_dim, &queries),
+            k: part(&self.k, heads_kv, n_k, head_dim, &keys),
+            v: part(&self.v, heads_kv, n_k, value_dim, &keys),
         }
     }
 

@@ -1,7 +1,8 @@
 //! The call of the core.
 
 use hyperattn_core::{
-    BlockMask, DType, Executor, Kernels, Layout, Params, Result, Serial, Tensors, forward, forward_workspace,
+    BlockMask, DType, Division, Executor, Kernels, Layout, Params, Result, Sequences, Serial, Tensors,
+    forward_divided, forward_divided_workspace,
 };
 
 use crate::inputs::Inputs;
@@ -89,6 +90,8 @@ pub struct Setup<'a> {
     pub params: &'a Params,
     /// The inputs.
     pub inputs: &'a Inputs,
+    /// Sequences and methods of heads.
+    pub division: Division<'a>,
     /// Exact blocks of the caller.
     pub block_mask: Option<BlockMask<'a>>,
     /// Who runs the tasks.
@@ -110,6 +113,7 @@ impl<'a> Setup<'a> {
             kernels,
             params,
             inputs,
+            division: Division::default(),
             block_mask: None,
             executor: &Serial,
             out: DType::F32,
@@ -126,8 +130,24 @@ impl<'a> Setup<'a> {
 
     /// Runs the call with a workspace of `granted(needed)`. On an error, panics when an output changed.
     pub fn attempt(&self, granted: impl Fn(Layout) -> Layout) -> Result<Outcome> {
-        let Setup { kernels, params, inputs, executor, .. } = *self;
+        let Setup { kernels, params, division, executor, .. } = *self;
+        self.outcome_of(|tensors| {
+            let layout = forward_divided_workspace(params, &division, &tensors.layouts(), kernels, executor)?;
+            let mut workspace = Workspace::new(granted(layout), self.fill);
+            let result = forward_divided(params, &division, tensors, kernels, executor, workspace.exact());
+            assert!(workspace.guards_are_intact(), "a workspace of {layout:?} was overrun");
+            result
+        })
+    }
+
+    /// What `call` writes into tensors of this setup. Panics when it wrote where it must not: on an error, anywhere.
+    pub fn outcome_of(&self, call: impl FnOnce(&mut Tensors<'_>) -> Result<()>) -> Result<Outcome> {
+        let inputs = self.inputs;
         let shape = &inputs.shape;
+        let [batch, heads, ..] = shape.of_heads();
+        let items =
+            self.division.sequences.as_ref().map_or(batch, |sequences| Sequences::count(sequences) as i64);
+        let of_heads_shape = [items, heads, 1, 1];
         let tensor = |values: &[f32], shape, dtype, place: usize| {
             Tensor::new(values, shape, dtype, self.arrangements[place], f32::NAN)
         };
@@ -137,25 +157,18 @@ impl<'a> Setup<'a> {
         let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], POISON);
         let scalars = |shape| Tensor::new(&[], shape, DType::F32, Arrangement::Padded, POISON);
         let (mut lse, mut error, mut keys) =
-            (scalars(shape.lse()), scalars(shape.of_heads()), scalars(shape.of_heads()));
+            (scalars(shape.lse()), scalars(of_heads_shape), scalars(of_heads_shape));
         let before = [&out, &lse, &error, &keys].map(Tensor::gaps);
-        let (result, layout, workspace) = {
-            let mut tensors = Tensors {
-                q: q.view(),
-                k: k.view(),
-                v: v.view(),
-                out: out.view_mut(),
-                lse: Some(lse.view_mut()),
-                block_mask: self.block_mask,
-                error: self.estimates.then(|| error.view_mut()),
-                keys_per_query: self.estimates.then(|| keys.view_mut()),
-            };
-            let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
-            let mut workspace = Workspace::new(granted(layout), self.fill);
-            let result = forward(params, &mut tensors, kernels, executor, workspace.exact());
-            (result, layout, workspace)
-        };
-        assert!(workspace.guards_are_intact(), "a workspace of {layout:?} was overrun");
+        let result = call(&mut Tensors {
+            q: q.view(),
+            k: k.view(),
+            v: v.view(),
+            out: out.view_mut(),
+            lse: Some(lse.view_mut()),
+            block_mask: self.block_mask,
+            error: self.estimates.then(|| error.view_mut()),
+            keys_per_query: self.estimates.then(|| keys.view_mut()),
+        });
         assert!([&out, &lse, &error, &keys].map(Tensor::gaps) == before, "written beyond an output");
         let of_heads = |tensor: &Tensor| if self.estimates { tensor.values() } else { Vec::new() };
         let outcome = Outcome {

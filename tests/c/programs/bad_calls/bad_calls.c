@@ -144,6 +144,8 @@ int main(int argc, char **argv)
     bad_block_masks();
     bad_merges();
     bad_diagnoses();
+    bad_divisions();
+    bad_plans();
     bad_cuda_calls();
     unsupported_calls();
     /* Mistakes leave nothing behind. */
