@@ -26,13 +26,17 @@ def test_same_as_the_call(qkv):
     ):
         assert all(torch.equal(one, other) for one, other in zip(got, wanted))
     out, lse = hyperattn.torch.forward(*(x.transpose(1, 2) for x in qkv), layout="bshd", method="exact")
+    parts = dict(head_methods=["exact", "paper"] * 2, cu_seqlens_q=[0, 20, 60], min_seq_len=8)
+    one = [x[:1] for x in qkv]
+    assert torch.equal(hyperattn.torch.forward(*one, **parts)[0], hyperattn.forward(*one, **parts))
     exact, exact_lse = hyperattn.forward(*qkv, method="exact", return_lse=True)
     assert torch.equal(out.transpose(1, 2), exact) and torch.equal(lse.transpose(1, 2), exact_lse)
 
 
 def test_every_parameter_is_an_argument(qkv):
     names = {argument.name for argument in torch.ops.hyperattn.forward.default._schema.arguments}
-    assert names == {"q", "k", "v", "layout", "threads", *_params.fields()}
+    own = {"q", "k", "v", "layout", "threads", "head_methods", "cu_seqlens_q", "cu_seqlens_k"}
+    assert names == own | set(_params.fields())
     with pytest.raises(hyperattn.InvalidArgument, match="lsh_num_projs"):
         hyperattn.torch.forward(*qkv, method="paper", lsh_num_projs=99)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections import namedtuple
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from . import _params
@@ -14,6 +15,8 @@ from ._params import Mask, Method, Parameters
 Layout = Literal["bhsd", "bshd"]
 Array = TypeVar("Array", bound=SupportsDLPack)
 Other = TypeVar("Other", bound=SupportsDLPack)
+# Whole numbers: a list, or an array that has `tolist`.
+Numbers = Sequence[int] | SupportsDLPack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,19 @@ def _inputs(call: Call, q: Any, k: Any, v: Any, block_mask: BlockMask | None) ->
     return tensors
 
 
+def _whole_numbers(numbers: Any) -> list[int]:
+    return [int(number) for number in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
+
+
+def _divide(call: Call, tensors: Any, queries: Numbers, keys: Numbers) -> None:
+    """The sequences' bounds: short arrays of the host, also where the tensors are on CUDA."""
+    bounds = [_whole_numbers(queries), _whole_numbers(keys)]
+    if len(bounds[0]) != len(bounds[1]) or len(bounds[0]) < 2:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k: {len(bounds[0])} and {len(bounds[1])} numbers, not 2 or more")
+    tensors.num_sequences = len(bounds[0]) - 1
+    tensors.cu_seqlens_q, tensors.cu_seqlens_k = (call.keep(ffi.new("int32_t[]", numbers)) for numbers in bounds)
+
+
 @overload
 def forward(
     q: Array,
@@ -73,6 +89,9 @@ def forward(
     threads: int = ...,
     stream: int | None = ...,
     block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
     **params: Unpack[Parameters],
 ) -> Array: ...
 @overload
@@ -91,6 +110,9 @@ def forward(
     threads: int = ...,
     stream: int | None = ...,
     block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
     **params: Unpack[Parameters],
 ) -> Other: ...
 @overload
@@ -109,6 +131,9 @@ def forward(
     threads: int = ...,
     stream: int | None = ...,
     block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
     **params: Unpack[Parameters],
 ) -> tuple[Array, ...]: ...
 @overload
@@ -127,6 +152,9 @@ def forward(
     threads: int = ...,
     stream: int | None = ...,
     block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
     **params: Unpack[Parameters],
 ) -> tuple[Any, ...]: ...
 def forward(
@@ -144,6 +172,9 @@ def forward(
     threads: int = 0,
     stream: int | None = None,
     block_mask: BlockMask | None = None,
+    head_methods: Sequence[Method | int] | None = None,
+    cu_seqlens_q: Numbers | None = None,
+    cu_seqlens_k: Numbers | None = None,
     **params: Unpack[Parameters],
 ) -> Any:
     """softmax(scale * q k^T) v under the mask.
@@ -162,6 +193,11 @@ def forward(
     threads: of the CPU; 0 = all cores, 1 = the calling thread.
     stream: a CUstream or cudaStream_t as a number, for CUDA arrays. None = CuPy's current stream, else the legacy
         default one. PyTorch's current stream is always taken. On CUDA the call returns before the result is complete.
+    block_mask: see `BlockMask`.
+    head_methods: a method for each head of q, instead of `method`.
+    cu_seqlens_q, cu_seqlens_k: sequences of different lengths, one after the other in the rows of q and of k and v; the
+        batch is 1 or missing. Ascending row numbers from 0 to n_q and to n_k, one more than there are sequences. Each
+        is computed as if it were alone. cu_seqlens_k: None = cu_seqlens_q. The error is then [sequences, heads_q].
     params: the other fields of the C struct hyperattn_params, see `Parameters`; `hyperattn.defaults()` lists them.
     Returns out, or a tuple (out, lse, error) of what was asked for.
     Raises HyperAttnError (InvalidArgument, Unsupported, OutOfMemory, DeviceUnavailable) with the library's sentence;
@@ -170,13 +206,23 @@ def forward(
     struct = _params.build(method, mask, scale, params)
     with Call("q", q, layout, stream) as call:
         tensors = _inputs(call, q, k, v, block_mask)
+        heads = tensors.q.shape[1]
+        if head_methods is not None:
+            if len(head_methods) != heads:
+                raise ValueError(f"head_methods: {len(head_methods)} methods for {heads} heads")
+            struct.head_methods = call.keep(_params.methods(head_methods))
+        if cu_seqlens_q is not None:
+            _divide(call, tensors, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+        elif cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: given without cu_seqlens_q")
         made = [] if out is not None else [call.empty((*q.shape[:-1], v.shape[-1]))]
         call.fill(tensors.out, "out", made[0] if made else out, written=True)
         if return_lse:
             made.append(call.empty(tuple(q.shape[:-1]), "float32"))
             call.fill(tensors.lse, "lse", made[-1], written=True, per_row=True)
         if return_error:
-            made.append(call.empty((*q.shape[:-3], tensors.q.shape[1]), "float32"))
+            groups = (tensors.num_sequences,) if tensors.num_sequences else q.shape[:-3]
+            made.append(call.empty((*groups, heads), "float32"))
             call.fill(tensors.error, "error", made[-1], written=True, per_head=True)
         call.forward(struct, tensors, threads)
         results = [call.result(array) for array in made]

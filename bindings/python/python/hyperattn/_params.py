@@ -1,5 +1,6 @@
 """Keyword arguments as a hyperattn_params: its fields are the header's."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 from ._library import constants, ffi, lib
@@ -44,7 +45,7 @@ class Parameters(TypedDict, total=False):
 
 # Shorter names for what is wanted most.
 _ALIASES = {"mask": {"causal": "causal_bottom_right"}}
-_NOT_KEYWORDS = ("struct_size", "flags")
+_NOT_KEYWORDS = ("struct_size", "flags", "head_methods")
 
 
 def fields() -> list[str]:
@@ -85,3 +86,8 @@ def build(method: Method | int, mask: Mask | int, scale: float | None, params: P
         if value is not None:
             setattr(struct, name, _number(name, value))
     return struct
+
+
+def methods(names: Sequence[Method | int]) -> Any:
+    """An array of hyperattn_method."""
+    return ffi.new("hyperattn_method[]", [_number("method", name) for name in names])

@@ -6,6 +6,7 @@ Importing this module registers it, with shapes and element types for tracing. T
 require one, but `backward` through the operator raises NotImplementedError.
 """
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -28,6 +29,7 @@ def _schema() -> str:
         if name not in own
     ]
     choices = "str method='auto', str mask='none', float? scale=None, str layout='bhsd', int threads=0"
+    choices += ", str[]? head_methods=None, int[]? cu_seqlens_q=None, int[]? cu_seqlens_k=None"
     return f"(Tensor q, Tensor k, Tensor v, *, {choices}, {', '.join(fields)}) -> (Tensor, Tensor)"
 
 
@@ -65,6 +67,9 @@ def forward(
     scale: float | None = None,
     layout: Layout = "bhsd",
     threads: int = 0,
+    head_methods: Sequence[Method] | None = None,
+    cu_seqlens_q: Sequence[int] | None = None,
+    cu_seqlens_k: Sequence[int] | None = None,
     **params: Unpack[Parameters],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `hyperattn.forward` as one operator, which torch.compile and torch.export keep whole.
@@ -72,6 +77,7 @@ def forward(
     Tensors are on the CPU or on one CUDA device, whose current stream is taken. The arguments are those of
     `hyperattn.forward`; names (method, mask, residual) must be strings, and numbers fit 64 bits with a sign.
     """
-    chosen = {"method": method, "mask": mask, "scale": scale, "layout": layout, "threads": threads}
-    result: tuple[torch.Tensor, torch.Tensor] = _operator(q, k, v, **chosen, **params)
+    choices = {"method": method, "mask": mask, "scale": scale, "layout": layout, "threads": threads}
+    parts = {"head_methods": head_methods, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    result: tuple[torch.Tensor, torch.Tensor] = _operator(q, k, v, **choices, **parts, **params)
     return result
