@@ -238,6 +238,45 @@ static void check_engine(random_source *source)
     worker_pool_destroy(workers);
 }
 
+/* Each sequence as if it were alone, and a plan's tasks as the whole. */
+static void check_sequences_and_plans(random_source *source)
+{
+    check_case("sequences");
+    const int32_t ends[] = { 0, 9, 9, TOKENS };
+    problem p = solved(1, TOKENS, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT);
+    float *out[] = { floats(HEADS_Q * TOKENS * DIM), floats(HEADS_Q * TOKENS * DIM) };
+    hyperattn_tensors joined = p.tensors;
+    joined.lse.data = NULL;
+    joined.out = hyperattn_tensor_bhsd(out[0], HYPERATTN_DTYPE_F32, 1, HEADS_Q, TOKENS, DIM);
+    CHECK_OK(attend_sequences(&params, joined, ends, 3));
+    hyperattn_tensors alone = joined;
+    hyperattn_tensor *parts[] = { &alone.q, &alone.k, &alone.v, &alone.out };
+    alone.out.data = out[1];
+    for (int i = 0; i < 4; i += 1) {
+        parts[i]->data = (float *)parts[i]->data + ends[2] * parts[i]->stride[2];
+        parts[i]->shape[2] = TOKENS - ends[2];
+    }
+    CHECK_OK(hyperattn_forward(&params, &alone, NULL));
+    hyperattn_tensor last = joined.out;
+    last.data = out[0] + ends[2] * DIM;
+    last.shape[2] = TOKENS - ends[2];
+    CHECK(tensor_same_bits(&last, &alone.out));
+
+    check_case("plan");
+    hyperattn_plan *plan = NULL;
+    hyperattn_buffer allocate = { NULL, 0 };
+    CHECK_OK(hyperattn_plan_create(&params, &joined, &plan));
+    for (size_t i = 0; i < 3; i += 1) {
+        CHECK_OK(run_share(plan, &joined, i, 3, allocate));
+    }
+    CHECK(tensor_same_bits(&joined.out, &p.tensors.out));
+    hyperattn_plan_destroy(plan);
+    free(out[0]);
+    free(out[1]);
+    problem_destroy(&p);
+}
+
 static void check_cuda(random_source *source)
 {
     check_case("CUDA, without a device");
@@ -267,6 +306,7 @@ int main(int argc, char **argv)
     check_chunks(&source);
     check_pages(&source);
     check_engine(&source);
+    check_sequences_and_plans(&source);
     check_cuda(&source);
 
     check_case("the rest");
