@@ -8,6 +8,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hyperattn
+from hyperattn import torch as operator
 from hyperattn._params import Mask
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
     """The output, a view of [batch, tokens, heads, head_dim] memory, and the error estimate, if asked for."""
+    if torch.compiler.is_compiling() and not kwargs.get("return_error"):
+        # One node of the graph, where the call below would break it.
+        out, _ = operator.forward(*(x.transpose(1, 2) for x in (q, k, v)), layout="bshd", **kwargs)
+        return out.transpose(1, 2), None
     batch, heads, tokens, _ = q.shape
     out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype, device=q.device).transpose(1, 2)
     result = hyperattn.forward(q, k, v, out=out, **kwargs)
