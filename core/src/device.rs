@@ -2,10 +2,13 @@
 
 pub use crate::causal::{Decomposition, Square};
 pub use crate::cost::Screening;
+pub use crate::division::Divided;
 pub use crate::hyper::effective_residual;
+pub use crate::part::Section;
 pub use crate::plan::PaperParts;
 pub use crate::problem::{Place, Problem, check_overlap};
 pub use crate::select::Rectangle;
+pub use crate::tiling::HeadSet;
 
 use crate::params::Params;
 use crate::plan;

@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use crate::error::{Result, invalid};
 use crate::params::{Method, Params};
-use crate::part::Place;
+use crate::part::Section;
 use crate::plan::{Plan, Run};
 use crate::problem::{Layouts, Problem, check_scalars};
 use crate::simd::Kernels;
@@ -95,7 +95,7 @@ impl Sequences<'_> {
 }
 
 /// The runs of heads that share a method, in order.
-pub(crate) fn head_runs(
+fn head_runs(
     heads_q: usize,
     heads_kv: usize,
     method: Method,
@@ -118,7 +118,7 @@ pub(crate) fn head_runs(
 }
 
 /// A call whose arguments are checked, and its parts.
-pub(crate) struct Divided<'a> {
+pub struct Divided<'a> {
     params: Params,
     division: Division<'a>,
     layouts: Layouts<'a>,
@@ -130,14 +130,15 @@ pub(crate) struct Divided<'a> {
 
 /// A part of a call, which is one call of its own.
 pub(crate) struct Part<'a> {
-    pub(crate) place: Place,
+    pub(crate) section: Section,
     pub(crate) params: Params,
     pub(crate) layouts: Layouts<'a>,
     pub(crate) plan: Plan,
 }
 
 impl<'a> Divided<'a> {
-    pub(crate) fn new(params: &Params, division: &Division<'a>, layouts: &Layouts<'a>) -> Result<Self> {
+    /// Checks everything but addresses and contents.
+    pub fn new(params: &Params, division: &Division<'a>, layouts: &Layouts<'a>) -> Result<Self> {
         let (mut general, mut single) = (*params, *layouts);
         if let Some(sequences) = &division.sequences {
             sequences.check(&layouts.q, &layouts.k, layouts.block_mask.is_some())?;
@@ -166,7 +167,7 @@ impl<'a> Divided<'a> {
     }
 
     /// How many parts there are: one for all that is alike.
-    pub(crate) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         let items = match &self.division.sequences {
             Some(sequences) => sequences.count(),
             None if self.runs > 1 => self.whole.batch,
@@ -175,27 +176,40 @@ impl<'a> Divided<'a> {
         items * self.runs
     }
 
-    /// Part `index`.
-    pub(crate) fn part(&self, index: usize, kernels: &Kernels) -> Part<'a> {
+    /// All heads of the batch items or of the sequence that part `index` belongs to.
+    pub fn item(&self, index: usize) -> Section {
         let Problem { batch, heads_q, heads_kv, n_q, n_k, .. } = self.whole;
-        let (item, run) = (index / self.runs, index % self.runs);
-        let mut runs = head_runs(heads_q, heads_kv, self.params.method, self.division.head_methods);
-        let (heads, method) = runs.nth(run).expect("there are as many runs as were counted");
+        let item = index / self.runs;
         let (batches, queries, keys) = match &self.division.sequences {
             Some(sequences) => (0..1, sequences.queries(item), sequences.keys(item)),
             None if self.runs > 1 => (item..item + 1, 0..n_q, 0..n_k),
             None => (0..batch, 0..n_q, 0..n_k),
         };
         let of_heads = if self.division.sequences.is_some() { item..item + 1 } else { batches.clone() };
-        let masked = matches!(method, Method::Auto | Method::Paper);
-        let all_heads = HeadSet { query: 0..heads_q, kv: 0..heads_kv };
-        let item = Place { batches, heads: all_heads, queries, keys, of_heads: Some(of_heads), masked };
-        let place = Place { heads, ..item.clone() };
+        let heads = HeadSet { query: 0..heads_q, kv: 0..heads_kv };
+        Section { batches, heads, queries, keys, of_heads: Some(of_heads), masked: true }
+    }
+
+    /// Where part `index` lies, and its method.
+    pub fn section(&self, index: usize) -> (Section, Method) {
+        let Problem { heads_q, heads_kv, .. } = self.whole;
+        let mut runs = head_runs(heads_q, heads_kv, self.params.method, self.division.head_methods);
+        let (heads, method) = runs.nth(index % self.runs).expect("there are as many runs as were counted");
+        // A mask that the only method does not use is an error and not left out.
+        let masked = self.division.head_methods.is_none() || matches!(method, Method::Auto | Method::Paper);
+        (Section { heads, masked, ..self.item(index) }, method)
+    }
+
+    /// Part `index`.
+    pub(crate) fn part(&self, index: usize, kernels: &Kernels) -> Part<'a> {
+        let (section, method) = self.section(index);
         let params = Params { method, ..self.params };
+        let layouts = self.layouts.part(&section);
         // What METHOD_AUTO takes does not depend on which other heads have it.
-        let run = Run::choose(&params, self.layouts.part(&item).block_mask.as_ref(), &self.whole.part(&item));
-        let layouts = self.layouts.part(&place);
-        let plan = Plan::of(&params, &layouts, kernels, self.whole.part(&place), run);
-        Part { place, params, layouts, plan }
+        let item = Section { masked: section.masked, ..self.item(index) };
+        let mask = self.layouts.part(&item).block_mask;
+        let run = Run::choose(&params, mask.as_ref(), &self.whole.part(&item));
+        let plan = Plan::of(&params, &layouts, kernels, self.whole.part(&section), run);
+        Part { section, params, layouts, plan }
     }
 }

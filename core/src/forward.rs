@@ -179,7 +179,7 @@ fn run(
     let run_part = |index: usize, executor: &dyn Executor, workspace: &mut [u8]| {
         let part = divided.part(index, kernels);
         // SAFETY: parts have rows of their own, and the tensors are this call's.
-        let tensors = unsafe { tensors.part(&part.place) };
+        let tensors = unsafe { tensors.part(&part.section) };
         execute(&part.plan, &part.params, &tensors, kernels, executor, workspace, unmet)
     };
     if !schedule.at_once {

@@ -7,7 +7,7 @@ use crate::error::{Result, invalid};
 use crate::exec::Serial;
 use crate::forward::{check_workspace, execute};
 use crate::params::Params;
-use crate::part::Place;
+use crate::part::Section;
 use crate::plan::{Plan, Run};
 use crate::problem::{Layouts, Tensors};
 use crate::scratch::{Layout, WORKSPACE_ALIGN};
@@ -60,7 +60,7 @@ impl<'a> Part<'a> {
         };
         // What is written once for each head is written by the task that has its first queries.
         let first = rectangle.as_ref().is_none_or(|rectangle| rectangle.queries.start == 0);
-        let place = Place {
+        let section = Section {
             batches: batch..batch + 1,
             heads,
             queries: 0..problem.n_q,
@@ -68,12 +68,12 @@ impl<'a> Part<'a> {
             of_heads: first.then_some(batch..batch + 1),
             masked: true,
         };
-        let layouts = self.layouts.part(&place);
-        let mut plan = Plan::of(&self.params, &layouts, kernels, problem.part(&place), self.plan.run);
+        let layouts = self.layouts.part(&section);
+        let mut plan = Plan::of(&self.params, &layouts, kernels, problem.part(&section), self.plan.run);
         if let Some(rectangle) = rectangle {
             plan.restrict(rectangle);
         }
-        Part { place, params: self.params, layouts, plan }
+        Part { section, params: self.params, layouts, plan }
     }
 
     /// Bytes that a task needs.
@@ -152,11 +152,11 @@ pub unsafe fn run_tasks(
         let of_part = first..first + part.task_count();
         first = of_part.end;
         // SAFETY: rows are written by the tasks alone.
-        let tensors = unsafe { tensors.part(&part.place) };
+        let tensors = unsafe { tensors.part(&part.section) };
         for index in tasks.start.max(of_part.start)..tasks.end.min(of_part.end) {
             let task = part.task(index - of_part.start, kernels);
             // SAFETY: each task has rows of its own, and nobody else uses them (contract).
-            let tensors = unsafe { tensors.part(&task.place) };
+            let tensors = unsafe { tensors.part(&task.section) };
             execute(&task.plan, &task.params, &tensors, kernels, &Serial, workspace, None)?;
         }
     }

@@ -11,9 +11,11 @@ pub(crate) const TILE_ROWS: usize = 256;
 /// Query heads of one batch item that are worked on together, and the KV heads that they read: whole groups, or
 /// part of one group.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct HeadSet {
-    pub(crate) query: Range<usize>,
-    pub(crate) kv: Range<usize>,
+pub struct HeadSet {
+    /// Query heads.
+    pub query: Range<usize>,
+    /// KV heads.
+    pub kv: Range<usize>,
 }
 
 impl HeadSet {

@@ -90,12 +90,16 @@ impl TensorLayout {
         Ok(())
     }
 
-    /// Of these batch items, heads and rows alone, none of which is beyond the extents.
-    pub(crate) fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> Self {
+    /// Of these batch items, heads and rows alone, none of which is beyond the extents; and how many bytes after the
+    /// whole tensor's first element the part's lies.
+    pub fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> (Self, isize) {
         let [batch, head, row, _] = self.extents();
         assert!(batches.end <= batch && heads.end <= head && rows.end <= row);
         let [batch, head, row] = [batches, heads, rows].map(|range| range.len() as i64);
-        TensorLayout { shape: [batch, head, row, self.shape[3]], ..*self }
+        let part = TensorLayout { shape: [batch, head, row, self.shape[3]], ..*self };
+        // Without elements there need not be memory, nor strides that mean anything.
+        let offset = if part.is_empty() { 0 } else { self.offset(batches.start, heads.start, rows.start) };
+        (part, offset)
     }
 
     fn offset(&self, batch: usize, head: usize, row: usize) -> isize {
@@ -170,14 +174,8 @@ impl<'a> TensorRef<'a> {
 
     /// A view of these batch items, heads and rows alone.
     pub(crate) fn part(&self, batches: &Range<usize>, heads: &Range<usize>, rows: &Range<usize>) -> Self {
-        let layout = self.layout.part(batches, heads, rows);
-        // Without elements there need not be memory, nor strides that mean anything.
-        let data = if layout.is_empty() {
-            self.data
-        } else {
-            self.data.wrapping_offset(self.layout.offset(batches.start, heads.start, rows.start))
-        };
-        TensorRef { data, layout, owner: PhantomData }
+        let (layout, offset) = self.layout.part(batches, heads, rows);
+        TensorRef { data: self.data.wrapping_offset(offset), layout, owner: PhantomData }
     }
 
     /// Address of element `[0, 0, 0, 0]`.

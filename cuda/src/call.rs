@@ -51,6 +51,21 @@ pub struct DeviceBlockMask {
     pub head_stride: usize,
 }
 
+impl DeviceBlockMask {
+    /// The numbers without the arrays.
+    pub fn counts(&self) -> BlockMask<'static> {
+        BlockMask {
+            query_block: self.query_block,
+            key_block: self.key_block,
+            num_query_blocks: self.num_query_blocks,
+            num_key_blocks: self.num_key_blocks,
+            row_offsets: &[],
+            columns: &[],
+            head_stride: self.head_stride,
+        }
+    }
+}
+
 /// The tensors of one forward call. Shapes and element types are those of [`hyperattn_core::Tensors`].
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceTensors {
@@ -79,7 +94,7 @@ impl DeviceTensors {
     }
 
     /// The layouts that core checks. A block mask's arrays cannot be read here, so it is left out.
-    fn layouts(&self) -> Layouts<'static> {
+    pub fn layouts(&self) -> Layouts<'static> {
         Layouts {
             q: self.q.layout,
             k: self.k.layout,
@@ -225,14 +240,5 @@ fn check_block_mask(params: &Params, mask: &DeviceBlockMask, problem: &Problem) 
             )));
         }
     }
-    let counts = BlockMask {
-        query_block: mask.query_block,
-        key_block: mask.key_block,
-        num_query_blocks: mask.num_query_blocks,
-        num_key_blocks: mask.num_key_blocks,
-        row_offsets: &[],
-        columns: &[],
-        head_stride: mask.head_stride,
-    };
-    counts.check_counts(problem.n_q as i64, problem.n_k as i64)
+    mask.counts().check_counts(problem.n_q as i64, problem.n_k as i64)
 }

@@ -2,9 +2,10 @@
 
 use std::ffi::c_void;
 
-use hyperattn_core::{Error, ErrorKind, Layout, Method, Params, Result};
+use hyperattn_core::{Division, Error, ErrorKind, Layout, Method, Params, Result};
 
 use crate::call::{Call, DeviceTensors};
+use crate::divided::Parts;
 use crate::driver::{CUstream, Driver, driver};
 use crate::image::{Loaded, loaded};
 use crate::launch::Queue;
@@ -14,8 +15,22 @@ use crate::{cost, exact, paper, refined};
 /// Size and alignment of the workspace that [`forward`] needs for these options and tensors. Needs no device, and no
 /// address is looked at. Every error that does not concern addresses, contents or the device is reported here too.
 pub fn forward_workspace(params: &Params, tensors: &DeviceTensors) -> Result<Layout> {
-    let call = Call::new(params, tensors)?;
-    Ok(Layout { size: size(&call)?, align: WORKSPACE_ALIGN })
+    forward_divided_workspace(params, &Division::default(), tensors)
+}
+
+/// [`forward_workspace`] of [`forward_divided`].
+pub fn forward_divided_workspace(
+    params: &Params,
+    division: &Division<'_>,
+    tensors: &DeviceTensors,
+) -> Result<Layout> {
+    Ok(Layout { size: most_size(&Parts::new(params, division, tensors)?)?, align: WORKSPACE_ALIGN })
+}
+
+/// Loads the kernels into the calling thread's current context, compiling them where the build has none for its device,
+/// so that no later call there has to.
+pub fn prepare() -> Result<()> {
+    loaded(driver()?).map(|_| ())
 }
 
 /// Attention of tensors in the device's memory, enqueued on `stream` of the calling thread's current context; it has not
@@ -38,26 +53,52 @@ pub unsafe fn forward(
     workspace: Option<(u64, usize)>,
     stream: *mut c_void,
 ) -> Result<()> {
-    let call = Call::new(params, tensors)?;
+    // SAFETY: the caller's contract.
+    unsafe { forward_divided(params, &Division::default(), tensors, workspace, stream) }
+}
+
+/// [`forward`] of a call that is divided: its parts are enqueued one after the other and use the same workspace.
+///
+/// # Safety
+/// As for [`forward`].
+pub unsafe fn forward_divided(
+    params: &Params,
+    division: &Division<'_>,
+    tensors: &DeviceTensors,
+    workspace: Option<(u64, usize)>,
+    stream: *mut c_void,
+) -> Result<()> {
+    let parts = Parts::new(params, division, tensors)?;
+    let need = most_size(&parts)?;
     tensors.check_addresses()?;
-    let need = size(&call)?;
     if let Some((address, size)) = workspace {
         check_workspace(address, size, need)?;
     }
     let driver = driver()?;
     let loaded = loaded(driver)?;
     let stream: CUstream = stream.cast();
+    let run_parts = |address: u64| {
+        (0..parts.count()).try_for_each(|index| {
+            let part = parts.part(index)?;
+            // SAFETY: the caller's contract; the workspace suffices for every part, and the stream is through with the part
+            // before.
+            unsafe { run(driver, &loaded, stream, &part.call()?, address) }
+        })
+    };
     if let Some((address, _)) = workspace {
-        // SAFETY: the caller's contract; the workspace has been checked.
-        return unsafe { run(driver, &loaded, stream, &call, address) };
+        return run_parts(address);
     }
     // SAFETY: the stream is of the current context (contract).
     let address = unsafe { driver.allocate(need.max(1), stream) }?;
-    // SAFETY: as above; the memory is there from here on in the stream's order.
-    let result = unsafe { run(driver, &loaded, stream, &call, address) };
+    let result = run_parts(address);
     // SAFETY: it was allocated on this stream, and all its uses are enqueued.
     let freed = unsafe { driver.free(address, stream) };
     result.and(freed)
+}
+
+/// Bytes of the workspace that suffices for every part.
+fn most_size(parts: &Parts<'_>) -> Result<usize> {
+    (0..parts.count()).try_fold(0, |most: usize, index| Ok(size(&parts.part(index)?.call()?)?.max(most)))
 }
 
 fn check_workspace(address: u64, size: usize, need: usize) -> Result<()> {
@@ -76,14 +117,23 @@ fn check_workspace(address: u64, size: usize, need: usize) -> Result<()> {
 
 /// What computes the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Run {
+pub(crate) enum Run {
     Exact,
     Paper,
     Refined,
 }
 
 impl Run {
-    fn of(call: &Call<'_>) -> Self {
+    /// The method that does this without a choice.
+    pub(crate) fn method(self) -> Method {
+        match self {
+            Run::Exact => Method::Exact,
+            Run::Paper => Method::Paper,
+            Run::Refined => Method::Refined,
+        }
+    }
+
+    pub(crate) fn of(call: &Call<'_>) -> Self {
         let (params, problem) = (call.params, &call.problem);
         let refining_is_exact =
             problem.n_k <= params.min_seq_len.max(params.budget as usize) || problem.n_q == 0;

@@ -8,6 +8,7 @@ mod abi;
 mod attend;
 mod call;
 mod cost;
+mod divided;
 mod driver;
 mod exact;
 mod figures;
@@ -20,7 +21,7 @@ mod tensor_map;
 mod workspace;
 
 pub use call::{DeviceBlockMask, DeviceTensor, DeviceTensors};
-pub use forward::{forward, forward_workspace};
+pub use forward::{forward, forward_divided, forward_divided_workspace, forward_workspace, prepare};
 
 /// Whether this build has device code that was compiled when it was built. Otherwise the first call in a process has NVRTC
 /// compile it.

@@ -328,6 +328,8 @@ impl Paper<'_, '_> {
             head_dim: problem.head_dim as u32,
             num_projs: params.lsh_num_projs,
             width: width as u32,
+            first_stream_head: problem.first_kv_head as u32,
+            reserved: 0,
         };
         let grid = blocks_of(problem.heads_kv * projection_rows(self.call) * width, THREADS);
         // SAFETY: this is the kernel's parameter, and it writes the projections only.
@@ -525,7 +527,7 @@ impl Paper<'_, '_> {
             key_order: self.buffers.orders[1],
             listed_rows: self.buffers.listed_rows,
             n_k: problem.n_k as u32,
-            reserved: 0,
+            first_stream_head: problem.first_kv_head as u32,
         };
         let count = common.sample_size as usize * heads.len() * common.pass.count as usize;
         // SAFETY: this is the kernel's parameter, and it writes the positions and their rows only.
@@ -576,7 +578,7 @@ impl Paper<'_, '_> {
             query_block: block_length(mask.query_block),
             key_block: block_length(mask.key_block),
             segments_per_block: lists.segments_per_block as u32,
-            reserved: 0,
+            first_stream_head: problem.first_kv_head as u32,
         };
         let warps = (common.kv_heads * common.pass.count) as usize * lists.blocks * lists.lists_per_block;
         let grid = blocks_of(warps, THREADS / 32);

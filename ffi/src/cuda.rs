@@ -1,13 +1,14 @@
 //! Attention on CUDA: always exported.
 
-use hyperattn_core::Layout;
+use hyperattn_core::{Division, Layout};
 use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
 use crate::boundary::{check_pointer, guard};
 use crate::cpu::{check_buffer, no_backward, no_workspace, read_tensors};
-use crate::error::{Failure, Result};
+use crate::error::Result;
+use crate::params::{self, Options};
 use crate::types::*;
-use crate::{block_mask, params, sized, tensor};
+use crate::{block_mask, call, sized, tensor};
 
 /// Size and alignment of the device workspace that hyperattn_cuda_forward() needs for the same arguments. Needs no
 /// device. The tensors' data are not looked at and may be NULL; *out is written on success only.
@@ -28,10 +29,14 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
         check_pointer(out.cast_const(), "out")?;
         // SAFETY: the pointers are what the header asks for.
         let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
-        check_undivided(&options, &from)?;
         // SAFETY: as above.
-        let tensors = unsafe { device_tensors(&from, &|_, _| Ok(())) }?;
-        let Layout { size, align } = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
+        let (tensors, division) = unsafe {
+            let tensors = device_tensors(&from, |tensor| !tensor.data.is_null(), &|_, _| Ok(()))?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            (tensors, division)
+        };
+        let Layout { size, align } =
+            hyperattn_cuda::forward_divided_workspace(&options.params, &division, &tensors)?;
         // SAFETY: out is aligned and, not being NULL, writable.
         unsafe { out.write(hyperattn_layout { size, align }) };
         Ok(())
@@ -64,22 +69,16 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
         let options = unsafe { params::read(params) }?;
         // SAFETY: as above.
         let from = unsafe { read_tensors(tensors) }?;
-        check_undivided(&options, &from)?;
         // SAFETY: as above.
         let exec = unsafe { read_exec(exec) }?;
         // SAFETY: as above.
-        let tensors = unsafe { device_tensors(&from, &check_data) }?;
-        let workspace = if !exec.workspace.data.is_null() {
-            Some((exec.workspace.data as u64, exec.workspace.size))
-        } else if options.may_allocate {
-            None
-        } else {
-            let need = hyperattn_cuda::forward_workspace(&options.params, &tensors)?;
-            return Err(no_workspace(need.size));
+        let (tensors, division) = unsafe {
+            let tensors = given_tensors(&from)?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            (tensors, division)
         };
         // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
-        unsafe { hyperattn_cuda::forward(&options.params, &tensors, workspace, exec.stream.cast()) }?;
-        Ok(())
+        unsafe { enqueue(&options, &division, &tensors, &exec) }
     })
 }
 
@@ -107,17 +106,27 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
     guard(|| Err(no_backward("hyperattn_cuda_backward")))
 }
 
-/// Sequences and methods of heads are not for devices yet.
-fn check_undivided(options: &params::Options, from: &hyperattn_tensors) -> Result<()> {
-    if from.num_sequences != 0 || !options.head_methods.is_null() {
-        return Err(Failure::new(
-            HYPERATTN_STATUS_UNSUPPORTED,
-            format_args!(
-                "num_sequences = {} must be 0 and params.head_methods NULL on CUDA in this version",
-                from.num_sequences
-            ),
-        ));
-    }
+/// Enqueues a call.
+///
+/// # Safety
+/// As for [`hyperattn_cuda::forward`].
+pub(crate) unsafe fn enqueue(
+    options: &Options,
+    division: &Division<'_>,
+    tensors: &DeviceTensors,
+    exec: &hyperattn_cuda_exec,
+) -> Result<()> {
+    let params = &options.params;
+    let workspace = if !exec.workspace.data.is_null() {
+        Some((exec.workspace.data as u64, exec.workspace.size))
+    } else if options.may_allocate {
+        None
+    } else {
+        let need = hyperattn_cuda::forward_divided_workspace(params, division, tensors)?;
+        return Err(no_workspace(need.size));
+    };
+    // SAFETY: the caller's contract.
+    unsafe { hyperattn_cuda::forward_divided(params, division, tensors, workspace, exec.stream.cast()) }?;
     Ok(())
 }
 
@@ -126,12 +135,22 @@ fn check_data(name: &str, from: &hyperattn_tensor) -> Result<()> {
     tensor::check_data(name, from, &tensor::layout(name, from)?)
 }
 
-/// The tensors of a call, each of them passed to `check` too.
+/// The tensors of a call that looks at their data.
+///
+/// # Safety
+/// As for [`device_tensors`].
+pub(crate) unsafe fn given_tensors(from: &hyperattn_tensors) -> Result<DeviceTensors> {
+    // SAFETY: the caller's contract.
+    unsafe { device_tensors(from, |tensor| !tensor.data.is_null(), &check_data) }
+}
+
+/// The tensors of a call, each of them passed to `check` too; `wanted` says which of the optional ones there are.
 ///
 /// # Safety
 /// The block mask is NULL or points to as many readable bytes as its struct_size says.
-unsafe fn device_tensors(
+pub(crate) unsafe fn device_tensors(
     from: &hyperattn_tensors,
+    wanted: impl Fn(&hyperattn_tensor) -> bool,
     check: &dyn Fn(&str, &hyperattn_tensor) -> Result<()>,
 ) -> Result<DeviceTensors> {
     let required = |name: &str, from: &hyperattn_tensor| -> Result<DeviceTensor> {
@@ -139,9 +158,8 @@ unsafe fn device_tensors(
         check(name, from)?;
         Ok(DeviceTensor { address: from.data as u64, layout })
     };
-    let optional = |name: &str, from: &hyperattn_tensor| {
-        (!from.data.is_null()).then(|| required(name, from)).transpose()
-    };
+    let optional =
+        |name: &str, from: &hyperattn_tensor| wanted(from).then(|| required(name, from)).transpose();
     let (q, k) = (required("q", &from.q)?, required("k", &from.k)?);
     Ok(DeviceTensors {
         q,
@@ -168,7 +186,7 @@ unsafe fn device_tensors(
 
 /// # Safety
 /// `pointer` is NULL or points to as many readable bytes as its struct_size says.
-unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cuda_exec> {
+pub(crate) unsafe fn read_exec(pointer: *const hyperattn_cuda_exec) -> Result<hyperattn_cuda_exec> {
     let defaults = hyperattn_cuda_exec {
         struct_size: size_of::<hyperattn_cuda_exec>(),
         workspace: hyperattn_buffer { data: std::ptr::null_mut(), size: 0 },

@@ -1,7 +1,7 @@
 //! A call that is checked and divided once and then run many times, on the library's threads or task by task on the
 //! caller's.
 
-use hyperattn_core::{BlockMask, Division, Layout, Layouts, Method, Sequences, TensorLayout, Tensors};
+use hyperattn_core::{BlockMask, Layout, Layouts, Method, Tensors};
 
 use crate::boundary::{check_pointer, guard, required};
 use crate::cpu::{Workspace, check_buffer, read_exec, read_tensors};
@@ -9,6 +9,7 @@ use crate::error::{Failure, Result};
 use crate::executor::{Chosen, kernels};
 use crate::memory::{boxed, copied};
 use crate::params::{self, Options};
+use crate::planned::Planned;
 use crate::types::*;
 use crate::{call, cpu};
 
@@ -16,26 +17,11 @@ use crate::{call, cpu};
 /// changes, so that any number of threads may use it at the same time, and it holds no memory but a copy of its
 /// arguments.
 pub struct hyperattn_plan {
-    options: Options,
-    head_methods: Option<Vec<Method>>,
-    sequences: Option<OwnedSequences>,
-    block_mask: Option<OwnedMask>,
-    /// Of the plan's tensors; strides are those that it was made with.
-    layouts: Layouts<'static>,
+    planned: Planned,
+    /// The blocks that the plan was made with: offsets and columns.
+    blocks: (Vec<i64>, Vec<i32>),
     tasks: usize,
     task_workspace: Layout,
-}
-
-struct OwnedSequences {
-    cu_seqlens_q: Vec<i32>,
-    cu_seqlens_k: Vec<i32>,
-}
-
-struct OwnedMask {
-    /// Without its arrays.
-    counts: BlockMask<'static>,
-    row_offsets: Vec<i64>,
-    columns: Vec<i32>,
 }
 
 /// Makes a plan for hyperattn_plan_run() and hyperattn_plan_run_tasks(). *out is written on success only; free it with
@@ -96,8 +82,8 @@ pub unsafe extern "C" fn hyperattn_plan_workspace(
         let (plan, exec) = unsafe { (required(plan, "plan")?, read_exec(exec)?) };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
-        let (params, division, layouts) = (&plan.options.params, plan.division(), plan.layouts());
-        let executor = chosen.executor();
+        let (planned, executor) = (&plan.planned, chosen.executor());
+        let (params, division, layouts) = (&planned.options.params, planned.division(), plan.layouts());
         let Layout { size, align } =
             hyperattn_core::forward_divided_workspace(params, &division, &layouts, kernels(), executor)?;
         // SAFETY: out is aligned and, not being NULL, writable.
@@ -121,7 +107,8 @@ pub unsafe extern "C" fn hyperattn_plan_run(
         let mut tensors = unsafe { plan.tensors(&from) }?;
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
-        cpu::run(&plan.options, &plan.division(), &mut tensors, chosen.executor(), exec.workspace)
+        let (options, division) = (&plan.planned.options, plan.planned.division());
+        cpu::run(options, &division, &mut tensors, chosen.executor(), exec.workspace)
     })
 }
 
@@ -186,12 +173,12 @@ pub unsafe extern "C" fn hyperattn_plan_run_tasks(
         }
         // SAFETY: as above.
         let tensors = unsafe { plan.tensors(&from) }?;
-        let mut workspace = Workspace::new(workspace, plan.task_workspace, plan.options.may_allocate)?;
-        let (params, memory) = (&plan.options.params, workspace.bytes());
+        let mut workspace =
+            Workspace::new(workspace, plan.task_workspace, plan.planned.options.may_allocate)?;
+        let (params, division) = (&plan.planned.options.params, plan.planned.division());
+        let memory = workspace.bytes();
         // SAFETY: the caller runs each task once at a time and leaves its rows alone meanwhile.
-        unsafe {
-            hyperattn_core::run_tasks(params, &plan.division(), &tensors, kernels(), begin..end, memory)
-        }?;
+        unsafe { hyperattn_core::run_tasks(params, &division, &tensors, kernels(), begin..end, memory) }?;
         Ok(())
     })
 }
@@ -216,46 +203,21 @@ impl hyperattn_plan {
         }
         let tasks = hyperattn_core::task_count(params, &division, &layouts, kernels())?;
         let task_workspace = hyperattn_core::task_workspace(params, &division, &layouts, kernels())?;
-        let head_methods = division.head_methods.map(copied).transpose()?;
-        let own = |sequences: Sequences<'_>| -> Result<OwnedSequences> {
-            Ok(OwnedSequences {
-                cu_seqlens_q: copied(sequences.cu_seqlens_q)?,
-                cu_seqlens_k: copied(sequences.cu_seqlens_k)?,
-            })
-        };
-        let sequences = division.sequences.map(own).transpose()?;
-        let own = |mask: BlockMask<'_>| -> Result<OwnedMask> {
-            Ok(OwnedMask {
-                counts: BlockMask { row_offsets: &[], columns: &[], ..mask },
-                row_offsets: copied(mask.row_offsets)?,
-                columns: copied(mask.columns)?,
-            })
-        };
-        let block_mask = layouts.block_mask.map(own).transpose()?;
-        let layouts = Layouts { block_mask: None, ..layouts };
-        // The plan has a copy.
-        let options = Options { head_methods: std::ptr::null(), ..options };
-        Ok(hyperattn_plan { options, head_methods, sequences, block_mask, layouts, tasks, task_workspace })
-    }
-
-    fn division(&self) -> Division<'_> {
-        Division {
-            sequences: self.sequences.as_ref().map(|owned| Sequences {
-                cu_seqlens_q: &owned.cu_seqlens_q,
-                cu_seqlens_k: &owned.cu_seqlens_k,
-            }),
-            head_methods: self.head_methods.as_deref(),
-        }
+        let blocks = layouts.block_mask.map_or((&[][..], &[][..]), |mask| (mask.row_offsets, mask.columns));
+        let blocks = (copied(blocks.0)?, copied(blocks.1)?);
+        Ok(hyperattn_plan {
+            planned: Planned::new(options, &division, layouts)?,
+            blocks,
+            tasks,
+            task_workspace,
+        })
     }
 
     /// What the plan was made for.
     fn layouts(&self) -> Layouts<'_> {
-        let mask = self.block_mask.as_ref().map(|owned| BlockMask {
-            row_offsets: &owned.row_offsets,
-            columns: &owned.columns,
-            ..owned.counts
-        });
-        Layouts { block_mask: mask, ..self.layouts }
+        let (row_offsets, columns) = &self.blocks;
+        let mask = self.planned.layouts.block_mask.map(|mask| BlockMask { row_offsets, columns, ..mask });
+        Layouts { block_mask: mask, ..self.planned.layouts }
     }
 
     /// The tensors of a run.
@@ -265,99 +227,9 @@ impl hyperattn_plan {
     unsafe fn tensors<'a>(&self, from: &hyperattn_tensors) -> Result<Tensors<'a>> {
         // SAFETY: the caller's contract.
         let tensors = unsafe { call::tensors(from) }?;
-        let (planned, given) = (&self.layouts, tensors.layouts());
-        for (name, planned, given) in [
-            ("q", &planned.q, &given.q),
-            ("k", &planned.k, &given.k),
-            ("v", &planned.v, &given.v),
-            ("out", &planned.out, &given.out),
-        ] {
-            check_shape(name, planned, given)?;
-        }
-        for (name, planned, given) in
-            [("lse", &planned.lse, &given.lse), ("error", &planned.error, &given.error)]
-        {
-            match (planned, given) {
-                (Some(planned), Some(given)) => check_shape(name, planned, given)?,
-                (None, Some(given)) => {
-                    return Err(Failure::invalid(format_args!(
-                        "{name} of shape {:?} is given, but the plan was made with {name}.dtype = 0",
-                        given.shape
-                    )));
-                }
-                (_, None) => {}
-            }
-        }
-        self.check_block_mask(given.block_mask.as_ref())?;
-        // SAFETY: the caller's contract.
-        let division = unsafe { call::division(&self.options, from, &given.q) }?;
-        self.check_sequences(division.sequences.as_ref())?;
+        // SAFETY: as above.
+        let division = unsafe { call::division(&self.planned.options, from, tensors.q.layout()) }?;
+        self.planned.check(&tensors.layouts(), division.sequences.as_ref())?;
         Ok(tensors)
     }
-
-    fn check_block_mask(&self, given: Option<&BlockMask<'_>>) -> Result<()> {
-        let numbers = |mask: Option<&BlockMask<'_>>| {
-            mask.map_or([0; 5], |mask| {
-                [
-                    mask.query_block,
-                    mask.key_block,
-                    mask.num_query_blocks,
-                    mask.num_key_blocks,
-                    mask.head_stride,
-                ]
-            })
-        };
-        let names =
-            ["query_block", "key_block", "num_query_blocks", "num_key_blocks", "row_offsets_head_stride"];
-        let planned = numbers(self.block_mask.as_ref().map(|owned| &owned.counts));
-        for ((name, planned), given) in names.into_iter().zip(planned).zip(numbers(given)) {
-            if planned != given {
-                return Err(Failure::invalid(format_args!(
-                    "block_mask.{name} = {given} but the plan was made for {planned} (0: no block_mask)"
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_sequences(&self, given: Option<&Sequences<'_>>) -> Result<()> {
-        let planned = self.division().sequences;
-        let count = |sequences: Option<&Sequences<'_>>| sequences.map_or(0, Sequences::count);
-        let (planned_count, given_count) = (count(planned.as_ref()), count(given));
-        if planned_count != given_count {
-            return Err(Failure::invalid(format_args!(
-                "num_sequences = {given_count} but the plan was made for {planned_count}"
-            )));
-        }
-        let (Some(planned), Some(given)) = (planned, given) else { return Ok(()) };
-        for (name, planned, given) in [
-            ("cu_seqlens_q", planned.cu_seqlens_q, given.cu_seqlens_q),
-            ("cu_seqlens_k", planned.cu_seqlens_k, given.cu_seqlens_k),
-        ] {
-            if let Some(at) = planned.iter().zip(given).position(|(planned, given)| planned != given) {
-                return Err(Failure::invalid(format_args!(
-                    "{name}[{at}] = {} but the plan was made for {}",
-                    given[at], planned[at]
-                )));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A run's tensor has the plan's element type and extents.
-fn check_shape(name: &str, planned: &TensorLayout, given: &TensorLayout) -> Result<()> {
-    if planned.dtype != given.dtype {
-        return Err(Failure::invalid(format_args!(
-            "{name}.dtype = {:?} but the plan was made for {:?}",
-            given.dtype, planned.dtype
-        )));
-    }
-    if let Some(dim) = (0..4).find(|&dim| planned.shape[dim] != given.shape[dim]) {
-        return Err(Failure::invalid(format_args!(
-            "{name}.shape[{dim}] = {} but the plan was made for {}",
-            given.shape[dim], planned.shape[dim]
-        )));
-    }
-    Ok(())
 }

@@ -11,8 +11,19 @@ fn the_header_in_the_tree_is_up_to_date() {
     let mut builder = cbindgen::Builder::new()
         .with_config(cbindgen::Config::from_file(ffi.join("cbindgen.toml")).expect("cbindgen.toml is valid"));
     // In the order in which a reader meets the declarations.
-    for file in ["version", "types", "status", "error", "tensor", "params", "cpu", "plan", "diagnose", "cuda"]
-    {
+    for file in [
+        "version",
+        "types",
+        "status",
+        "error",
+        "tensor",
+        "params",
+        "cpu",
+        "plan",
+        "diagnose",
+        "cuda",
+        "cuda_plan",
+    ] {
         builder = builder.with_src(ffi.join("src").join(file).with_extension("rs"));
     }
     let mut generated = Vec::new();

@@ -118,6 +118,9 @@
 /// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
 #define HYPERATTN_DIAGNOSE_TRUE_ERROR 1
 
+/// A forward call on a CUDA device without its data: the twin of hyperattn_plan. It holds no memory of the device.
+typedef struct hyperattn_cuda_plan hyperattn_cuda_plan;
+
 /// A forward call without its data: made once for params and the shapes of tensors, then run many times. It never
 /// changes, so that any number of threads may use it at the same time, and it holds no memory but a copy of its
 /// arguments.
@@ -673,6 +676,33 @@ hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params
 hyperattn_status hyperattn_cuda_backward(const struct hyperattn_params *params,
                                          const struct hyperattn_tensors *tensors,
                                          const struct hyperattn_grads *grads,
+                                         const struct hyperattn_cuda_exec *exec);
+
+/// Makes a plan for hyperattn_cuda_plan_run(). What hyperattn_plan_create() says of its arguments holds here, but that
+/// METHOD_AUTO goes with a block_mask. The kernels are loaded into the calling thread's current context, and compiled
+/// where the build has none for its device, so that runs in this context only launch them.
+///
+/// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it.
+///
+///     hyperattn_cuda_plan *plan;
+///     if (hyperattn_cuda_plan_create(&params, &tensors, &plan) != HYPERATTN_STATUS_OK)
+///         return hyperattn_last_error();
+hyperattn_status hyperattn_cuda_plan_create(const struct hyperattn_params *params,
+                                            const struct hyperattn_tensors *tensors,
+                                            struct hyperattn_cuda_plan **out);
+
+/// Frees a plan that no thread uses any more; runs that are enqueued need it no longer. NULL is fine.
+void hyperattn_cuda_plan_destroy(struct hyperattn_cuda_plan *plan);
+
+/// Size and alignment of the device workspace that hyperattn_cuda_plan_run() needs: what
+/// hyperattn_cuda_forward_workspace() answers for the plan's arguments. *out is written on success only.
+hyperattn_status hyperattn_cuda_plan_workspace(const struct hyperattn_cuda_plan *plan,
+                                               struct hyperattn_layout *out);
+
+/// hyperattn_cuda_forward() for the plan's arguments and the data of these tensors, with the same bits. With a workspace it
+/// can be captured in a graph.
+hyperattn_status hyperattn_cuda_plan_run(const struct hyperattn_cuda_plan *plan,
+                                         const struct hyperattn_tensors *tensors,
                                          const struct hyperattn_cuda_exec *exec);
 
 #ifdef __cplusplus

@@ -17,8 +17,8 @@
  * hyperattn_last_error() has the sentence; "Throws" below then reads "returns". Files of both kinds link together.
  *
  * Memory. Views, structs and thread pools own nothing and point to what they were made from, which must outlive the
- * calls. Of what is written here only class workspace and a thrown error allocate; the library allocates where no
- * workspace is given, as hyperattn.h says. */
+ * calls. Of what is written here only class workspace, the plans and a thrown error allocate; the library allocates
+ * where no workspace is given, as hyperattn.h says. */
 
 #ifndef HYPERATTN_HPP
 #define HYPERATTN_HPP
@@ -361,6 +361,14 @@ enum class memory { host, cuda };
 /// hyperattn_params with the defaults.
 struct params : hyperattn_params {
     params() noexcept : hyperattn_params{} { hyperattn_params_init(this, sizeof(hyperattn_params)); }
+
+    /// A method for each query head: an array, a std::vector or a span of heads_q hyperattn_method, which must outlive
+    /// the calls.
+    template <class Range>
+    void set_head_methods(Range &methods) noexcept
+    {
+        head_methods = std::data(methods);
+    }
 };
 
 /// hyperattn_tensors: q, k, v, out and, where it is wanted, lse. The other fields are unset.
@@ -378,6 +386,18 @@ struct tensors : hyperattn_tensors {
         v = values;
         out = output;
         lse = log_sum_exp;
+    }
+
+    /// Sequences of different lengths in the rows of one batch item: arrays, std::vectors or spans of std::int32_t, which
+    /// must outlive the calls, with the first row of each sequence and the number of all rows at the end. Calls reject
+    /// them where they differ in length.
+    template <class Queries, class Keys>
+    void set_sequences(Queries &starts_of_queries, Keys &starts_of_keys) noexcept
+    {
+        const std::size_t starts = std::size(starts_of_queries);
+        num_sequences = starts == std::size(starts_of_keys) ? static_cast<std::int64_t>(starts) - 1 : -1;
+        cu_seqlens_q = std::data(starts_of_queries);
+        cu_seqlens_k = std::data(starts_of_keys);
     }
 };
 
@@ -876,6 +896,144 @@ class workspace {
   private:
     hyperattn_buffer held_ = {};
     std::size_t align_ = 1;
+};
+
+// ------------------------------------------------------------------------------------------------------------ Plans
+
+namespace boundary {
+
+/// What a plan of either kind is: the sole owner of what C made.
+template <class Plan, hyperattn_status (*Create)(const hyperattn_params *, const hyperattn_tensors *, Plan **),
+          void (*Destroy)(Plan *)>
+class owned_plan {
+  public:
+    owned_plan() noexcept = default;
+    owned_plan(owned_plan &&other) noexcept : held_(std::exchange(other.held_, nullptr)) {}
+    owned_plan &operator=(owned_plan &&other) noexcept
+    {
+        std::swap(held_, other.held_);
+        return *this;
+    }
+    ~owned_plan() { Destroy(held_); }
+
+    /// Makes the plan; frees the one before on success only.
+    HYPERATTN_OUTCOME create(const hyperattn_params &options, const hyperattn_tensors &arguments)
+    {
+        Plan *made = nullptr;
+        const hyperattn_status status = Create(&options, &arguments, &made);
+        if (status == HYPERATTN_STATUS_OK) {
+            Destroy(std::exchange(held_, made));
+        }
+        return conclude(status);
+    }
+
+    /// C's plan, still owned; NULL while none is made, which every call rejects.
+    [[nodiscard]] const Plan *get() const noexcept { return held_; }
+
+  private:
+    Plan *held_ = nullptr;
+};
+
+} // namespace boundary
+
+/// hyperattn_plan: a call that is checked and divided once and then run many times, by any number of threads at once.
+/// Moved, not copied.
+///
+///     const hyperattn::plan plan(params, tensors); // without exceptions: create()
+///     // On thread ith of nth:
+///     const std::size_t tasks = plan.task_count();
+///     plan.run_tasks(tensors, tasks * ith / nth, tasks * (ith + 1) / nth, workspaces[ith].buffer());
+class plan : public boundary::owned_plan<hyperattn_plan, hyperattn_plan_create, hyperattn_plan_destroy> {
+  public:
+    plan() noexcept = default;
+#ifndef HYPERATTN_NO_EXCEPTIONS
+    /// hyperattn_plan_create(): the data of arguments are not looked at.
+    plan(const hyperattn_params &options, const hyperattn_tensors &arguments) { create(options, arguments); }
+#endif
+
+    /// hyperattn_plan_run(): forward() of these tensors.
+    HYPERATTN_OUTCOME run(const hyperattn_tensors &arguments, const hyperattn_cpu_exec &exec = cpu_exec()) const
+    {
+        return boundary::conclude(boundary::with_threads(exec, [&](const hyperattn_cpu_exec &threads) {
+            return hyperattn_plan_run(get(), &arguments, &threads);
+        }));
+    }
+
+    /// How many tasks there are.
+    [[nodiscard]] std::size_t task_count() const noexcept { return hyperattn_plan_task_count(get()); }
+
+    /// hyperattn_plan_run_tasks(): runs the tasks from begin up to, but not including, end on this thread.
+    HYPERATTN_OUTCOME run_tasks(const hyperattn_tensors &arguments, std::size_t begin, std::size_t end,
+                                const hyperattn_buffer &task_workspace = {}) const
+    {
+        return boundary::conclude(hyperattn_plan_run_tasks(get(), &arguments, begin, end, task_workspace));
+    }
+
+#ifdef HYPERATTN_NO_EXCEPTIONS
+    /// Size and alignment of the workspace that run() needs; need is written on success only.
+    HYPERATTN_OUTCOME run_workspace(const hyperattn_cpu_exec &exec, hyperattn_layout &need) const
+    {
+        return hyperattn_plan_workspace(get(), &exec, &need);
+    }
+
+    /// Size and alignment of the workspace that each thread needs for run_tasks().
+    HYPERATTN_OUTCOME task_workspace(hyperattn_layout &need) const
+    {
+        return hyperattn_plan_task_workspace(get(), &need);
+    }
+#else
+    /// Size and alignment of the workspace that run() needs. Without exceptions a last argument hyperattn_layout & gets
+    /// them.
+    [[nodiscard]] hyperattn_layout run_workspace(const hyperattn_cpu_exec &exec = cpu_exec()) const
+    {
+        hyperattn_layout need = {};
+        boundary::conclude(hyperattn_plan_workspace(get(), &exec, &need));
+        return need;
+    }
+
+    /// Size and alignment of the workspace that each thread needs for run_tasks().
+    [[nodiscard]] hyperattn_layout task_workspace() const
+    {
+        hyperattn_layout need = {};
+        boundary::conclude(hyperattn_plan_task_workspace(get(), &need));
+        return need;
+    }
+#endif
+};
+
+/// hyperattn_cuda_plan: the same for cuda_forward(). Made with a current context, whose kernels it loads. Moved, not
+/// copied.
+class cuda_plan
+    : public boundary::owned_plan<hyperattn_cuda_plan, hyperattn_cuda_plan_create, hyperattn_cuda_plan_destroy> {
+  public:
+    cuda_plan() noexcept = default;
+#ifndef HYPERATTN_NO_EXCEPTIONS
+    /// hyperattn_cuda_plan_create(): the data of arguments are not looked at.
+    cuda_plan(const hyperattn_params &options, const hyperattn_tensors &arguments) { create(options, arguments); }
+#endif
+
+    /// hyperattn_cuda_plan_run(): enqueues cuda_forward() of these tensors.
+    HYPERATTN_OUTCOME run(const hyperattn_tensors &arguments, const hyperattn_cuda_exec &exec) const
+    {
+        return boundary::conclude(hyperattn_cuda_plan_run(get(), &arguments, &exec));
+    }
+
+#ifdef HYPERATTN_NO_EXCEPTIONS
+    /// Size and alignment of the device memory that run() needs; need is written on success only.
+    HYPERATTN_OUTCOME run_workspace(hyperattn_layout &need) const
+    {
+        return hyperattn_cuda_plan_workspace(get(), &need);
+    }
+#else
+    /// Size and alignment of the device memory that run() needs. Without exceptions an argument hyperattn_layout & gets
+    /// them.
+    [[nodiscard]] hyperattn_layout run_workspace() const
+    {
+        hyperattn_layout need = {};
+        boundary::conclude(hyperattn_cuda_plan_workspace(get(), &need));
+        return need;
+    }
+#endif
 };
 
 } // inline namespace

@@ -25,7 +25,8 @@ struct BlockMaskTileParams {
     u32 key_block;
     // Room of a list: at least (key blocks that a rectangle meets + 1) / 2 + 1.
     u32 segments_per_block;
-    u32 reserved;
+    // Number of the first KV head among those that random numbers are drawn for.
+    u32 first_stream_head;
 };
 
 static_assert(sizeof(BlockMaskTileParams) == 184, "the host's mirror of this struct counts on it");
@@ -113,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(128)
             segments[i].count -= segments[i].first;
 
         u32 kept = 0, first_sample = list * common.sample_size;
-        Stream stream(params.seed, params.offset, kv_head % params.heads_kv, PURPOSE_UNIFORM_KEY);
+        u32 stream_head = params.first_stream_head + kv_head % params.heads_kv;
+        Stream stream(params.seed, params.offset, stream_head, PURPOSE_UNIFORM_KEY);
         for (u32 at = 0; at < common.sample_size; at += 32) {
             u32 draw = at + lane, position = 0;
             bool keep = false;

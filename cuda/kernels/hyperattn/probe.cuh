@@ -43,13 +43,16 @@ struct ProbeParams {
     Tile *probe_records;
     Segment *probe_segments;
     u32 records_of_head;
+    // Number of the first query head among those that random numbers are drawn for.
+    u32 first_stream_head;
 
     __device__ __forceinline__ u32 rows_of_head() const { return tiles * PROBE_ROWS; }
 
     // A number in 0..len for probe tile `index` of a query head.
     __device__ __forceinline__ u32 draw(u32 head, u32 index, u32 number, u32 len) const
     {
-        return below(Stream(seed, offset, head, PURPOSE_PROBE_ROW).uniform(index, tiles, number), len);
+        Stream stream(seed, offset, first_stream_head + head, PURPOSE_PROBE_ROW);
+        return below(stream.uniform(index, tiles, number), len);
     }
 };
 

@@ -84,9 +84,12 @@ struct ProjectionParams {
     u32 num_projs;
     // num_projs rounded up to whole groups.
     u32 width;
+    // Number of the first KV head among those that random numbers are drawn for.
+    u32 first_stream_head;
+    u32 reserved;
 };
 
-static_assert(sizeof(ProjectionParams) == 40, "the host's mirror of this struct counts on it");
+static_assert(sizeof(ProjectionParams) == 48, "the host's mirror of this struct counts on it");
 
 } // namespace hyperattn
 
@@ -105,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(128) paper_projections(hyperattn::P
     if (row < params.head_dim && column < params.num_projs) {
         u32 index = column * params.head_dim + row;
         u64 radius, angle;
-        Stream(params.seed, params.offset, head, PURPOSE_PROJECTION).block(0, 0, index / 2, radius, angle);
+        Stream stream(params.seed, params.offset, params.first_stream_head + head, PURPOSE_PROJECTION);
+        stream.block(0, 0, index / 2, radius, angle);
         float even, odd;
         normal_pair(radius, angle, even, odd);
         normal = index % 2 ? odd : even;

@@ -43,9 +43,12 @@ struct RowNormParams {
     // Base-2 log of eps^2 m / (n ln n), for a rectangle with most_keys keys and with one less.
     float log2_cap;
     float log2_cap_less;
+    // Numbers of the first query head and of the first KV head among those that random numbers are drawn for.
+    u32 first_stream_head;
+    u32 first_stream_kv_head;
 };
 
-static_assert(sizeof(RowNormParams) == 256 + sizeof(AttendParams), "the host's mirror of this struct counts on it");
+static_assert(sizeof(RowNormParams) == 264 + sizeof(AttendParams), "the host's mirror of this struct counts on it");
 
 constexpr u32 ROW_NORM_THREADS = 128;
 constexpr u32 ROW_NORM_WARPS = ROW_NORM_THREADS / 32;
@@ -295,7 +298,8 @@ extern "C" __global__ void __launch_bounds__(128)
         return begin;
     };
     u32 head = (params.common.first_kv_head + set_head) % params.attend.heads_kv();
-    u64 draw = Stream(params.seed, params.offset, head, PURPOSE_ROW_NORM_KEY).uniform(rectangle.key_start, len, index);
+    Stream stream(params.seed, params.offset, params.first_stream_kv_head + head, PURPOSE_ROW_NORM_KEY);
+    u64 draw = stream.uniform(rectangle.key_start, len, index);
     double target = __dmul_rn(__dmul_rn(__ull2double_rn(draw >> 11), 1.0 / 9007199254740992.0), total);
     u32 last = partition(total, false), found = partition(target, true);
     found = found < last ? found : last;
@@ -332,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(128) paper_tau(const __grid_constan
     if (threadIdx.x < count) {
         u32 index = first + threadIdx.x, position = rectangle.query_start + index;
         if (queries > params.sample_size) {
-            Stream stream(params.seed, params.offset, head, PURPOSE_TAU_ROW);
+            Stream stream(params.seed, params.offset, params.first_stream_head + head, PURPOSE_TAU_ROW);
             position = rectangle.query_start + below(stream.uniform(rectangle.query_start, queries, index), queries);
         }
         positions[threadIdx.x] = position;

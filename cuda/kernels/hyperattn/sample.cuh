@@ -23,7 +23,8 @@ struct SampleParams {
     const u32 *key_order;
     u32 *listed_rows;
     u32 n_k;
-    u32 reserved;
+    // Number of the first KV head among those that random numbers are drawn for.
+    u32 first_stream_head;
 };
 
 static_assert(sizeof(SampleParams) == 112, "the host's mirror of this struct counts on it");
@@ -50,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(128) paper_samples(const __grid_con
     Rectangle rectangle;
     if (!params.pass.rectangle(params.pass.first + item % params.pass.count, rectangle))
         return;
-    Stream stream(params.seed, params.offset, head, PURPOSE_UNIFORM_KEY);
+    Stream stream(params.seed, params.offset, params.first_stream_head + head, PURPOSE_UNIFORM_KEY);
     u32 position = sampled_position(stream, rectangle, index);
     params.positions[at] = position;
     if (params.listed_rows)

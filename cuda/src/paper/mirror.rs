@@ -44,6 +44,8 @@ pub(crate) struct ProjectionParams {
     pub(crate) head_dim: u32,
     pub(crate) num_projs: u32,
     pub(crate) width: u32,
+    pub(crate) first_stream_head: u32,
+    pub(crate) reserved: u32,
 }
 
 #[repr(C)]
@@ -106,7 +108,7 @@ pub(crate) struct SampleParams {
     pub(crate) key_order: Pointer<u32>,
     pub(crate) listed_rows: Pointer<u32>,
     pub(crate) n_k: u32,
-    pub(crate) reserved: u32,
+    pub(crate) first_stream_head: u32,
 }
 
 #[repr(C)]
@@ -156,7 +158,7 @@ pub(crate) struct BlockMaskTileParams {
     pub(crate) query_block: u32,
     pub(crate) key_block: u32,
     pub(crate) segments_per_block: u32,
-    pub(crate) reserved: u32,
+    pub(crate) first_stream_head: u32,
 }
 
 #[repr(C)]
@@ -186,15 +188,17 @@ pub(crate) struct RowNormParams {
     pub(crate) log2_kappa: f32,
     pub(crate) log2_cap: f32,
     pub(crate) log2_cap_less: f32,
+    pub(crate) first_stream_head: u32,
+    pub(crate) first_stream_kv_head: u32,
 }
 
 // What the .cuh files state too.
-const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 40);
+const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 48);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
 const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 112);
 const _: () = assert!(size_of::<PassTiles>() == 112 && size_of::<PaperTileParams>() == 136);
 const _: () = assert!(size_of::<BlockMaskTileParams>() == 184);
-const _: () = assert!(size_of::<RowNormParams>() == 256 + size_of::<AttendParams>());
+const _: () = assert!(size_of::<RowNormParams>() == 264 + size_of::<AttendParams>());
 
 // SAFETY: a mirror of the struct of that name.
 unsafe impl Argument for ProjectionParams {}

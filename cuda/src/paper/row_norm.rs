@@ -155,6 +155,8 @@ impl Paper<'_, '_> {
             log2_kappa: params.approx_d_kappa.log2(),
             log2_cap: log2_cap(step.keys),
             log2_cap_less: log2_cap(step.keys.saturating_sub(1)),
+            first_stream_head: problem.first_head as u32,
+            first_stream_kv_head: problem.first_kv_head as u32,
         }
     }
 }

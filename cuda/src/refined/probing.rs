@@ -36,6 +36,7 @@ pub(super) struct ProbeParams {
     pub(super) probe_records: Pointer<Tile>,
     pub(super) probe_segments: Pointer<Segment>,
     pub(super) records_of_head: u32,
+    pub(super) first_stream_head: u32,
 }
 
 // What probe.cuh states too.
@@ -87,6 +88,7 @@ impl Probing {
             probe_records: carver.take(heads * records),
             probe_segments: carver.take(heads * records),
             records_of_head: records as u32,
+            first_stream_head: call.problem.first_head as u32,
         };
         Ok(Probing { shape, params, heads, next_tile: carver.take(1) })
     }

@@ -40,6 +40,10 @@ static const symbol symbols[] = {
     SYMBOL(hyperattn_cuda_forward),
     SYMBOL(hyperattn_cuda_backward_workspace),
     SYMBOL(hyperattn_cuda_backward),
+    SYMBOL(hyperattn_cuda_plan_create),
+    SYMBOL(hyperattn_cuda_plan_destroy),
+    SYMBOL(hyperattn_cuda_plan_workspace),
+    SYMBOL(hyperattn_cuda_plan_run),
 };
 
 int main(void)

@@ -39,8 +39,9 @@ fn compiles_everywhere(compiler: &str) {
         return;
     }
     let directory = folder().join("programs/wrapper");
-    let everything: String =
-        ["views", "calls", "threads", "workspace"].map(|name| format!("#include \"{name}.cpp\"\n")).concat();
+    let everything: String = ["views", "calls", "threads", "workspace", "plans"]
+        .map(|name| format!("#include \"{name}.cpp\"\n"))
+        .concat();
     let source = write(&format!("everything-{compiler}.cpp"), &everything);
     for language in STANDARDS {
         for model in ERROR_MODELS {

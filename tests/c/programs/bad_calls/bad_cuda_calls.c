@@ -97,10 +97,56 @@ static void wrong_workspace_queries(void)
     CHECK_OK(hyperattn_cuda_forward_workspace(&c.params, &c.tensors, &layout));
 }
 
+/* Sequences, methods of heads and plans: what is wrong with them is told before a device is looked for. */
+static void divisions_and_plans(void)
+{
+    static const int32_t starts_q[] = {0, 2, 5}, starts_k[] = {0, 3, 7}, wrong[] = {0, 3, 6};
+    static const hyperattn_method methods[] = {HYPERATTN_METHOD_EXACT, HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_AUTO, 77};
+    BAD_CUDA((c.params.head_methods = methods), INVALID, "head_methods[3] = 77");
+    BAD_CUDA((c.tensors.num_sequences = 2, c.tensors.cu_seqlens_q = starts_q, c.tensors.cu_seqlens_k = starts_k), INVALID,
+             "q.shape[0] (batch) = 2");
+
+    bad_call c;
+    hyperattn_cuda_exec exec;
+    hyperattn_layout layout = {77, 88}, need = {0, 0};
+    hyperattn_cuda_plan *plan = NULL;
+    fresh(&c, &exec);
+    c.tensors.q.shape[0] = c.tensors.k.shape[0] = c.tensors.v.shape[0] = 1;
+    c.tensors.out.shape[0] = c.tensors.lse.shape[0] = 1;
+    memset(&c.tensors.error, 0, sizeof c.tensors.error);
+    c.tensors.num_sequences = 2;
+    c.tensors.cu_seqlens_q = starts_q;
+    c.tensors.cu_seqlens_k = wrong;
+    bad_call_forget_error();
+    hyperattn_status status = hyperattn_cuda_forward_workspace(&c.params, &c.tensors, &layout);
+    bad_call_expect_error("sequences", status, INVALID, PARTS("cu_seqlens_k[2] = 6", "7"));
+    bad_call_forget_error();
+    status = hyperattn_cuda_plan_create(&c.params, &c.tensors, &plan);
+    bad_call_expect_error("plan of sequences", status, INVALID, PARTS("cu_seqlens_k[2] = 6", "7"));
+    c.tensors.cu_seqlens_k = starts_k;
+    CHECK_OK(hyperattn_cuda_forward_workspace(&c.params, &c.tensors, &need));
+    bad_call_forget_error();
+    status = hyperattn_cuda_plan_create(&c.params, &c.tensors, &plan);
+    bad_call_expect_error("plan without a context", status, HYPERATTN_STATUS_DEVICE_UNAVAILABLE, PARTS("CUDA"));
+    CHECK(plan == NULL);
+    bad_call_forget_error();
+    bad_call_expect_error("plan to nowhere", hyperattn_cuda_plan_create(&c.params, &c.tensors, NULL), INVALID,
+                          PARTS("out is NULL"));
+    bad_call_forget_error();
+    bad_call_expect_error("run of nothing", hyperattn_cuda_plan_run(NULL, &c.tensors, &exec), INVALID,
+                          PARTS("plan is NULL"));
+    bad_call_forget_error();
+    bad_call_expect_error("workspace of nothing", hyperattn_cuda_plan_workspace(NULL, &layout), INVALID,
+                          PARTS("plan is NULL"));
+    hyperattn_cuda_plan_destroy(NULL);
+    CHECK(layout.size == 77 && layout.align == 88);
+}
+
 void bad_cuda_calls(void)
 {
     CHECK(hyperattn_has_feature(HYPERATTN_FEATURE_CUDA));
     no_context();
     wrong_arguments();
     wrong_workspace_queries();
+    divisions_and_plans();
 }

@@ -1,4 +1,5 @@
 /* Wrong calls of the plan's functions. */
+#include <stdint.h>
 #include <string.h>
 
 #include "bad_calls.h"
@@ -175,10 +176,11 @@ static void ranges_and_workspaces(void)
     BAD_RUN((begin = 2, end = 1), INVALID, "begin = 2", "end = 1");
     BAD_RUN(begin = SIZE_MAX, INVALID, "begin", "tasks");
     BAD_RUN(workspace.size = 1, INVALID, "workspace.data is NULL", "1");
-    static _Alignas(64) unsigned char memory[64];
-    BAD_RUN((workspace.data = memory, workspace.size = sizeof memory), HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
+    static unsigned char memory[128];
+    unsigned char *aligned = memory + (64 - (uintptr_t)memory % 64) % 64;
+    BAD_RUN((workspace.data = aligned, workspace.size = 64), HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
             "workspace.size = 64");
-    BAD_RUN((workspace.data = memory + 1, workspace.size = SIZE_MAX / 4), HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
+    BAD_RUN((workspace.data = aligned + 1, workspace.size = SIZE_MAX / 4), HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
             "workspace.data");
 
     bad_call c;

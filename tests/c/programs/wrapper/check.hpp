@@ -71,5 +71,6 @@ void check_views();
 void check_calls();
 void check_threads();
 void check_workspace();
+void check_plans();
 
 #endif

@@ -1,4 +1,4 @@
-// hyperattn.hpp: views from every source, calls against results worked out by hand, errors, thread pools, workspaces.
+// hyperattn.hpp: views from every source, calls against results worked out by hand, errors, thread pools, workspaces, plans.
 #include "check.hpp"
 
 #if __has_include(<version>)
@@ -21,6 +21,7 @@ int main()
     check_calls();
     check_threads();
     check_workspace();
+    check_plans();
     std::printf("wrapper: C++ %ld, %s: %d checks, %d failures (%s)\n", static_cast<long>(__cplusplus), model, checks,
                 failures, mdspan);
     return checks > 0 && failures == 0 ? 0 : 1;
