@@ -37,6 +37,8 @@ def write_declarations() -> None:
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     write_declarations()
+    # Without a value: the platform tag says which glibc the library needs, where maturin would not look at it.
+    config_settings = {"build-args": "--compatibility", **(config_settings or {})}
     return maturin.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 

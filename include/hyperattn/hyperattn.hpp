@@ -70,8 +70,10 @@ struct dtype_of {
                                            "give a pointer and a HYPERATTN_DTYPE_*");
 };
 
+/// HYPERATTN_DTYPE_F32.
 template <>
 struct dtype_of<float> {
+    /// See dtype_of.
     static constexpr hyperattn_dtype value = HYPERATTN_DTYPE_F32;
 };
 
@@ -94,6 +96,7 @@ struct dtype_of<std::bfloat16_t> {
 /// A hyperattn_tensor that is only read: what functions take as input. Without arguments: no tensor.
 struct const_view : hyperattn_tensor {
     const_view() noexcept : hyperattn_tensor{} {}
+    /// The same view; implicit, because reading needs no promise.
     const_view(const hyperattn_tensor &tensor) noexcept : hyperattn_tensor(tensor) {}
 };
 
@@ -101,6 +104,7 @@ struct const_view : hyperattn_tensor {
 /// tensor. From a C struct only explicitly, because that does not say whether its memory may be written.
 struct view : hyperattn_tensor {
     view() noexcept : hyperattn_tensor{} {}
+    /// The same view, by a caller who knows that its memory may be written.
     explicit view(const hyperattn_tensor &tensor) noexcept : hyperattn_tensor(tensor) {}
     view(const const_view &) = delete;
 };
@@ -423,6 +427,7 @@ struct cpu_exec : hyperattn_cpu_exec {
 /// hyperattn_cuda_exec: a cudaStream_t or CUstream (nullptr is the legacy default stream), and device memory as
 /// scratch space; without it the stream allocates.
 struct cuda_exec : hyperattn_cuda_exec {
+    /// The stream that the call is enqueued on, and scratch space.
     explicit cuda_exec(void *cuda_stream = nullptr, hyperattn_buffer device_workspace = {}) noexcept
         : hyperattn_cuda_exec{}
     {
@@ -440,8 +445,10 @@ static_assert(sizeof(params) == sizeof(hyperattn_params) && sizeof(tensors) == s
 /// callable returns; a copy is two pointers.
 class task {
   public:
+    /// C's pair of a function and its first argument.
     task(void (*function)(void *, std::size_t), void *context) noexcept : function_(function), context_(context) {}
 
+    /// Runs piece `index`.
     void operator()(std::size_t index) const noexcept { function_(context_, index); }
 
   private:
@@ -453,15 +460,18 @@ class task {
 
 // Two namespaces, so that files with and without exceptions do not define one function in two ways.
 #ifdef HYPERATTN_NO_EXCEPTIONS
+/// What functions that can fail return.
 #define HYPERATTN_OUTCOME [[nodiscard]] hyperattn_status
 inline namespace returning {
 #else
+/// What functions that can fail return.
 #define HYPERATTN_OUTCOME void
 inline namespace throwing {
 
 /// A call that did not do what it says. what() is the sentence that names the argument and the values.
 class error : public std::runtime_error {
   public:
+    /// A call's status, not OK, and hyperattn_last_error() of its thread.
     error(hyperattn_status status, const std::string &sentence) : std::runtime_error(sentence), status_(status) {}
 
     /// One of HYPERATTN_STATUS_*.
@@ -732,6 +742,7 @@ hyperattn_status with_threads(const hyperattn_cpu_exec &exec, Call call)
 template <class Callable>
 class thread_pool : public boundary::pool {
   public:
+    /// `concurrency` pieces can run at the same time, at least 1.
     thread_pool(std::uint32_t concurrency, Callable callable)
         : boundary::pool(concurrency, call), callable_(std::move(callable))
     {
@@ -846,7 +857,9 @@ HYPERATTN_OUTCOME diagnose(const hyperattn_params &options, const hyperattn_tens
 class workspace {
   public:
     workspace() noexcept = default;
+    /// Takes the memory; `other` holds none then.
     workspace(workspace &&other) noexcept : held_(std::exchange(other.held_, {})), align_(other.align_) {}
+    /// Exchanges the memory of the two.
     workspace &operator=(workspace &&other) noexcept
     {
         std::swap(held_, other.held_);

@@ -39,6 +39,8 @@ def test_every_status_has_its_class():
     with pytest.raises(hyperattn.Unsupported) as caught:
         check(lib.HYPERATTN_STATUS_UNSUPPORTED)
     assert isinstance(caught.value, NotImplementedError)
+    with pytest.raises(hyperattn.DeviceUnavailable):
+        check(lib.HYPERATTN_STATUS_DEVICE_UNAVAILABLE)
     with pytest.raises(hyperattn.HyperAttnError) as caught:
         check(lib.HYPERATTN_STATUS_INTERNAL)
     assert caught.value.status_name == "INTERNAL"
@@ -64,7 +66,7 @@ def test_keywords(qkv, change, error, sentence):
 @pytest.mark.parametrize(
     "make, error, sentence",
     [
-        (lambda q: q.tolist(), TypeError, "q: a NumPy array or a PyTorch tensor is needed, not list"),
+        (lambda q: q.tolist(), TypeError, "q: an array with __dlpack__ is needed, not list"),
         (lambda q: q.astype(numpy.float64), TypeError, "q: dtype float64"),
         (lambda q: q.astype(">f4"), TypeError, "swapped"),
         (lambda q: q[0, 0], ValueError, "q: 2 dimensions"),

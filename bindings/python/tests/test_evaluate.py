@@ -150,6 +150,36 @@ def test_needle(model_folder, tmp_path, capsys, monkeypatch):
     assert "2 of 3" in capsys.readouterr().out
 
 
+def test_needle_goes_on_after_an_interruption(model_folder, tmp_path, capsys, monkeypatch):
+    arguments = ["needle", model_folder, "--tokens", "600", "--depths", 3, "--out", tmp_path]
+    asked = []
+
+    def answer_three(model, tokenizer, ids, count):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(ids)
+        return "nothing"
+
+    monkeypatch.setattr(needle, "answer", answer_three)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*arguments)
+    assert len(rows_of(tmp_path / "needle.csv")) == 3
+    monkeypatch.setattr(needle, "answer", lambda model, tokenizer, ids, count: asked.append(ids) or "something")
+    evaluate(*arguments, "--resume")
+    assert "3 of 6 answers are there" in capsys.readouterr().err and len(asked) == 6
+    rows = rows_of(tmp_path / "needle.csv")
+    assert [row["answer"] for row in rows] == ["nothing"] * 3 + ["something"] * 3
+    assert [row["depth"] for row in rows] == ["0.0", "0.0", "0.5", "0.5", "1.0", "1.0"]
+    assert len(json.loads((tmp_path / "needle.json").read_text())["summary"]) == 2
+    # Nothing is left to ask; a further depth is; other settings are not mixed in.
+    evaluate(*arguments, "--resume")
+    assert len(asked) == 6
+    evaluate(*arguments, "--resume", "--tokens", "600,700")
+    assert len(asked) == 12
+    assert main([str(argument) for argument in [*arguments, "--resume", "--seed", 1]]) == 1
+    assert "answers with seed 0, not 1" in capsys.readouterr().err
+
+
 def test_needle_answer_is_greedy_generation(model_folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
@@ -202,6 +232,7 @@ def test_mistakes_are_sentences(model_folder, text, tmp_path, capsys):
         (["perplexity", model_folder, text, "--tokens", 10**6], "fewer than"),
         (["perplexity", tmp_path / "none", text], "not a folder"),
         (["needle", model_folder, "--tokens", 20], "tokens of filler"),
+        (["needle", model_folder, "--tokens", 600, "--resume"], "--out"),
         (["perplexity", model_folder, text, "--tokens", 99, "--layers", "last:9"], "layers="),
     ):
         assert main([str(argument) for argument in arguments]) == 1

@@ -108,6 +108,57 @@ def test_block_mask(random):
     assert relative_error(got, numpy.concatenate(parts, axis=2)) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_sequences(random, layout, mask):
+    """Each sequence gets the bits that it gets alone; one has keys but no queries."""
+    q_ends, k_ends = [0, 30, 30, 70], numpy.array([0, 40, 45, 90])
+    q, k, v = random(1, 4, 70, 16), random(1, 2, 90, 16), random(1, 2, 90, 16)
+    arrays = [x if layout == "bhsd" else x.swapaxes(1, 2) for x in (q, k, v)]
+    settings = dict(method="exact", mask=mask)
+    out, lse, error = hyperattn.forward(
+        *arrays, layout=layout, cu_seqlens_q=q_ends, cu_seqlens_k=k_ends, return_lse=True, return_error=True, **settings
+    )
+    assert error.shape == (3, 4)
+    if layout == "bshd":
+        out, lse = out.swapaxes(1, 2), lse.swapaxes(1, 2)
+    for i in (0, 2):
+        rows, keys = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+        alone = hyperattn.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], return_lse=True, **settings)
+        numpy.testing.assert_array_equal(out[:, :, rows], alone[0])
+        numpy.testing.assert_array_equal(lse[:, :, rows], alone[1])
+    self = hyperattn.forward(q, q[:, :2], q[:, :2], cu_seqlens_q=q_ends, **settings)
+    wanted = hyperattn.forward(q[:, :, 30:], q[:, :2, 30:], q[:, :2, 30:], **settings)
+    numpy.testing.assert_array_equal(self[:, :, 30:], wanted)
+
+
+def test_sequences_that_do_not_fit(random):
+    q = random(1, 2, 20, 16)
+    for wrong, sentence in (
+        (dict(cu_seqlens_q=[0, 20], cu_seqlens_k=[0, 10, 20]), "2 and 3 numbers"),
+        (dict(cu_seqlens_q=[]), "0 and 0 numbers"),
+        (dict(cu_seqlens_k=[0, 20]), "without cu_seqlens_q"),
+        (dict(cu_seqlens_q=[0, 19]), "cu_seqlens_q"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            hyperattn.forward(q, q, q, **wrong)
+
+
+def test_head_methods(random):
+    """A head gets the bits that it gets when all have its method."""
+    q, k, v = random(1, 4, 300, 16), random(1, 2, 300, 16), random(1, 2, 300, 16)
+    settings = dict(mask="causal", min_seq_len=64, block_size=32, sample_size=32)
+    methods = ["exact", "paper", "paper", "exact"]
+    got = hyperattn.forward(q, k, v, head_methods=methods, **settings)
+    for head, method in enumerate(methods):
+        wanted = hyperattn.forward(q, k, v, method=method, **settings)
+        numpy.testing.assert_array_equal(got[:, head], wanted[:, head])
+    with pytest.raises(ValueError, match="3 methods for 4 heads"):
+        hyperattn.forward(q, k, v, head_methods=methods[:3])
+    with pytest.raises(ValueError, match="method='best'"):
+        hyperattn.forward(q, k, v, head_methods=["best"] * 4)
+
+
 def test_merge(random):
     q, k, v = random(1, 4, 30, 16), random(1, 2, 80, 16), random(1, 2, 80, 16)
     wanted, wanted_lse = attention(q, k, v)

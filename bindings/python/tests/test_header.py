@@ -30,8 +30,14 @@ def test_every_function_is_there():
         assert ffi.cast("void *", getattr(lib, name)) != ffi.NULL
 
 
+def test_typed_keywords_are_the_parameters():
+    own = {"method", "mask", "scale"}
+    assert set(hyperattn.Parameters.__annotations__) | own == set(hyperattn.defaults())
+
+
 def test_defaults_have_every_parameter():
-    assert set(hyperattn.defaults()) == set(struct_fields("hyperattn_params")) - {"struct_size", "flags"}
+    not_keywords = {"struct_size", "flags", "head_methods"}
+    assert set(hyperattn.defaults()) == set(struct_fields("hyperattn_params")) - not_keywords
 
 
 @pytest.mark.skipif(not has_field("hyperattn_tensors", "error"), reason="the header has no tensor for the error")

@@ -41,6 +41,14 @@ def test_attn_implementation(seed):
     near(model(ids).logits, wanted)
 
 
+def test_compile(seed):
+    """The whole model is one graph."""
+    model, ids = decoder("llama", seed, layers=1), tokens(seed, 1, 40)
+    wanted = model(ids).logits
+    model.set_attn_implementation("hyperattn")
+    near(torch.compile(model, backend="eager", fullgraph=True)(ids).logits, wanted)
+
+
 @pytest.mark.parametrize("kind, settings", [("bert", {}), ("modernbert", {"local_attention": 600})])
 def test_exact_encoder(kind, settings, seed):
     model, ids = encoder(kind, seed, **settings), tokens(seed, 2, 60)

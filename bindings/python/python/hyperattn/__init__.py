@@ -1,23 +1,30 @@
-"""Exact attention and HyperAttention (arXiv 2310.05869) on the CPU, for NumPy arrays and PyTorch tensors.
+"""Exact attention and HyperAttention (arXiv 2310.05869) on the CPU and on CUDA.
+
+Arrays are anything with `__dlpack__`: of NumPy, PyTorch, JAX, CuPy and others.
 
     out = hyperattn.forward(q, k, v, method="exact", mask="causal")
 
-`hyperattn.transformers` puts it into models of the transformers library; `python -m hyperattn.evaluate` measures what
-that costs and gains on a model.
+`hyperattn.torch` is the same as an operator of PyTorch, for torch.compile and torch.export; `hyperattn.transformers`
+puts it into models of the transformers library; `python -m hyperattn.evaluate` measures what that costs and gains on a
+model.
 """
 
 from ._attention import BlockMask, diagnose, forward, merge
+from ._dlpack import SupportsDLPack
 from ._library import abi_version, has_feature, isa, version
-from ._params import defaults
-from .errors import HyperAttnError, InvalidArgument, OutOfMemory, Unsupported
+from ._params import Parameters, defaults
+from .errors import DeviceUnavailable, HyperAttnError, InvalidArgument, OutOfMemory, Unsupported
 
 __version__ = version()
 
 __all__ = [
     "BlockMask",
+    "DeviceUnavailable",
     "HyperAttnError",
     "InvalidArgument",
     "OutOfMemory",
+    "Parameters",
+    "SupportsDLPack",
     "Unsupported",
     "abi_version",
     "defaults",

@@ -1,132 +1,179 @@
-"""NumPy arrays and PyTorch tensors as views that the library reads and writes in place.
+"""Arrays of other libraries as views that the library reads and writes in place.
 
-Neither library is imported here before a caller has: an argument of its type cannot exist otherwise.
+NumPy arrays and PyTorch tensors are read directly, so that what DLPack leaves out is there: bfloat16 in NumPy, tensors
+that require a gradient. Everything else comes through DLPack. No library is imported here before a caller has: an
+argument of its type cannot exist otherwise.
 """
 
+import contextlib
+import dataclasses
 import sys
 from typing import Any, Protocol
 
-from ._library import ffi, lib
+from ._dlpack import CPU, Device, Lent, Memory, SupportsDLPack, device_of
 
-# Positions of batch, heads, sequence and head_dim in the shape of an array.
-_AXES = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3)}
+# Their arrays cannot be written to, and the capsules that they lend do not say so.
+_IMMUTABLE = ("jax", "jaxlib")
 
 Shape = tuple[int, ...]
 
 
-class Arrays(Protocol):
-    """What differs between NumPy and PyTorch. Strides count elements."""
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Memory of an array. Strides count elements."""
 
-    def strides(self, array: Any) -> Shape: ...
-    def pointer(self, array: Any) -> int: ...
-    def dtype_name(self, array: Any) -> str: ...
-    def check(self, name: str, array: Any, written: bool) -> None: ...
-    def empty(self, shape: Shape, like: Any, float32: bool) -> Any: ...
+    pointer: int
+    dtype: str
+    shape: Shape
+    strides: Shape
+    device: Device
+
+
+class Arrays(Protocol):
+    """What differs between the libraries that arrays come from."""
+
+    def device(self, name: str, array: Any) -> Device: ...
+
+    def stream(self, device: Device, wanted: int | None) -> int:
+        """A CUstream: the wanted one, else the library's current one on the device."""
+
+    def view(self, name: str, array: Any, *, written: bool, stream: int, lent: contextlib.ExitStack) -> View:
+        """The memory, which is valid until `lent` is closed."""
+
+    def empty(self, shape: Shape, like: Any, dtype: str | None) -> Any:
+        """A new array where `like` is. dtype: that of `like`, or "float32"."""
+
+    def result(self, array: Any, like: Any) -> Any:
+        """What the caller gets for an array of `empty`, now that it is complete."""
+
+    def workspace(self, size: int, device: Device) -> Any:
+        """Device memory of the library's own allocator with `data_ptr()`, ordered on its current stream; or None."""
 
 
 class _Numpy:
-    def strides(self, array: Any) -> Shape:
-        return tuple(stride // array.itemsize for stride in array.strides)
+    def device(self, name: str, array: Any) -> Device:
+        return CPU
 
-    def pointer(self, array: Any) -> int:
-        return array.ctypes.data
+    def stream(self, device: Device, wanted: int | None) -> int:
+        return 0
 
-    def dtype_name(self, array: Any) -> str:
-        return array.dtype.name
-
-    def check(self, name: str, array: Any, written: bool) -> None:
+    def view(self, name: str, array: Any, *, written: bool, stream: int, lent: contextlib.ExitStack) -> View:
         if not array.dtype.isnative:
             raise TypeError(f"{name}: bytes of dtype {array.dtype} are swapped")
         if any(stride % array.itemsize for stride in array.strides):
             raise ValueError(f"{name}: strides {array.strides} are not multiples of {array.itemsize} bytes")
         if written and not array.flags.writeable:
             raise ValueError(f"{name}: the array is read-only")
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return View(array.ctypes.data, array.dtype.name, array.shape, strides, CPU)
 
-    def empty(self, shape: Shape, like: Any, float32: bool) -> Any:
-        numpy = sys.modules["numpy"]
-        return numpy.empty(shape, dtype=numpy.float32 if float32 else like.dtype)
+    def empty(self, shape: Shape, like: Any, dtype: str | None) -> Any:
+        return sys.modules["numpy"].empty(shape, dtype=dtype or like.dtype)
+
+    def result(self, array: Any, like: Any) -> Any:
+        return array
+
+    def workspace(self, size: int, device: Device) -> Any:
+        return None
 
 
 class _Torch:
-    def strides(self, array: Any) -> Shape:
-        return array.stride()
+    def device(self, name: str, array: Any) -> Device:
+        if array.device.type == "cpu":
+            return CPU
+        if array.device.type == "cuda" and sys.modules["torch"].version.cuda is not None:
+            return Device("cuda", array.device.index)
+        raise ValueError(f"{name}: on device {array.device}, neither the CPU nor CUDA")
 
-    def pointer(self, array: Any) -> int:
-        return array.data_ptr()
+    def stream(self, device: Device, wanted: int | None) -> int:
+        if device == CPU:
+            return 0
+        if wanted is not None:
+            # Its allocator must know which stream works on its memory.
+            raise ValueError(f"stream={wanted}: PyTorch's current stream is taken; choose it with torch.cuda.stream()")
+        stream: int = sys.modules["torch"].cuda.current_stream(device.index).cuda_stream
+        return stream
 
-    def dtype_name(self, array: Any) -> str:
-        return str(array.dtype).removeprefix("torch.")
-
-    def check(self, name: str, array: Any, written: bool) -> None:
+    def view(self, name: str, array: Any, *, written: bool, stream: int, lent: contextlib.ExitStack) -> View:
         torch = sys.modules["torch"]
-        if array.device.type != "cpu":
-            raise ValueError(f"{name}: on device {array.device}, not on the CPU")
         if array.layout is not torch.strided:
             raise ValueError(f"{name}: layout {array.layout}, not strided")
         if array.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient, but there is no backward pass; use torch.no_grad()")
+        dtype = str(array.dtype).removeprefix("torch.")
+        return View(array.data_ptr(), dtype, tuple(array.shape), array.stride(), self.device(name, array))
 
-    def empty(self, shape: Shape, like: Any, float32: bool) -> Any:
+    def empty(self, shape: Shape, like: Any, dtype: str | None) -> Any:
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=torch.float32 if float32 else like.dtype)
+        return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else like.dtype, device=like.device)
+
+    def result(self, array: Any, like: Any) -> Any:
+        return array
+
+    def workspace(self, size: int, device: Device) -> Any:
+        torch = sys.modules["torch"]
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device.index}")
+
+
+class _DLPack:
+    """Any other library."""
+
+    def device(self, name: str, array: Any) -> Device:
+        return device_of(name, array)
+
+    def stream(self, device: Device, wanted: int | None) -> int:
+        return wanted or 0
+
+    def view(self, name: str, array: Any, *, written: bool, stream: int, lent: contextlib.ExitStack) -> View:
+        if isinstance(array, Memory):
+            return View(array.pointer, array.dtype, array.shape, array.strides, CPU)
+        if written and type(array).__module__.partition(".")[0] in _IMMUTABLE:
+            raise ValueError(f"{name}: {type(array).__name__} cannot be written to")
+        loan = Lent(name, array, written=written, stream=stream)
+        lent.callback(loan.release)
+        return View(loan.pointer, loan.dtype, loan.shape, loan.strides, loan.device)
+
+    def empty(self, shape: Shape, like: Any, dtype: str | None) -> Any:
+        if device_of("q", like) != CPU:
+            raise TypeError(f"out: pass what to write to, results on CUDA are not made as {type(like).__name__}")
+        if not hasattr(getattr(like, "__array_namespace__", dict)(), "from_dlpack"):
+            raise TypeError(f"out: pass what to write to, {type(like).__name__} has no __array_namespace__ to make it")
+        with contextlib.ExitStack() as lent:
+            return Memory(shape, dtype or self.view("q", like, written=False, stream=0, lent=lent).dtype)
+
+    def result(self, array: Any, like: Any) -> Any:
+        return like.__array_namespace__().from_dlpack(array) if isinstance(array, Memory) else array
+
+    def workspace(self, size: int, device: Device) -> Any:
+        return None
+
+
+class _Cupy(_DLPack):
+    """Through DLPack, but for memory and the current stream."""
+
+    def stream(self, device: Device, wanted: int | None) -> int:
+        if wanted is not None:
+            return wanted
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(device.index):
+            stream: int = cupy.cuda.get_current_stream().ptr
+            return stream
+
+    def empty(self, shape: Shape, like: Any, dtype: str | None) -> Any:
+        with like.device:
+            return sys.modules["cupy"].empty(shape, dtype=dtype or like.dtype)
 
 
 def arrays_of(name: str, array: Any) -> Arrays:
     """The adapter for an array's type."""
-    for module, type_name, adapter in (("numpy", "ndarray", _Numpy()), ("torch", "Tensor", _Torch())):
+    known: tuple[tuple[str, str, Arrays], ...] = (
+        ("numpy", "ndarray", _Numpy()),
+        ("torch", "Tensor", _Torch()),
+        ("cupy", "ndarray", _Cupy()),
+    )
+    for module, type_name, adapter in known:
         if module in sys.modules and isinstance(array, getattr(sys.modules[module], type_name)):
             return adapter
-    raise TypeError(f"{name}: a NumPy array or a PyTorch tensor is needed, not {type(array).__name__}")
-
-
-_DTYPES = {
-    "float32": lib.HYPERATTN_DTYPE_F32,
-    "float16": lib.HYPERATTN_DTYPE_F16,
-    "bfloat16": lib.HYPERATTN_DTYPE_BF16,
-}
-
-
-def axes(layout: str) -> tuple[int, int, int, int]:
-    """Where batch, heads, sequence and head_dim are."""
-    if layout not in _AXES:
-        raise ValueError(f"layout={layout!r}: one of {', '.join(_AXES)}")
-    return _AXES[layout]
-
-
-def pointer_of(name: str, array: Any, dtype: str, c_type: str) -> Any:
-    """The address of a contiguous integer array."""
-    arrays = arrays_of(name, array)
-    if arrays.dtype_name(array) != dtype:
-        raise TypeError(f"{name}: dtype {arrays.dtype_name(array)}, not {dtype}")
-    arrays.check(name, array, written=False)
-    expected = 1
-    for extent, stride in zip(reversed(array.shape), reversed(arrays.strides(array))):
-        if extent > 1 and stride != expected:
-            raise ValueError(f"{name}: must be contiguous")
-        expected *= extent
-    return ffi.cast(c_type, arrays.pointer(array))
-
-
-def fill_view(view: Any, name: str, array: Any, layout: str, *, written: bool = False, per_row: bool = False) -> None:
-    """Makes the hyperattn_tensor `view` show the array: 4 dimensions, or 3 for a single batch item.
-
-    per_row: the array has no head_dim (a log-sum-exp).
-    """
-    arrays = arrays_of(name, array)
-    arrays.check(name, array, written)
-    dtype = arrays.dtype_name(array)
-    if dtype not in _DTYPES:
-        raise TypeError(f"{name}: dtype {dtype}, not one of {', '.join(_DTYPES)}")
-    shape, strides = tuple(array.shape), tuple(arrays.strides(array))
-    if per_row:
-        shape, strides = (*shape, 1), (*strides, 1)
-    if len(shape) == 3:
-        shape, strides = (1, *shape), (0, *strides)
-    if len(shape) != 4:
-        wanted = f"{layout} or {layout[1:]}"
-        raise ValueError(f"{name}: {array.ndim} dimensions, not {wanted[:-1] if per_row else wanted}")
-    view.data = ffi.cast("void *", arrays.pointer(array))
-    view.dtype = _DTYPES[dtype]
-    for position, axis in enumerate(axes(layout)):
-        view.shape[position] = shape[axis]
-        view.stride[position] = strides[axis]
+    if isinstance(array, (SupportsDLPack, Memory)):
+        return _DLPack()
+    raise TypeError(f"{name}: an array with __dlpack__ is needed, not {type(array).__name__}")

@@ -3,19 +3,30 @@
 import dataclasses
 import functools
 from collections import namedtuple
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from . import _params
-from ._arrays import arrays_of, axes, fill_view, pointer_of
-from ._library import check, ffi, has_field, lib
+from ._call import Call, cpu_execution
+from ._dlpack import SupportsDLPack
+from ._library import check, ffi, lib
+from ._params import Mask, Method, Parameters
+
+Layout = Literal["bhsd", "bshd"]
+Array = TypeVar("Array", bound=SupportsDLPack)
+Other = TypeVar("Other", bound=SupportsDLPack)
+# Whole numbers: a list, or an array that has `tolist`.
+Numbers = Sequence[int] | SupportsDLPack
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockMask:
     """Exact blocks that the caller chooses instead of sortLSH, for method "paper" (hyperattn_block_mask in the header).
 
-    `row_offsets` is int64, [num_query_blocks + 1] for all heads or [batch * heads_q, num_query_blocks + 1];
-    `columns` is int32: the key blocks of each row, ascending.
+    Queries are taken in blocks of `query_block`, keys in blocks of `key_block`. `row_offsets` is int64,
+    [num_query_blocks + 1] for all heads or [batch * heads_q, num_query_blocks + 1]: where a block of queries begins and
+    ends in `columns`, int32: the key blocks that it meets, ascending. Both are contiguous and where q is; on CUDA what
+    they hold is not checked.
     """
 
     query_block: int
@@ -23,107 +34,221 @@ class BlockMask:
     row_offsets: Any
     columns: Any
 
-    def fill(self, struct: Any, n_q: int, n_k: int) -> None:
+    def fill(self, call: Call, struct: Any, n_q: int, n_k: int) -> None:
         """Writes the C struct; it points into this object's arrays."""
         struct.struct_size = ffi.sizeof("hyperattn_block_mask")
         struct.query_block = self.query_block
         struct.key_block = self.key_block
         struct.num_query_blocks = -(-n_q // max(self.query_block, 1))
         struct.num_key_blocks = -(-n_k // max(self.key_block, 1))
-        if self.row_offsets.shape[-1] != struct.num_query_blocks + 1:
-            raise ValueError(
-                f"row_offsets: {self.row_offsets.shape[-1]} entries a head, not {struct.num_query_blocks + 1}"
-            )
-        struct.row_offsets = pointer_of("row_offsets", self.row_offsets, "int64", "int64_t *")
-        struct.columns = pointer_of("columns", self.columns, "int32", "int32_t *")
-        struct.row_offsets_head_stride = 0 if self.row_offsets.ndim == 1 else self.row_offsets.shape[-1]
+        per_head = self.row_offsets.shape[-1]
+        if per_head != struct.num_query_blocks + 1:
+            raise ValueError(f"row_offsets: {per_head} entries a head, not {struct.num_query_blocks + 1}")
+        struct.row_offsets = call.pointer("row_offsets", self.row_offsets, "int64", "int64_t *")
+        struct.columns = call.pointer("columns", self.columns, "int32", "int32_t *")
+        struct.row_offsets_head_stride = 0 if self.row_offsets.ndim == 1 else per_head
 
 
-def _tensors(q: Any, k: Any, v: Any, layout: str, block_mask: BlockMask | None, kept: list) -> Any:
+def _inputs(call: Call, q: Any, k: Any, v: Any, block_mask: BlockMask | None) -> Any:
     tensors = ffi.new("hyperattn_tensors *")
     tensors.struct_size = ffi.sizeof("hyperattn_tensors")
     for name, array in (("q", q), ("k", k), ("v", v)):
-        fill_view(getattr(tensors, name), name, array, layout)
+        call.fill(getattr(tensors, name), name, array)
     if block_mask is not None:
-        struct = ffi.new("hyperattn_block_mask *")
-        block_mask.fill(struct, tensors.q.shape[2], tensors.k.shape[2])
-        kept.append(struct)
-        tensors.block_mask = struct
+        tensors.block_mask = call.keep(ffi.new("hyperattn_block_mask *"))
+        block_mask.fill(call, tensors.block_mask, tensors.q.shape[2], tensors.k.shape[2])
     return tensors
 
 
-def _execution(threads: int) -> Any:
-    execution = ffi.new("hyperattn_cpu_exec *")
-    execution.struct_size = ffi.sizeof("hyperattn_cpu_exec")
-    execution.num_threads = threads
-    return execution
+def _whole_numbers(numbers: Any) -> list[int]:
+    return [int(number) for number in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
 
 
+def _divide(call: Call, tensors: Any, queries: Numbers, keys: Numbers) -> None:
+    """The sequences' bounds: short arrays of the host, also where the tensors are on CUDA."""
+    bounds = [_whole_numbers(queries), _whole_numbers(keys)]
+    if len(bounds[0]) != len(bounds[1]) or len(bounds[0]) < 2:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k: {len(bounds[0])} and {len(bounds[1])} numbers, not 2 or more")
+    tensors.num_sequences = len(bounds[0]) - 1
+    tensors.cu_seqlens_q, tensors.cu_seqlens_k = (call.keep(ffi.new("int32_t[]", numbers)) for numbers in bounds)
+
+
+@overload
+def forward(
+    q: Array,
+    k: SupportsDLPack,
+    v: SupportsDLPack,
+    *,
+    method: Method | int = ...,
+    mask: Mask | int = ...,
+    scale: float | None = ...,
+    out: None = ...,
+    return_lse: Literal[False] = ...,
+    return_error: Literal[False] = ...,
+    layout: Layout = ...,
+    threads: int = ...,
+    stream: int | None = ...,
+    block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
+    **params: Unpack[Parameters],
+) -> Array: ...
+@overload
+def forward(
+    q: SupportsDLPack,
+    k: SupportsDLPack,
+    v: SupportsDLPack,
+    *,
+    method: Method | int = ...,
+    mask: Mask | int = ...,
+    scale: float | None = ...,
+    out: Other,
+    return_lse: Literal[False] = ...,
+    return_error: Literal[False] = ...,
+    layout: Layout = ...,
+    threads: int = ...,
+    stream: int | None = ...,
+    block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
+    **params: Unpack[Parameters],
+) -> Other: ...
+@overload
+def forward(
+    q: Array,
+    k: SupportsDLPack,
+    v: SupportsDLPack,
+    *,
+    method: Method | int = ...,
+    mask: Mask | int = ...,
+    scale: float | None = ...,
+    out: None = ...,
+    return_lse: bool = ...,
+    return_error: bool = ...,
+    layout: Layout = ...,
+    threads: int = ...,
+    stream: int | None = ...,
+    block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
+    **params: Unpack[Parameters],
+) -> tuple[Array, ...]: ...
+@overload
+def forward(
+    q: SupportsDLPack,
+    k: SupportsDLPack,
+    v: SupportsDLPack,
+    *,
+    method: Method | int = ...,
+    mask: Mask | int = ...,
+    scale: float | None = ...,
+    out: SupportsDLPack,
+    return_lse: bool = ...,
+    return_error: bool = ...,
+    layout: Layout = ...,
+    threads: int = ...,
+    stream: int | None = ...,
+    block_mask: BlockMask | None = ...,
+    head_methods: Sequence[Method | int] | None = ...,
+    cu_seqlens_q: Numbers | None = ...,
+    cu_seqlens_k: Numbers | None = ...,
+    **params: Unpack[Parameters],
+) -> tuple[Any, ...]: ...
 def forward(
     q: Any,
     k: Any,
     v: Any,
     *,
-    method: str | int = "auto",
-    mask: str | int = "none",
+    method: Method | int = "auto",
+    mask: Mask | int = "none",
     scale: float | None = None,
     out: Any = None,
     return_lse: bool = False,
     return_error: bool = False,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     threads: int = 0,
+    stream: int | None = None,
     block_mask: BlockMask | None = None,
-    **params: Any,
+    head_methods: Sequence[Method | int] | None = None,
+    cu_seqlens_q: Numbers | None = None,
+    cu_seqlens_k: Numbers | None = None,
+    **params: Unpack[Parameters],
 ) -> Any:
     """softmax(scale * q k^T) v under the mask.
 
-    q, k, v: NumPy arrays or PyTorch CPU tensors [batch, heads, sequence, head_dim] (layout "bshd": [batch, sequence,
-        heads, head_dim]), the batch dimension may be missing; float32, float16 or bfloat16; any strides with unit
-        stride in the last dimension. Nothing is copied. heads of q must be a multiple of the heads of k and v.
+    q: [batch, heads_q, n_q, head_dim]; k: [batch, heads_kv, n_k, head_dim]; v: [batch, heads_kv, n_k, value_dim], with
+        layout "bshd" [batch, n, heads, dim]; the batch dimension may be missing in all. Anything with `__dlpack__`, on
+        the CPU or on one CUDA device; float32, float16 or bfloat16, one type for k and v, q the same or float32; any
+        strides with unit stride in the last dimension. Nothing is copied. heads_q must be a multiple of heads_kv; head
+        h of q uses KV head h / (heads_q / heads_kv). head_dim and value_dim are 1 to 256.
     method: "auto", "exact", "paper" or "refined". mask: "none", "causal" (the last query sees every key) or
-        "causal_top_left". scale: None = 1/sqrt(head_dim).
-    out: where to write; None = a new array of q's type.
-    params: every other field of the C struct hyperattn_params (`hyperattn.defaults()` lists them), for example
-        min_seq_len=1024, block_size=128, residual="row_norm", seed=1.
-    Returns out, or a tuple (out, lse, error) of what was asked for. lse has the layout of out without its last
-    dimension; error is the estimated relative error of each head's output [batch, heads].
+        "causal_top_left" (query i sees keys 0 to i). scale: factor on q k^T, None = 1/sqrt(head_dim).
+    out: where to write, [batch, heads_q, n_q, value_dim] in the layout, q's type or float32; None = a new array of q's
+        library and type.
+    return_lse: also the natural log of each row's sum of exp(logit), float32, out's shape without value_dim.
+    return_error: also the estimated relative error of each head's output, float32 [batch, heads_q]: a share of 1.
+    threads: of the CPU; 0 = all cores, 1 = the calling thread.
+    stream: a CUstream or cudaStream_t as a number, for CUDA arrays. None = CuPy's current stream, else the legacy
+        default one. PyTorch's current stream is always taken. On CUDA the call returns before the result is complete.
+    block_mask: see `BlockMask`.
+    head_methods: a method for each head of q, instead of `method`.
+    cu_seqlens_q, cu_seqlens_k: sequences of different lengths, one after the other in the rows of q and of k and v; the
+        batch is 1 or missing. Ascending row numbers from 0 to n_q and to n_k, one more than there are sequences. Each
+        is computed as if it were alone. cu_seqlens_k: None = cu_seqlens_q. The error is then [sequences, heads_q].
+    params: the other fields of the C struct hyperattn_params, see `Parameters`; `hyperattn.defaults()` lists them.
+    Returns out, or a tuple (out, lse, error) of what was asked for.
+    Raises HyperAttnError (InvalidArgument, Unsupported, OutOfMemory, DeviceUnavailable) with the library's sentence;
+        TypeError and ValueError for arguments that are no arrays or whose names are not known. Outputs are untouched.
     """
-    struct = _params.build({"method": method, "mask": mask, "scale": scale, **params})
-    kept: list = []
-    tensors = _tensors(q, k, v, layout, block_mask, kept)
-    arrays = arrays_of("q", q)
-    if out is None:
-        out = arrays.empty((*q.shape[:-1], v.shape[-1]), q, float32=False)
-    fill_view(tensors.out, "out", out, layout, written=True)
-    results = [out]
-    if return_lse:
-        lse = arrays.empty(tuple(q.shape[:-1]), q, float32=True)
-        fill_view(tensors.lse, "lse", lse, layout, written=True, per_row=True)
-        results.append(lse)
-    if return_error:
-        if not has_field("hyperattn_tensors", "error"):
-            raise NotImplementedError("this version of the library does not estimate errors")
-        heads = axes(layout)[1] - (4 - q.ndim)
-        error = arrays.empty((*q.shape[: q.ndim - 3], q.shape[heads], 1), q, float32=True)
-        fill_view(tensors.error, "error", error, "bhsd", written=True, per_row=True)
-        results.append(error[..., 0])
-    check(lib.hyperattn_forward(struct, tensors, _execution(threads)))
+    struct = _params.build(method, mask, scale, params)
+    with Call("q", q, layout, stream) as call:
+        tensors = _inputs(call, q, k, v, block_mask)
+        heads = tensors.q.shape[1]
+        if head_methods is not None:
+            if len(head_methods) != heads:
+                raise ValueError(f"head_methods: {len(head_methods)} methods for {heads} heads")
+            struct.head_methods = call.keep(_params.methods(head_methods))
+        if cu_seqlens_q is not None:
+            _divide(call, tensors, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+        elif cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: given without cu_seqlens_q")
+        made = [] if out is not None else [call.empty((*q.shape[:-1], v.shape[-1]))]
+        call.fill(tensors.out, "out", made[0] if made else out, written=True)
+        if return_lse:
+            made.append(call.empty(tuple(q.shape[:-1]), "float32"))
+            call.fill(tensors.lse, "lse", made[-1], written=True, per_row=True)
+        if return_error:
+            groups = (tensors.num_sequences,) if tensors.num_sequences else q.shape[:-3]
+            made.append(call.empty((*groups, heads), "float32"))
+            call.fill(tensors.error, "error", made[-1], written=True, per_head=True)
+        call.forward(struct, tensors, threads)
+        results = [call.result(array) for array in made]
+    results = results if out is None else [out, *results]
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
-    """Joins two partial results over disjoint keys into out_a and lse_a, in place, and returns these two."""
-    views = []
-    for name, array, written, per_row in (
-        ("out_a", out_a, True, False),
-        ("lse_a", lse_a, True, True),
-        ("out_b", out_b, False, False),
-        ("lse_b", lse_b, False, True),
-    ):
-        view = ffi.new("hyperattn_tensor *")
-        fill_view(view, name, array, layout, written=written, per_row=per_row)
-        views.append(view)
-    check(lib.hyperattn_merge(*views))
+def merge(out_a: Array, lse_a: Other, out_b: Any, lse_b: Any, *, layout: Layout = "bhsd") -> tuple[Array, Other]:
+    """Joins two partial results over disjoint keys into out_a and lse_a, in place, and returns these two.
+
+    out_a, out_b: [batch, heads, n, value_dim] in the layout, of any element types; lse_a, lse_b: float32 without the
+    last dimension; a row whose lse is -inf counts as empty. On the CPU only.
+    """
+    with Call("out_a", out_a, layout) as call:
+        call.on_cpu_only("merge")
+        views = []
+        for name, array, written, per_row in (
+            ("out_a", out_a, True, False),
+            ("lse_a", lse_a, True, True),
+            ("out_b", out_b, False, False),
+            ("lse_b", lse_b, False, True),
+        ):
+            view = ffi.new("hyperattn_tensor *")
+            call.fill(view, name, array, written=written, per_row=per_row)
+            views.append(view)
+        check(lib.hyperattn_merge(*views))
     return out_a, lse_a
 
 
@@ -134,36 +259,37 @@ def _diagnosis() -> Any:
 
 
 def diagnose(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: SupportsDLPack,
+    k: SupportsDLPack,
+    v: SupportsDLPack,
     *,
-    method: str | int = "auto",
-    mask: str | int = "none",
+    method: Method | int = "auto",
+    mask: Mask | int = "none",
     scale: float | None = None,
     true_error: bool = False,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     threads: int = 0,
-    **params: Any,
+    **params: Unpack[Parameters],
 ) -> list[list[Any]]:
     """How well the method does on these inputs: [batch][head] named tuples with the fields of hyperattn_diagnosis.
 
     true_error: compare with exact attention too, which takes its time. The other arguments are those of `forward`.
+    On the CPU only.
     """
-    if not hasattr(lib, "hyperattn_diagnose"):
-        raise NotImplementedError("this version of the library does not diagnose")
-    struct = _params.build({"method": method, "mask": mask, "scale": scale, **params})
-    tensors = _tensors(q, k, v, layout, None, [])
-    # The shape of an output that is not wanted.
-    tensors.out = tensors.q
-    tensors.out.data = ffi.NULL
-    tensors.out.shape[3] = tensors.v.shape[3]
-    batch, heads = tensors.q.shape[0], tensors.q.shape[1]
-    answers = ffi.new("hyperattn_diagnosis[]", batch * heads)
-    for answer in answers:
-        answer.struct_size = ffi.sizeof("hyperattn_diagnosis")
-    flags = lib.HYPERATTN_DIAGNOSE_TRUE_ERROR if true_error else 0
-    check(lib.hyperattn_diagnose(struct, tensors, _execution(threads), flags, answers, len(answers)))
+    struct = _params.build(method, mask, scale, params)
+    with Call("q", q, layout) as call:
+        call.on_cpu_only("diagnose")
+        tensors = _inputs(call, q, k, v, None)
+        # The shape of an output that is not wanted.
+        tensors.out = tensors.q
+        tensors.out.data = ffi.NULL
+        tensors.out.shape[3] = tensors.v.shape[3]
+        batch, heads = tensors.q.shape[0], tensors.q.shape[1]
+        answers = ffi.new("hyperattn_diagnosis[]", batch * heads)
+        for answer in answers:
+            answer.struct_size = ffi.sizeof("hyperattn_diagnosis")
+        flags = lib.HYPERATTN_DIAGNOSE_TRUE_ERROR if true_error else 0
+        check(lib.hyperattn_diagnose(struct, tensors, cpu_execution(threads), flags, answers, len(answers)))
     record = _diagnosis()
     rows = [record(*(getattr(answer, name) for name in record._fields)) for answer in answers]
     return [rows[item * heads : (item + 1) * heads] for item in range(batch)]

@@ -1,11 +1,15 @@
 """The shared library, loaded through the declarations of the C header."""
 
+from typing import Any
+
 from . import errors
-from ._native import ffi, lib
+from ._native import ffi as ffi
+from ._native import lib as lib
 
 _CLASSES = {
     "INVALID_ARGUMENT": errors.InvalidArgument,
     "UNSUPPORTED": errors.Unsupported,
+    "DEVICE_UNAVAILABLE": errors.DeviceUnavailable,
     "OUT_OF_MEMORY": errors.OutOfMemory,
 }
 
@@ -21,28 +25,31 @@ def has_field(struct: str, field: str) -> bool:
     return any(name == field for name, _ in ffi.typeof(struct).fields)
 
 
+def _text(string: Any) -> str:
+    return str(ffi.string(string).decode())
+
+
 def check(status: int) -> None:
     """Raises what belongs to a status, with the library's sentence."""
     if status == lib.HYPERATTN_STATUS_OK:
         return
     name = next((key.upper() for key, value in constants("STATUS").items() if value == status), str(status))
-    sentence = ffi.string(lib.hyperattn_last_error()).decode()
-    raise _CLASSES.get(name, errors.HyperAttnError)(status, name, sentence)
+    raise _CLASSES.get(name, errors.HyperAttnError)(status, name, _text(lib.hyperattn_last_error()))
 
 
 def version() -> str:
     """The library's version, "major.minor.patch"."""
-    return ffi.string(lib.hyperattn_version_string()).decode()
+    return _text(lib.hyperattn_version_string())
 
 
 def abi_version() -> int:
     """The library's HYPERATTN_ABI_VERSION."""
-    return lib.hyperattn_abi_version()
+    return int(lib.hyperattn_abi_version())
 
 
 def isa() -> str:
     """The instruction set of the kernels that this process uses, for example "avx512_bf16"."""
-    return ffi.string(lib.hyperattn_cpu_isa()).decode()
+    return _text(lib.hyperattn_cpu_isa())
 
 
 def has_feature(name: str) -> bool:

@@ -1,12 +1,51 @@
 """Keyword arguments as a hyperattn_params: its fields are the header's."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
 
 from ._library import constants, ffi, lib
 
+Method = Literal["auto", "exact", "paper", "refined"]
+Mask = Literal["none", "causal", "causal_bottom_right", "causal_top_left"]
+
+
+class Parameters(TypedDict, total=False):
+    """The keyword arguments of a method: the fields of hyperattn_params that are not arguments of their own.
+
+    Ranges and defaults are the header's. None takes the default.
+    """
+
+    #: How "paper" treats what its blocks do not cover; "refined" knows "none". Default "uniform".
+    residual: Literal["uniform", "row_norm", "none"] | int | None
+    #: Hyperplanes of the angular hash, 1 to 24; 0 leaves queries and keys in their order. Default 7.
+    lsh_num_projs: int | None
+    #: Keys of a sorted block; 0 means residual only. Default 256.
+    block_size: int | None
+    #: Sampled keys of a sub-problem; 0 means blocks only. Default 256.
+    sample_size: int | None
+    #: Sub-problems, under "refined" calls, with at most this many keys are exact. Default 4096.
+    min_seq_len: int | None
+    #: Key of the random numbers: the same seed gives the same bits. Default 0.
+    seed: int | None
+    #: Stream of the random numbers, for example the layer number. Default 0.
+    offset: int | None
+    #: Epsilon of Algorithm 2, positive, for residual "row_norm". Default 0.5.
+    approx_d_epsilon: float | None
+    #: Kappa of Algorithm 2, positive, for residual "row_norm". Default 1e4.
+    approx_d_kappa: float | None
+    #: About as many keys as a query meets under "refined", at least 64. Default 1024.
+    budget: int | None
+    #: Leading keys that every query meets under "refined". Default 16.
+    num_first_keys: int | None
+    #: Latest visible keys that every query meets under "refined" and a causal mask. Default 128.
+    band: int | None
+    #: Relative error of a head's output that "refined" aims to stay within; 0 keeps the budget. Default 0.05.
+    target_error: float | None
+
+
 # Shorter names for what is wanted most.
 _ALIASES = {"mask": {"causal": "causal_bottom_right"}}
-_NOT_KEYWORDS = ("struct_size", "flags")
+_NOT_KEYWORDS = ("struct_size", "flags", "head_methods")
 
 
 def fields() -> list[str]:
@@ -37,13 +76,18 @@ def _number(field: str, value: Any) -> Any:
     return names[wanted]
 
 
-def build(values: dict[str, Any]) -> Any:
+def build(method: Method | int, mask: Mask | int, scale: float | None, params: Parameters) -> Any:
     """A hyperattn_params with the defaults, overridden by what is given and not None."""
-    params = _initialised()
+    struct = _initialised()
     known = fields()
-    for name, value in values.items():
+    for name, value in {"method": method, "mask": mask, "scale": scale, **params}.items():
         if name not in known:
             raise TypeError(f"no parameter {name!r}: one of {', '.join(known)}")
         if value is not None:
-            setattr(params, name, _number(name, value))
-    return params
+            setattr(struct, name, _number(name, value))
+    return struct
+
+
+def methods(names: Sequence[Method | int]) -> Any:
+    """An array of hyperattn_method."""
+    return ffi.new("hyperattn_method[]", [_number("method", name) for name in names])

@@ -22,5 +22,9 @@ class Unsupported(HyperAttnError, NotImplementedError):
     """The request is valid, but this build or machine cannot do it."""
 
 
+class DeviceUnavailable(HyperAttnError):
+    """No usable CUDA device, driver or kernels for the device."""
+
+
 class OutOfMemory(HyperAttnError, MemoryError):
     """Scratch memory could not be allocated."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 import hyperattn
+from hyperattn._params import Mask
 
 # An estimate is good when the true error is at most this factor away, either way.
 NEAR = 1.5
@@ -21,7 +22,7 @@ def relative_errors(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def exact_output(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: str, scale: float | None, threads: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: Mask, scale: float | None, threads: int
 ) -> torch.Tensor:
     """EXACT on the same inputs, in single precision."""
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32)

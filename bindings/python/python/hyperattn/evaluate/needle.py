@@ -6,6 +6,7 @@ attention over the cache. The score is the share of depths at which the answer c
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import random
 import time
@@ -25,6 +26,9 @@ _SUBJECTS = ("The ferry", "A gardener", "The old bridge", "Our neighbour", "The 
 _VERBS = ("waits near", "was painted beside", "remembers", "looks towards", "is older than", "often crosses")
 _OBJECTS = ("the harbour", "a row of poplars", "the market square", "the railway", "the northern hills", "a quiet lane")
 _TIMES = ("in the morning", "when it rains", "every autumn", "after supper", "on most days", "before the bell rings")
+
+# What an answer depends on besides its prompt and its method.
+_SAME_IN_BOTH_PARTS = ("model", "dtype", "text", "layers", "seed", "exact", "answer_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact", default="hyperattn", choices=("hyperattn", "sdpa"), help="computes the rest")
     parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path, help="folder for needle.csv and needle.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after an interruption, without the answers that --out has"
+    )
 
 
 def make_needle(generator: random.Random) -> Needle:
@@ -63,7 +70,7 @@ def _filler(generator: random.Random, sentences: int) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
@@ -107,7 +114,28 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, count: int) -> str:
         if chosen[-1] in ends:
             break
         step = torch.tensor([chosen[-1:]])
-    return tokenizer.decode(chosen, skip_special_tokens=True)
+    return str(tokenizer.decode(chosen, skip_special_tokens=True))
+
+
+def _question(depth: float, needle: Needle, ids: torch.Tensor, setting: Setting) -> dict[str, Any]:
+    """The columns that say what was asked."""
+    return {"tokens": ids.shape[1], "method": str(setting), "depth": round(depth, 4), "number": needle.number}
+
+
+def _earlier_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What an interrupted evaluation has left in --out."""
+    if options.out is None:
+        raise ValueError("--resume: --out says where the answers are")
+    path = options.out / "needle.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    for name in _SAME_IN_BOTH_PARTS:
+        before, now = content["settings"][name], getattr(options, name)
+        if str(before) != str(now):
+            raise ValueError(f"--resume: {path} has answers with {name} {before}, not {now}")
+    answers: list[dict[str, Any]] = content["answers"]
+    return answers
 
 
 def _measure(
@@ -132,8 +160,7 @@ def _measure(
         text = answer(model, tokenizer, ids, options.answer_tokens)
         attention = sum(layer.seconds for layer in replaced.layers)
     report.progress(f"{setting}, {ids.shape[1]} tokens, depth {depth:.2f}: {text.strip()!r} for {needle.number}")
-    row = {"tokens": ids.shape[1], "method": str(setting), "depth": round(depth, 4), "number": needle.number}
-    row |= {"answer": text, "found": needle.number in text}
+    row = _question(depth, needle, ids, setting) | {"answer": text, "found": needle.number in text}
     return row | {"attention_seconds": attention, "seconds": time.perf_counter() - started}
 
 
@@ -165,15 +192,24 @@ def run(options: argparse.Namespace) -> None:
         for depth in depths:
             needle = make_needle(generator)
             prompts.append((depth, needle, make_prompt(tokenizer, filler, needle, length, depth)))
-    rows: list[dict[str, Any]] = []
+    questions = [(*prompt, setting) for prompt in prompts for setting in methods]
+    asked = [_question(*question) for question in questions]
+    earlier = _earlier_answers(options) if options.resume else []
+    answers = [next((row for row in earlier if row.items() >= columns.items()), None) for columns in asked]
+    if options.resume:
+        report.progress(f"{sum(row is not None for row in answers)} of {len(answers)} answers are there")
     with torch.no_grad():
-        for prompt in prompts:
-            for setting in methods:
-                rows.append(_measure(model, tokenizer, *prompt, setting, options))
-                if options.out:
-                    # After every answer: a long evaluation that is interrupted keeps what it has.
-                    results = {"summary": _summaries(rows), "answers": rows}
-                    report.write_csv(options.out / "needle.csv", rows)
-                    report.write_json(options.out / "needle.json", vars(options), results)
-    lines = _summaries(rows)
+        for place, (depth, needle, ids, setting) in enumerate(questions):
+            if answers[place] is not None:
+                continue
+            answers[place] = _measure(model, tokenizer, depth, needle, ids, setting, options)
+            if options.out:
+                # After every answer: a long evaluation that is interrupted keeps what it has.
+                _write(options, [row for row in answers if row is not None])
+    lines = _summaries([row for row in answers if row is not None])
     print(report.table(lines, list(lines[0])))
+
+
+def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    report.write_csv(options.out / "needle.csv", rows)
+    report.write_json(options.out / "needle.json", vars(options), {"summary": _summaries(rows), "answers": rows})

@@ -62,7 +62,7 @@ def check_head(model: Any, ids: torch.Tensor) -> None:
 
 
 def perplexity(loss: torch.Tensor) -> float:
-    return loss.double().mean().exp().item()
+    return float(loss.double().mean().exp())
 
 
 def _measure(

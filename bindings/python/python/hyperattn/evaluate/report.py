@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import io
 import json
 import pathlib
 import platform
@@ -64,18 +65,25 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
 def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Rows with the union of their columns, in the order of first appearance."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, file.getvalue())
 
 
 def write_json(path: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """The command's settings, the circumstances and the results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "circumstances": circumstances(), **results}
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    _write(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """The whole file or none of it: what was there stays when the process is ended meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, newline="")
+    unfinished.replace(path)
 
 
 def progress(line: str) -> None:

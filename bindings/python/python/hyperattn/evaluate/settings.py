@@ -12,7 +12,7 @@ import hyperattn
 class Setting:
     """A method with its parameters."""
 
-    method: str
+    method: Any
     params: dict[str, Any]
 
     def __str__(self) -> str:

@@ -8,6 +8,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hyperattn
+from hyperattn import torch as operator
+from hyperattn._params import Mask
 
 if TYPE_CHECKING:
     from ._replace import Layer
@@ -28,7 +30,7 @@ class Call:
     k: torch.Tensor
     v: torch.Tensor
     out: torch.Tensor
-    mask: str
+    mask: Mask
     scale: float | None
     threads: int
     seconds: float
@@ -44,8 +46,12 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
     """The output, a view of [batch, tokens, heads, head_dim] memory, and the error estimate, if asked for."""
+    if torch.compiler.is_compiling() and not kwargs.get("return_error"):
+        # One node of the graph, where the call below would break it.
+        out, _ = operator.forward(*(x.transpose(1, 2) for x in (q, k, v)), layout="bshd", **kwargs)
+        return out.transpose(1, 2), None
     batch, heads, tokens, _ = q.shape
-    out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype).transpose(1, 2)
+    out = torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype, device=q.device).transpose(1, 2)
     result = hyperattn.forward(q, k, v, out=out, **kwargs)
     return (out, result[1]) if kwargs.get("return_error") else (out, None)
 
@@ -83,9 +89,10 @@ def attention(
     causal = _is_causal(module, is_causal)
 
     def sdpa() -> tuple[torch.Tensor, None]:
-        return sdpa_attention_forward(
+        out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, is_causal=causal, **kwargs
         )
+        return out, None
 
     reason = _why_not(attention_mask, kwargs)
     if reason is not None:

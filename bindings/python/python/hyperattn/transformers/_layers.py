@@ -1,6 +1,6 @@
 """Which layers: the model's attention modules, and how a user names some of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if hasattr(module, "is_causal") and not list(_nested(module))]
 
 
-def _nested(module: torch.nn.Module):
+def _nested(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return (child for child in module.modules() if child is not module and hasattr(child, "is_causal"))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from hyperattn._params import Method
+
 from ._attention import LAYER_ATTRIBUTE, Call
 from ._layers import attention_modules, select_layers
 
@@ -16,7 +18,7 @@ class Layer:
 
     index: int
     replaced: bool
-    method: str
+    method: Method
     params: dict[str, Any]
     exact: str
     strict: bool
@@ -82,7 +84,7 @@ class Replacement:
 def replace(
     model: Any,
     layers: str | Sequence[int] = "all",
-    method: str = "auto",
+    method: Method = "auto",
     *,
     exact: str = "hyperattn",
     strict: bool = False,

@@ -1,0 +1,83 @@
+"""torch.ops.hyperattn.forward: what torch.compile and torch.export ask of an operator."""
+
+import pytest
+
+import hyperattn
+
+torch = pytest.importorskip("torch")
+
+import hyperattn.torch  # noqa: E402
+from hyperattn import _params  # noqa: E402
+
+
+@pytest.fixture
+def qkv(seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, heads, 60, dim, generator=generator) for heads, dim in ((4, 16), (2, 16), (2, 24)))
+    return q, k, v
+
+
+def test_same_as_the_call(qkv):
+    settings = dict(method="paper", mask="causal", min_seq_len=16, block_size=16, sample_size=8, residual="row_norm")
+    wanted = hyperattn.forward(*qkv, seed=3, scale=0.3, return_lse=True, **settings)
+    for got in (
+        hyperattn.torch.forward(*qkv, seed=3, scale=0.3, **settings),
+        torch.ops.hyperattn.forward(*qkv, seed=3, scale=0.3, **settings),
+    ):
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted))
+    out, lse = hyperattn.torch.forward(*(x.transpose(1, 2) for x in qkv), layout="bshd", method="exact")
+    parts = dict(head_methods=["exact", "paper"] * 2, cu_seqlens_q=[0, 20, 60], min_seq_len=8)
+    one = [x[:1] for x in qkv]
+    assert torch.equal(hyperattn.torch.forward(*one, **parts)[0], hyperattn.forward(*one, **parts))
+    exact, exact_lse = hyperattn.forward(*qkv, method="exact", return_lse=True)
+    assert torch.equal(out.transpose(1, 2), exact) and torch.equal(lse.transpose(1, 2), exact_lse)
+
+
+def test_every_parameter_is_an_argument(qkv):
+    names = {argument.name for argument in torch.ops.hyperattn.forward.default._schema.arguments}
+    own = {"q", "k", "v", "layout", "threads", "head_methods", "cu_seqlens_q", "cu_seqlens_k"}
+    assert names == own | set(_params.fields())
+    with pytest.raises(hyperattn.InvalidArgument, match="lsh_num_projs"):
+        hyperattn.torch.forward(*qkv, method="paper", lsh_num_projs=99)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_registrations(qkv, layout):
+    """The schema is what it does, the fake implementation's tensors are like the real one's, and autograd knows it."""
+    q, k, v = qkv if layout == "bhsd" else (x.transpose(1, 2) for x in qkv)
+    arguments = dict(method="exact", layout=layout)
+    halves = tuple(x.to(torch.bfloat16) for x in (q, k, v))
+    torch.library.opcheck(torch.ops.hyperattn.forward.default, halves, arguments)
+
+
+def test_export_keeps_it_whole(qkv):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return hyperattn.torch.forward(q, k, v, method="exact", mask="causal")[0] * 2
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    shapes = ({2: tokens},) * 3
+    program = torch.export.export(Attention(), qkv, dynamic_shapes=shapes)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count(torch.ops.hyperattn.forward.default) == 1
+    shorter = [x[:, :, :33] for x in qkv]
+    assert torch.equal(program.module()(*shorter), hyperattn.forward(*shorter, method="exact", mask="causal") * 2)
+
+
+def test_compile(qkv):
+    def layer(q, k, v):
+        return hyperattn.torch.forward(q, k, v, method="exact")[0] + q.mean()
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(*qkv), layer(*qkv))
+
+
+def test_gradients(qkv):
+    q, k, v = qkv
+    out, lse = hyperattn.torch.forward(q.requires_grad_(), k, v, method="exact")
+    assert out.requires_grad and torch.equal(out.detach(), hyperattn.forward(q.detach(), k, v, method="exact"))
+    with pytest.raises(NotImplementedError, match=r"no backward pass: hyperattn_backward\(\)"):
+        out.sum().backward()
+    with torch.no_grad():
+        assert not hyperattn.torch.forward(q, k, v)[0].requires_grad
