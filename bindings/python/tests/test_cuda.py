@@ -177,6 +177,11 @@ def test_cupy_current_stream(recorder, monkeypatch, random):
     assert q.streams == [77] and [lender.returned for lender in (q, k, v, out, lse)] == [1] * 5
 
 
+def same(got, wanted):
+    """Up to the order of sums, which a device need not keep."""
+    assert relative_error(got.cpu(), wanted.cpu()) < 1e-5
+
+
 @pytest.fixture
 def qkv(seed):
     """On the device; float32."""
@@ -218,7 +223,7 @@ def test_torch_stream(qkv):
             # Reuses the workspace and the queries, in the stream's order.
             torch.full((4_000_000,), float("nan"), device="cuda")
     side.synchronize()
-    assert torch.equal(out, wanted)
+    same(out, wanted)
     with pytest.raises(ValueError, match="torch.cuda.stream"):
         hyperattn.forward(q, k, v, stream=1)
 
@@ -230,7 +235,7 @@ def test_a_thread_without_a_context(qkv):
     thread = threading.Thread(target=lambda: results.append(hyperattn.forward(*qkv, method="exact")))
     thread.start()
     thread.join()
-    assert torch.equal(results[0], wanted)
+    same(results[0], wanted)
 
 
 @needs_device
@@ -245,7 +250,7 @@ def test_graph(qkv, method):
         out = hyperattn.forward(q, k, v, **settings)
     v.mul_(-1)
     graph.replay()
-    assert torch.equal(out, hyperattn.forward(q, k, v, **settings))
+    same(out, hyperattn.forward(q, k, v, **settings))
 
 
 @needs_device
@@ -255,7 +260,7 @@ def test_operator(qkv):
     arguments = dict(method="exact", mask="causal")
     torch.library.opcheck(torch.ops.hyperattn.forward.default, tuple(qkv), arguments)
     out, _ = hyperattn.torch.forward(*qkv, **arguments)
-    assert torch.equal(out, hyperattn.forward(*qkv, **arguments))
+    same(out, hyperattn.forward(*qkv, **arguments))
 
 
 @needs_device
@@ -297,7 +302,7 @@ def test_dlpack(qkv, own_stream):
     number = {"stream": stream.cuda_stream} if own_stream else {}
     hyperattn.forward(*map(OnlyDLPack, qkv), out=OnlyDLPack(out), method="exact", **number)
     stream.synchronize()
-    assert torch.equal(out, wanted)
+    same(out, wanted)
 
 
 @needs_device
@@ -309,4 +314,4 @@ def test_cupy(qkv):
         out, lse = hyperattn.forward(*arrays, method="exact", return_lse=True)
     stream.synchronize()
     assert isinstance(out, cupy.ndarray) and lse.shape == out.shape[:-1]
-    numpy.testing.assert_array_equal(cupy.asnumpy(out), wanted.cpu().numpy())
+    same(torch.from_dlpack(out), wanted)
