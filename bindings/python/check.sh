@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the wheel, installs it into environments of its own with pinned versions, checks types and runs the tests.
-# Needs Rust, python3 with venv, gcc and binutils. check.sh [ENVIRONMENT]; it is kept, a second run installs nothing twice.
+# Needs Rust, python3 with venv, gcc and binutils. check.sh [ENVIRONMENT]; it is kept, a second run is quicker.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
