@@ -13,13 +13,13 @@ def visible(n_q, n_k, mask):
     }[mask]
 
 
-def attention(q, k, v, mask="none", scale=None):
+def attention(q, k, v, mask="none", scale=None, added=0.0):
     """(out, lse) for arrays [batch, heads, sequence, head_dim]."""
     q, k, v = (numpy.asarray(x, dtype=numpy.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = numpy.repeat(k, group, axis=1), numpy.repeat(v, group, axis=1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = numpy.where(visible(q.shape[2], k.shape[2], mask), scale * q @ k.swapaxes(2, 3), -numpy.inf)
+    logits = numpy.where(visible(q.shape[2], k.shape[2], mask), scale * q @ k.swapaxes(2, 3) + added, -numpy.inf)
     top = logits.max(axis=-1, keepdims=True)
     top = numpy.where(numpy.isfinite(top), top, 0)
     weights = numpy.exp(logits - top)

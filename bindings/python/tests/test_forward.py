@@ -108,6 +108,28 @@ def test_block_mask(random):
     assert relative_error(got, numpy.concatenate(parts, axis=2)) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 40, 50), (4, 40, 50), (40, 50), (2, 1, 1, 50)])
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.float16])
+def test_additive_mask(random, shape, dtype):
+    """On top of the causal mask; every fifth key is hidden."""
+    q, k, v = random(2, 4, 40, 16), random(2, 2, 50, 16), random(2, 2, 50, 16)
+    added = random(*shape).astype(dtype)
+    added[..., ::5] = -numpy.inf
+    wanted, wanted_lse = attention(q, k, v, "causal", added=added.astype(numpy.float64))
+    settings = dict(mask="causal", additive_mask=added, return_lse=True)
+    out, lse = hyperattn.forward(q, k, v, **settings)
+    assert relative_error(out, wanted) < 1e-5
+    numpy.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+    by_token = hyperattn.forward(*(x.swapaxes(1, 2) for x in (q, k, v)), layout="bshd", **settings)
+    numpy.testing.assert_array_equal(by_token[0].swapaxes(1, 2), out)
+    for wrong, error, sentence in (
+        (added[None, None, None], ValueError, "dimensions, more than 4"),
+        (added > 0, TypeError, "additive_mask: dtype bool"),
+    ):
+        with pytest.raises(error, match=sentence):
+            hyperattn.forward(q, k, v, additive_mask=wrong)
+
+
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("mask", ["none", "causal"])
 def test_sequences(random, layout, mask):

@@ -28,6 +28,9 @@ def test_same_as_the_call(qkv):
     out, lse = hyperattn.torch.forward(*(x.transpose(1, 2) for x in qkv), layout="bshd", method="exact")
     parts = dict(head_methods=["exact", "paper"] * 2, cu_seqlens_q=[0, 20, 60], min_seq_len=8)
     one = [x[:1] for x in qkv]
+    mask = torch.randn(60, 60, dtype=torch.float16)
+    masked = hyperattn.torch.forward(*one, additive_mask=mask)[0]
+    assert torch.equal(masked, hyperattn.forward(*one, additive_mask=mask))
     assert torch.equal(hyperattn.torch.forward(*one, **parts)[0], hyperattn.forward(*one, **parts))
     exact, exact_lse = hyperattn.forward(*qkv, method="exact", return_lse=True)
     assert torch.equal(out.transpose(1, 2), exact) and torch.equal(lse.transpose(1, 2), exact_lse)
@@ -35,7 +38,7 @@ def test_same_as_the_call(qkv):
 
 def test_every_parameter_is_an_argument(qkv):
     names = {argument.name for argument in torch.ops.hyperattn.forward.default._schema.arguments}
-    own = {"q", "k", "v", "layout", "threads", "head_methods", "cu_seqlens_q", "cu_seqlens_k"}
+    own = {"q", "k", "v", "layout", "threads", "additive_mask", "head_methods", "cu_seqlens_q", "cu_seqlens_k"}
     assert names == own | set(_params.fields())
     with pytest.raises(hyperattn.InvalidArgument, match="lsh_num_projs"):
         hyperattn.torch.forward(*qkv, method="paper", lsh_num_projs=99)

@@ -88,6 +88,7 @@ def forward(
     layout: Layout = ...,
     threads: int = ...,
     stream: int | None = ...,
+    additive_mask: SupportsDLPack | None = ...,
     block_mask: BlockMask | None = ...,
     head_methods: Sequence[Method | int] | None = ...,
     cu_seqlens_q: Numbers | None = ...,
@@ -109,6 +110,7 @@ def forward(
     layout: Layout = ...,
     threads: int = ...,
     stream: int | None = ...,
+    additive_mask: SupportsDLPack | None = ...,
     block_mask: BlockMask | None = ...,
     head_methods: Sequence[Method | int] | None = ...,
     cu_seqlens_q: Numbers | None = ...,
@@ -130,6 +132,7 @@ def forward(
     layout: Layout = ...,
     threads: int = ...,
     stream: int | None = ...,
+    additive_mask: SupportsDLPack | None = ...,
     block_mask: BlockMask | None = ...,
     head_methods: Sequence[Method | int] | None = ...,
     cu_seqlens_q: Numbers | None = ...,
@@ -151,6 +154,7 @@ def forward(
     layout: Layout = ...,
     threads: int = ...,
     stream: int | None = ...,
+    additive_mask: SupportsDLPack | None = ...,
     block_mask: BlockMask | None = ...,
     head_methods: Sequence[Method | int] | None = ...,
     cu_seqlens_q: Numbers | None = ...,
@@ -171,6 +175,7 @@ def forward(
     layout: Layout = "bhsd",
     threads: int = 0,
     stream: int | None = None,
+    additive_mask: SupportsDLPack | None = None,
     block_mask: BlockMask | None = None,
     head_methods: Sequence[Method | int] | None = None,
     cu_seqlens_q: Numbers | None = None,
@@ -193,6 +198,9 @@ def forward(
     threads: of the CPU; 0 = all cores, 1 = the calling thread.
     stream: a CUstream or cudaStream_t as a number, for CUDA arrays. None = CuPy's current stream, else the legacy
         default one. PyTorch's current stream is always taken. On CUDA the call returns before the result is complete.
+    additive_mask: added to scale * q k^T, on top of `mask`: [batch or 1, heads_q or 1, n_q or 1, n_k] in this order in
+        every layout, leading dimensions may be missing; float32, float16 or bfloat16. -inf hides a key. For "exact" on
+        the CPU, which "auto" then takes.
     block_mask: see `BlockMask`.
     head_methods: a method for each head of q, instead of `method`.
     cu_seqlens_q, cu_seqlens_k: sequences of different lengths, one after the other in the rows of q and of k and v; the
@@ -207,6 +215,8 @@ def forward(
     with Call("q", q, layout, stream) as call:
         tensors = _inputs(call, q, k, v, block_mask)
         heads = tensors.q.shape[1]
+        if additive_mask is not None:
+            call.fill_mask(tensors.mask, "additive_mask", additive_mask)
         if head_methods is not None:
             if len(head_methods) != heads:
                 raise ValueError(f"head_methods: {len(head_methods)} methods for {heads} heads")

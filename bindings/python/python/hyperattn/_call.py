@@ -91,9 +91,7 @@ class Call:
 
         per_row: the array has no head_dim (a log-sum-exp). per_head: neither that nor a sequence (an error).
         """
-        view = self.view(name, array, written)
-        if view.dtype not in _DTYPES:
-            raise TypeError(f"{name}: dtype {view.dtype}, not one of {', '.join(_DTYPES)}")
+        view = self._floats(name, array, written)
         missing = 2 if per_head else 1 if per_row else 0
         shape, strides = (*view.shape, *(1,) * missing), (*view.strides, *(1,) * missing)
         if len(shape) == 3:
@@ -101,11 +99,25 @@ class Call:
         if len(shape) != 4:
             wanted = f"{self.layout} or {self.layout[1:]}"
             raise ValueError(f"{name}: {len(view.shape)} dimensions, not {wanted[:-1] if per_row else wanted}")
-        tensor.data = ffi.cast("void *", view.pointer)
-        tensor.dtype = _DTYPES[view.dtype]
-        for position, axis in enumerate((0, 1, 2, 3) if per_head else self.axes):
-            tensor.shape[position] = shape[axis]
-            tensor.stride[position] = strides[axis]
+        order = (0, 1, 2, 3) if per_head else self.axes
+        _fill(tensor, view, [shape[axis] for axis in order], [strides[axis] for axis in order])
+
+    def fill_mask(self, tensor: Any, name: str, array: Any) -> None:
+        """Makes the hyperattn_tensor show a mask [batch, heads, n_q, n_k], whatever the layout of the others.
+
+        Leading dimensions may be missing: they are 1 then.
+        """
+        view = self._floats(name, array, written=False)
+        missing = 4 - len(view.shape)
+        if missing < 0:
+            raise ValueError(f"{name}: {len(view.shape)} dimensions, more than 4")
+        _fill(tensor, view, [*(1,) * missing, *view.shape], [*(0,) * missing, *view.strides])
+
+    def _floats(self, name: str, array: Any, written: bool) -> View:
+        view = self.view(name, array, written)
+        if view.dtype not in _DTYPES:
+            raise TypeError(f"{name}: dtype {view.dtype}, not one of {', '.join(_DTYPES)}")
+        return view
 
     def empty(self, shape: Shape, dtype: str | None = None) -> Any:
         """A new array like the first one, with its element type or with `dtype`; `result` makes it the caller's."""
@@ -137,6 +149,13 @@ class Call:
         """Refuses what the library has for the CPU only."""
         if self.device != CPU:
             raise NotImplementedError(f"{function} is for the CPU, but {self._name} is on {self.device}")
+
+
+def _fill(tensor: Any, view: View, shape: list[int], strides: list[int]) -> None:
+    tensor.data = ffi.cast("void *", view.pointer)
+    tensor.dtype = _DTYPES[view.dtype]
+    tensor.shape = shape
+    tensor.stride = strides
 
 
 def cpu_execution(threads: int) -> Any:

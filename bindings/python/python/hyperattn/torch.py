@@ -29,7 +29,9 @@ def _schema() -> str:
         if name not in own
     ]
     choices = "str method='auto', str mask='none', float? scale=None, str layout='bhsd', int threads=0"
-    choices += ", str[]? head_methods=None, int[]? cu_seqlens_q=None, int[]? cu_seqlens_k=None"
+    choices += (
+        ", Tensor? additive_mask=None, str[]? head_methods=None, int[]? cu_seqlens_q=None, int[]? cu_seqlens_k=None"
+    )
     return f"(Tensor q, Tensor k, Tensor v, *, {choices}, {', '.join(fields)}) -> (Tensor, Tensor)"
 
 
@@ -67,6 +69,7 @@ def forward(
     scale: float | None = None,
     layout: Layout = "bhsd",
     threads: int = 0,
+    additive_mask: torch.Tensor | None = None,
     head_methods: Sequence[Method] | None = None,
     cu_seqlens_q: Sequence[int] | None = None,
     cu_seqlens_k: Sequence[int] | None = None,
@@ -78,6 +81,11 @@ def forward(
     `hyperattn.forward`; names (method, mask, residual) must be strings, and numbers fit 64 bits with a sign.
     """
     choices = {"method": method, "mask": mask, "scale": scale, "layout": layout, "threads": threads}
-    parts = {"head_methods": head_methods, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    parts = {
+        "additive_mask": additive_mask,
+        "head_methods": head_methods,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+    }
     result: tuple[torch.Tensor, torch.Tensor] = _operator(q, k, v, **choices, **parts, **params)
     return result
