@@ -2,12 +2,11 @@
 
 #include "attention.h"
 #include "settings.h"
-#include "workspace.h"
+#include "threads.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <new>
@@ -24,8 +23,8 @@ struct device_context {
 
 struct backend_context {
     const hyperattn_params *params;
-    uint32_t num_threads = GGML_DEFAULT_N_THREADS;
-    workspace memory;
+    threads team;
+    attention_memory memory;
 };
 
 // ---------------------------------------------------------------------------------------------------------- Backend
@@ -49,7 +48,7 @@ ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph *graph)
         // Views among the nodes are nothing to compute.
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || node->op != GGML_OP_FLASH_ATTN_EXT)
             continue;
-        const ggml_status status = attention_compute(node, *context.params, context.num_threads, context.memory);
+        const ggml_status status = attention_compute(node, *context.params, context.team, context.memory);
         if (status != GGML_STATUS_SUCCESS)
             return status;
     }
@@ -59,7 +58,7 @@ ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph *graph)
 // What programs find under the name "ggml_backend_set_n_threads".
 void backend_set_n_threads(ggml_backend_t backend, int n_threads)
 {
-    static_cast<backend_context *>(backend->context)->num_threads = static_cast<uint32_t>(std::max(n_threads, 1));
+    static_cast<backend_context *>(backend->context)->team.set_count(n_threads);
 }
 
 ggml_backend_i backend_functions()
