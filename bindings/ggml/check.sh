@@ -23,7 +23,8 @@ quietly() { "$@" >"$folder/log.txt" 2>&1 || { cat "$folder/log.txt" >&2; fail "$
 
 started=$SECONDS
 # hyperattn as tests/consumer has built it already. Little of ggml is worth the time of optimising it.
-quietly cmake -S "$here" -B "$folder/build" -DGGML_HYPERATTN_TESTS=ON -DGGML_SOURCE_DIR="$folder/sources/llama.cpp/ggml" \
+quietly cmake -S "$here" -B "$folder/build" -DGGML_HYPERATTN_TESTS=ON \
+    -DGGML_SOURCE_DIR="$folder/sources/llama.cpp/ggml" \
     -DHYPERATTN_CARGO_TARGET_DIR="$root/target/consumer/cargo" -DCMAKE_DISABLE_FIND_PACKAGE_hyperattn=ON \
     -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" -DCMAKE_C_FLAGS_RELEASE="-O1 -DNDEBUG" \
     -DGGML_CPU_REPACK=OFF -DGGML_CCACHE=OFF

@@ -19,5 +19,5 @@ download_sources() {
     rm -rf "$1/unpacked"
     mkdir "$1/unpacked" || return
     tar -x -z -f "$archive" -C "$1/unpacked" --strip-components 2 --wildcards '*/vendor/llama.cpp/*' || return
-    mv "$1/unpacked/llama.cpp" "$1/llama.cpp"
+    mv "$1/unpacked/llama.cpp" "$1/llama.cpp" && rmdir "$1/unpacked"
 }

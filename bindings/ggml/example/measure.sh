@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prompts of a real model through llama.cpp, with its own attention on the CPU and with hyperattn's, one after the other.
+# Prompts of a real model through llama.cpp, with its own attention on the CPU and with hyperattn's, in turns.
 #
 #     measure.sh MODEL.gguf TEXT [TOKENS...]          default 2048 8192 16384
 #
@@ -36,7 +36,8 @@ prompt() {
     esac
 }
 
-printf '| tokens | attention | seconds | tokens/s | speed-up | perplexity | the next 32 tokens |\n|---|---|---|---|---|---|---|\n'
+printf '| tokens | attention | seconds | tokens/s | speed-up | perplexity | the next 32 tokens |\n'
+printf '|---|---|---|---|---|---|---|\n'
 for tokens; do
     first=
     for method in "${methods[@]}"; do

@@ -145,8 +145,8 @@ void run(const options &wanted)
             }
         }
     }
-    std::printf("tokens %d seconds %.2f rate %.1f perplexity %.4f next", wanted.tokens, seconds, wanted.tokens / seconds,
-                std::exp(surprises / scored));
+    std::printf("tokens %d seconds %.2f rate %.1f perplexity %.4f next", wanted.tokens, seconds,
+                wanted.tokens / seconds, std::exp(surprises / scored));
     for (int i = 0; i < GREEDY_TOKENS; ++i) {
         const float *logits = llama_get_logits_ith(context.get(), -1);
         const llama_token next = static_cast<llama_token>(std::max_element(logits, logits + vocabulary) - logits);

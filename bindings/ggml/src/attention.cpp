@@ -62,12 +62,13 @@ hyperattn_tensor lse_view(const hyperattn_tensor &out, workspace &memory)
 hyperattn_status join_sinks(const ggml_tensor *sinks, const hyperattn_tensor &out, const hyperattn_tensor &lse)
 {
     static const float zeros[LARGEST_HEAD_DIM] = {};
-    hyperattn_tensor sink_out = hyperattn_tensor_bhsd(zeros, HYPERATTN_DTYPE_F32, 1, out.shape[1], out.shape[2], out.shape[3]);
-    hyperattn_tensor sink_lse = hyperattn_tensor_bhsd(sinks->data, HYPERATTN_DTYPE_F32, 1, out.shape[1], out.shape[2], 1);
     // The zeros are those of all rows, and a head's sink is that of all its queries.
+    const int64_t heads = out.shape[1];
+    hyperattn_tensor sink_out = hyperattn_tensor_bhsd(zeros, HYPERATTN_DTYPE_F32, 1, heads, out.shape[2], out.shape[3]);
     sink_out.stride[0] = sink_out.stride[1] = sink_out.stride[2] = 0;
-    sink_lse.stride[0] = sink_lse.stride[2] = 0;
+    hyperattn_tensor sink_lse = hyperattn_tensor_bhsd(sinks->data, HYPERATTN_DTYPE_F32, 1, heads, out.shape[2], 1);
     sink_lse.stride[1] = 1;
+    sink_lse.stride[2] = 0;
     return hyperattn_merge(&out, &lse, &sink_out, &sink_lse);
 }
 
@@ -152,7 +153,8 @@ ggml_status attention_compute(const ggml_tensor *node, const hyperattn_params &p
     for (int64_t stream = 0; stream < node->ne[3]; ++stream) {
         const hyperattn_status status = compute_stream(node, stream, own, team, memory);
         if (status != HYPERATTN_STATUS_OK) {
-            GGML_LOG_ERROR("hyperattn: %s: %s: %s\n", node->name, hyperattn_status_string(status), hyperattn_last_error());
+            GGML_LOG_ERROR("hyperattn: %s: %s: %s\n", node->name, hyperattn_status_string(status),
+                           hyperattn_last_error());
             return status == HYPERATTN_STATUS_OUT_OF_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
         }
     }

@@ -200,7 +200,8 @@ ggml_backend_reg_t register_backend()
 {
     static device_context context;
     if (hyperattn_abi_version() != HYPERATTN_ABI_VERSION) {
-        GGML_LOG_ERROR("hyperattn: compiled against another version than the library's, %s\n", hyperattn_version_string());
+        GGML_LOG_ERROR("hyperattn: compiled against another version than the library's, %s\n",
+                       hyperattn_version_string());
         return nullptr;
     }
     if (!params_from_environment(&context.params))

@@ -4,9 +4,9 @@
 
 #include <hyperattn/hyperattn.h>
 
-// As many threads as the program has asked for. With OpenMP they are those that ggml's CPU backend runs on when the same
-// thread calls: other threads would compete for the cores with these, which wait for their next work by spinning for
-// some milliseconds. Without OpenMP they are hyperattn's own.
+// As many threads as the program has asked for. With OpenMP they are those that ggml's CPU backend runs on when the
+// same thread calls: other threads would compete for the cores with these, which wait for their next work by spinning
+// for some milliseconds. Without OpenMP they are hyperattn's own.
 class threads {
 public:
     threads();

@@ -1,4 +1,5 @@
-// Nodes of FLASH_ATTN_EXT through ggml's scheduler, with hyperattn before the CPU backend, against the CPU backend alone.
+// Nodes of FLASH_ATTN_EXT through ggml's scheduler, with hyperattn before the CPU backend, against the CPU backend
+// alone; and whether exactly those of them move to hyperattn that should.
 //
 //     compare libggml-hyperattn.so LEAST MOST [SEED]
 //
@@ -22,8 +23,8 @@ namespace {
 // Queries that a node must have to be taken.
 constexpr int64_t LEAST_QUERIES = 64;
 
-// Of the relative error. Both sides add up f32 products of the same numbers in another order; a processor with products of
-// bf16 has the weights, each within 2^-9 of itself, rounded to that for them.
+// Of the relative error. Both sides add up f32 products of the same numbers in another order. Where the processor has
+// products of bf16, hyperattn rounds the weights to that, each to within 2^-9 of itself.
 double tolerance(ggml_type type)
 {
     return type == GGML_TYPE_BF16 ? 1.0 / 512 : 2e-6;
@@ -113,7 +114,8 @@ public:
             return outputs;
         }
         check_places(scheduler.get(), backends);
-        check(ggml_backend_sched_graph_compute(scheduler.get(), graph_) == GGML_STATUS_SUCCESS, "the graph is computed");
+        const ggml_status status = ggml_backend_sched_graph_compute(scheduler.get(), graph_);
+        check(status == GGML_STATUS_SUCCESS, "the graph is computed");
         for (const entry &entry : entries_) {
             outputs.emplace_back(ggml_nelements(entry.last));
             ggml_backend_tensor_get(entry.last, outputs.back().data(), 0, ggml_nbytes(entry.last));
@@ -141,8 +143,9 @@ private:
             mask = input(GGML_TYPE_F16, cells(wanted), wanted.queries, 1, mask_streams(wanted));
 
         ggml_tensor *doubled = ggml_scale(ctx, q, 2.0f);
-        ggml_tensor *node = ggml_flash_attn_ext(ctx, ggml_permute(ctx, doubled, 0, 2, 1, 3), ggml_permute(ctx, k, 0, 2, 1, 3),
-                                                ggml_permute(ctx, v, 0, 2, 1, 3), mask, 0.5f / std::sqrt(static_cast<float>(wanted.key_dim)),
+        const auto permuted = [&](ggml_tensor *tensor) { return ggml_permute(ctx, tensor, 0, 2, 1, 3); };
+        const float scale = 0.5f / std::sqrt(static_cast<float>(wanted.key_dim));
+        ggml_tensor *node = ggml_flash_attn_ext(ctx, permuted(doubled), permuted(k), permuted(v), mask, scale,
                                                 wanted.max_bias, wanted.softcap);
         if (wanted.sinks)
             ggml_flash_attn_ext_add_sinks(node, input(GGML_TYPE_F32, wanted.heads, 1, 1, 1));
@@ -191,7 +194,8 @@ private:
         if (tensor->type == GGML_TYPE_F32)
             std::memcpy(bytes.data(), values.data(), bytes.size());
         else
-            ggml_quantize_chunk(tensor->type, values.data(), bytes.data(), 0, ggml_nrows(tensor), tensor->ne[0], nullptr);
+            ggml_quantize_chunk(tensor->type, values.data(), bytes.data(), 0, ggml_nrows(tensor), tensor->ne[0],
+                                nullptr);
         ggml_backend_tensor_set(tensor, bytes.data(), 0, bytes.size());
     }
 
@@ -216,7 +220,8 @@ private:
     {
         for (int i = 0; i < ggml_graph_n_nodes(graph_); ++i) {
             ggml_tensor *node = ggml_graph_node(graph_, i);
-            const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const entry &e) { return e.node == node; });
+            const auto found =
+                std::find_if(entries_.begin(), entries_.end(), [&](const entry &e) { return e.node == node; });
             const bool view = node->view_src != nullptr;
             const bool taken = backends.size() > 1 && found != entries_.end() && found->wanted.taken;
             const std::string name = found != entries_.end() ? found->wanted.name : ggml_op_desc(node);
@@ -305,7 +310,8 @@ void compare(const char *path, double least, double most, uint32_t seed)
     if (!registry)
         return;
     ggml_backend_dev_t device = ggml_backend_reg_dev_get(registry, 0);
-    std::printf("compare: %s: %s, seed %u\n", ggml_backend_dev_name(device), ggml_backend_dev_description(device), seed);
+    std::printf("compare: %s: %s, seed %u\n", ggml_backend_dev_name(device),
+                ggml_backend_dev_description(device), seed);
     check(ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_ACCEL, "the device is an ACCEL");
 
     const std::unique_ptr<ggml_backend, void (*)(ggml_backend_t)> cpu(
@@ -319,7 +325,8 @@ void compare(const char *path, double least, double most, uint32_t seed)
         std::printf("  %-26s %.1e\n", cases[i].name.c_str(), error);
         const bool is_long = cases[i].cells() > 4096;
         // Written so that a NaN fails.
-        check(is_long ? error >= least && error <= most : error <= tolerance(cases[i].type), cases[i].name + " is as the CPU backend has it");
+        check(is_long ? error >= least && error <= most : error <= tolerance(cases[i].type),
+              cases[i].name + " is as the CPU backend has it");
     }
 }
 

@@ -46,7 +46,7 @@ void expect(const char *what, const visible_keys &got, const visible_keys &wante
                  static_cast<long long>(wanted.keys));
 }
 
-// Whatever single entry is changed, and to what: the mask is no longer of the pattern, unless it is another mask of one.
+// Whatever single entry is changed, and to what: the mask is no longer of a pattern.
 void expect_every_entry_to_matter(const char *what, mask mask)
 {
     const visible_keys whole = mask.recognise();
@@ -89,7 +89,8 @@ int main()
     expect("all visible", mask(70, 200, 200, all).recognise(), {mask_pattern::none, 0, 200});
     expect("padded", mask(70, 256, 256, [](int64_t, int64_t j) { return j < 200; }).recognise(),
            {mask_pattern::none, 0, 200});
-    expect("a sequence behind another", mask(70, 512, 520, [](int64_t, int64_t j) { return j >= 130 && j < 300; }).recognise(),
+    expect("a sequence behind another",
+           mask(70, 512, 520, [](int64_t, int64_t j) { return j >= 130 && j < 300; }).recognise(),
            {mask_pattern::none, 130, 170});
     expect("causal, padded", mask(70, 256, 256, causal).recognise(), {mask_pattern::causal, 0, 200});
     expect("causal, nothing cached", mask(64, 64, 64, [](int64_t i, int64_t j) { return j <= i; }).recognise(),
@@ -103,17 +104,21 @@ int main()
     expect("a window", mask(70, 256, 256, [&](int64_t i, int64_t j) { return causal(i, j) && j > 30 + i; }).recognise(),
            {mask_pattern::other, 31, 169});
     expect("two sequences",
-           mask(128, 256, 256, [](int64_t i, int64_t j) { return j / 64 == 1 + i / 64 && j % 64 <= i % 64; }).recognise(),
+           mask(128, 256, 256, [](int64_t i, int64_t j) { return j / 64 == 1 + i / 64 && j % 64 <= i % 64; })
+               .recognise(),
            {mask_pattern::other, 64, 128});
     expect("a step of two", mask(70, 512, 512, [](int64_t i, int64_t j) { return j <= 130 + 2 * i; }).recognise(),
            {mask_pattern::other, 0, 269});
-    expect("a step missing", mask(70, 512, 512, [](int64_t i, int64_t j) { return j <= 130 + i - (i > 40); }).recognise(),
+    expect("a step missing",
+           mask(70, 512, 512, [](int64_t i, int64_t j) { return j <= 130 + i - (i > 40); }).recognise(),
            {mask_pattern::other, 0, 199});
     expect("the other way round", mask(70, 256, 256, [](int64_t i, int64_t j) { return j <= 200 - i; }).recognise(),
            {mask_pattern::other, 0, 201});
-    expect("a row that sees nothing", mask(70, 256, 256, [&](int64_t i, int64_t j) { return i != 9 && causal(i, j); }).recognise(),
+    expect("a row that sees nothing",
+           mask(70, 256, 256, [&](int64_t i, int64_t j) { return i != 9 && causal(i, j); }).recognise(),
            {mask_pattern::other, 0, 200});
-    expect("nothing seen", mask(70, 256, 256, [](int64_t, int64_t) { return false; }).recognise(), {mask_pattern::other, 0, 0});
+    expect("nothing seen", mask(70, 256, 256, [](int64_t, int64_t) { return false; }).recognise(),
+           {mask_pattern::other, 0, 0});
 
     expect_every_entry_to_matter("causal", mask(66, 300, 310, [](int64_t i, int64_t j) { return j <= 190 + i; }));
     expect_every_entry_to_matter("none", mask(5, 400, 400, [](int64_t, int64_t j) { return j >= 3 && j < 390; }));
