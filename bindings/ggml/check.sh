@@ -13,6 +13,7 @@ for tool in cargo cmake g++ nm python3 sha256sum; do
     have "$tool" || { skip "$tool is not installed"; exit 0; }
 done
 mkdir -p "$folder"
+unset GGML_BACKEND_PATH HYPERATTN_GGML_METHOD HYPERATTN_GGML_BUDGET HYPERATTN_GGML_TARGET_ERROR
 
 started=$SECONDS
 download_sources "$folder/sources" || { skip "the sources of ggml cannot be downloaded"; exit 0; }
