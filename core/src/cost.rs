@@ -231,6 +231,7 @@ mod tests {
             block_mask: None,
             error: None,
             keys_per_query: None,
+            mask: None,
         };
         keys_per_query(&Params { method, mask, min_seq_len, ..Params::default() }, &layouts).unwrap()
     }

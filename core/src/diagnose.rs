@@ -339,6 +339,7 @@ mod tests {
             block_mask: None,
             error: None,
             keys_per_query: None,
+            mask: None,
         };
         let params = Params { mask, scale: 1.0, ..Params::default() };
         let mut memory = Memory([0; 80 << 10]);

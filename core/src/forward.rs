@@ -10,7 +10,7 @@ use crate::params::Params;
 use crate::pass::Pass;
 use crate::plan::{Plan, Run};
 use crate::probe;
-use crate::problem::{Layouts, Tensors};
+use crate::problem::{Layouts, Problem, Tensors};
 use crate::refined::Refined;
 use crate::scratch::{Carver, Lanes, Layout, WORKSPACE_ALIGN};
 use crate::select::Rectangle;
@@ -26,7 +26,7 @@ use crate::workspace::{Shared, Sizes};
 /// Sizes are those of one batch item:
 ///
 /// - for every lane a tile: about `256 (head_dim + value_dim) + 64 (head_dim + value_dim)` numbers of 4 bytes,
-///   and for METHOD_PAPER at least 16 KiB for sorting;
+///   with a mask tensor 256 KiB more, and for METHOD_PAPER at least 16 KiB for sorting;
 /// - exact parts: k and v once as f32 (as bf16 where the kernels multiply that), of `heads_kv n_k (head_dim +
 ///   value_dim)` elements; not where a single tile of queries reads them;
 /// - METHOD_PAPER: 8 bytes for every query row of every head and every key row of every KV head;
@@ -54,7 +54,8 @@ pub fn forward_workspace(
 /// Attention: `out = softmax(scale * q k^T) v` under the mask, exactly or by the estimator that `params`
 /// asks for, and its natural log-sum-exp.
 ///
-/// A row that sees no key gets output 0 and lse -inf. NaN stays in the rows that see it. The result
+/// A row that sees no key gets output 0 and lse -inf. NaN stays in the rows that see it, also one in the mask tensor,
+/// where +inf makes its row NaN too. The result
 /// depends on nothing but the arguments and the kernels' instruction set: not on the executor, nor on the workspace.
 /// Nothing is allocated. On an error nothing has been written, unless it is [`ErrorKind::Executor`].
 ///
@@ -111,7 +112,9 @@ fn run(
     let mut lanes = Lanes::new(rest, sizes.lane, lane_count);
     let mut shared = Shared::carve(&plan, params, kernels, &mut Carver::new(shared));
     let shape = PackedShape::new(kernels, &plan.problem);
-    let call = Call { kernels, params, problem: plan.problem, tensors, shape, unmet };
+    let Problem { batch, heads_q, n_q, n_k, .. } = plan.problem;
+    let mask = tensors.mask.map(|mask| mask.expanded([batch, heads_q, n_q, n_k]));
+    let call = Call { kernels, params, problem: plan.problem, tensors, mask, shape, unmet };
     match plan.run {
         Run::Exact => exact(&call, executor, &mut lanes, shared.packed)?,
         Run::Paper => {

@@ -18,6 +18,7 @@ mod exec;
 mod forward;
 mod hyper;
 mod lsh;
+mod mask_tile;
 mod math;
 mod merge;
 mod overlap;

@@ -110,6 +110,8 @@ impl Plan {
         let run = match params.method {
             Method::Paper if !nothing_to_estimate => Run::Paper,
             Method::Refined if !refining_is_exact => Run::Refined,
+            // Estimators know no mask tensor.
+            Method::Auto if problem.has_mask_tensor => Run::Exact,
             // The caller's blocks are METHOD_PAPER's.
             Method::Auto if layouts.block_mask.is_some() => {
                 let exact = nothing_to_estimate

@@ -1,7 +1,7 @@
 //! The shape of one call, checked: whatever passes here is safe to compute.
 
 use crate::element::DType;
-use crate::error::{Result, invalid};
+use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::math;
 use crate::overlap::{overlap, overlaps_itself};
 use crate::params::{BlockMask, Mask, Method, Params, Residual};
@@ -9,6 +9,9 @@ use crate::view::{TensorLayout, TensorMut, TensorRef};
 
 /// Largest head_dim and value dimension.
 pub const MAX_HEAD_DIM: i64 = 256;
+
+/// What sentences call the mask tensor: there is a [`Params::mask`] too.
+const MASK: &str = "tensors.mask";
 
 /// The tensors of one forward call.
 ///
@@ -34,6 +37,10 @@ pub struct Tensors<'a> {
     pub error: Option<TensorMut<'a>>,
     /// Keys and columns that a query of each head met on average, f32 `[batch, heads_q, 1, 1]`, when wanted.
     pub keys_per_query: Option<TensorMut<'a>>,
+    /// Added to the logits (natural logarithm), `[batch or 1, heads_q or 1, n_q or 1, n_k]` of any type, for
+    /// [`Method::Exact`]: a key is seen where [`Params::mask`] shows it and this is not -inf. Less than -2^127
+    /// counts as -inf.
+    pub mask: Option<TensorRef<'a>>,
 }
 
 /// The layouts of one forward call: what planning needs.
@@ -55,6 +62,8 @@ pub struct Layouts<'a> {
     pub error: Option<TensorLayout>,
     /// See [`Tensors::keys_per_query`].
     pub keys_per_query: Option<TensorLayout>,
+    /// See [`Tensors::mask`].
+    pub mask: Option<TensorLayout>,
 }
 
 impl<'a> Tensors<'a> {
@@ -69,6 +78,7 @@ impl<'a> Tensors<'a> {
             block_mask: self.block_mask,
             error: self.error.as_ref().map(|error| *error.layout()),
             keys_per_query: self.keys_per_query.as_ref().map(|keys| *keys.layout()),
+            mask: self.mask.map(|mask| *mask.layout()),
         }
     }
 
@@ -77,14 +87,17 @@ impl<'a> Tensors<'a> {
         fn place<'t>(name: &'static str, view: &'t TensorRef<'_>) -> Place<'t> {
             Place { name, address: view.address(), layout: view.layout() }
         }
-        let inputs = [place("q", &self.q), place("k", &self.k), place("v", &self.v)];
+        let required = [place("q", &self.q), place("k", &self.k), place("v", &self.v)];
+        let mask = self.mask.as_ref().map(|mask| place(MASK, mask));
         let outputs = [
             ("out", Some(self.out.reborrow())),
             ("lse", self.lse.as_ref().map(TensorMut::reborrow)),
             ("error", self.error.as_ref().map(TensorMut::reborrow)),
             ("keys_per_query", self.keys_per_query.as_ref().map(TensorMut::reborrow)),
         ];
-        check_overlap(&inputs, &outputs.each_ref().map(|(name, view)| Some(place(name, view.as_ref()?))))
+        let outputs = outputs.each_ref().map(|(name, view)| Some(place(name, view.as_ref()?)));
+        check_overlap(&required, &outputs)?;
+        check_overlap(mask.as_slice(), &outputs)
     }
 }
 
@@ -140,6 +153,8 @@ pub struct Problem {
     pub value_dim: usize,
     /// Which keys a query may see.
     pub mask: Mask,
+    /// Whether there is a mask tensor besides.
+    pub has_mask_tensor: bool,
     /// The element type of q, k and v, where it is one.
     pub shared_dtype: Option<DType>,
     /// Factor on the queries that gives logits in base 2.
@@ -164,11 +179,15 @@ impl Problem {
             head_dim,
             value_dim,
             mask: params.mask,
+            has_mask_tensor: layouts.mask.is_some(),
             shared_dtype: (layouts.q.dtype == layouts.k.dtype).then_some(layouts.k.dtype),
             scale_log2: scale * math::LOG2_E,
         };
         if let Some(mask) = &layouts.block_mask {
             check_block_mask(params, mask, &problem)?;
+        }
+        if let Some(mask) = &layouts.mask {
+            check_mask(params, mask, layouts)?;
         }
         Ok(problem)
     }
@@ -326,6 +345,30 @@ pub(crate) fn check_scalars(name: &str, lse: &TensorLayout) -> Result<()> {
     check_output(name, lse)
 }
 
+/// The mask tensor, by itself and beside the others.
+fn check_mask(params: &Params, mask: &TensorLayout, layouts: &Layouts<'_>) -> Result<()> {
+    mask.check_mask(MASK)?;
+    for dim in 0..3 {
+        let (extent, of_q) = (mask.shape[dim], layouts.q.shape[dim]);
+        if extent != 1 && extent != of_q {
+            invalid!("{MASK}.shape[{dim}] = {extent} must be 1 or q.shape[{dim}] = {of_q}");
+        }
+    }
+    if mask.shape[3] != layouts.k.shape[2] {
+        invalid!("{MASK}.shape[3] = {} but k.shape[2] = {}", mask.shape[3], layouts.k.shape[2]);
+    }
+    let unsupported = |what: &str| {
+        let sentence = format_args!("{MASK} is given, but {what}; METHOD_EXACT and METHOD_AUTO take it");
+        Err(Error::new(ErrorKind::Unsupported, sentence))
+    };
+    match params.method {
+        Method::Paper => unsupported("params.method = PAPER takes none"),
+        Method::Refined => unsupported("params.method = REFINED takes none"),
+        Method::Auto if layouts.block_mask.is_some() => unsupported("so is block_mask, which is for PAPER"),
+        Method::Auto | Method::Exact => Ok(()),
+    }
+}
+
 fn check_block_mask(params: &Params, mask: &BlockMask<'_>, problem: &Problem) -> Result<()> {
     for (method, name) in [(Method::Exact, "EXACT"), (Method::Refined, "REFINED")] {
         if params.method == method {
@@ -385,6 +428,7 @@ pub(crate) fn one_head(mask: crate::params::Mask, n_q: usize, n_k: usize) -> Pro
         head_dim: 1,
         value_dim: 1,
         mask,
+        has_mask_tensor: false,
         shared_dtype: None,
         scale_log2: 1.0,
     }

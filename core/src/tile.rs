@@ -3,6 +3,7 @@
 
 use core::ops::Range;
 
+use crate::mask_tile::{KnownMask, LOADED_KEYS, Seen};
 use crate::math;
 use crate::pack::{PackScratch, PackedShape, Packer};
 use crate::params::Params;
@@ -21,6 +22,8 @@ pub(crate) struct Call<'a> {
     pub(crate) params: &'a Params,
     pub(crate) problem: Problem,
     pub(crate) tensors: &'a Tensors<'a>,
+    /// The mask tensor, expanded to `[batch, heads_q, n_q, n_k]`.
+    pub(crate) mask: Option<TensorRef<'a>>,
     pub(crate) shape: PackedShape,
     /// Where keys that sampled rows do not meet are noted, when that is wanted.
     pub(crate) unmet: Option<&'a Unmet<'a>>,
@@ -85,10 +88,12 @@ impl States<'_> {
 
 /// The scratch memory of a tile.
 pub(crate) struct TileMemory<'a> {
-    head_of: &'a mut [u32],
-    row_of: &'a mut [u32],
-    visible: &'a mut [u32],
-    visible_in_tile: &'a mut [u32],
+    pub(crate) head_of: &'a mut [u32],
+    pub(crate) row_of: &'a mut [u32],
+    pub(crate) visible: &'a mut [u32],
+    pub(crate) visible_in_tile: &'a mut [u32],
+    /// A part of the mask tensor, `[rows][LOADED_KEYS]`.
+    pub(crate) mask: &'a mut [f32],
     query: &'a mut [u32],
     /// What each row's weights are relative to, a base-2 logit.
     pub(crate) max: &'a mut [f32],
@@ -124,6 +129,7 @@ impl<'a> TileMemory<'a> {
             row_of: carver.take(rows),
             visible: carver.take(rows),
             visible_in_tile: carver.take(rows),
+            mask: carver.take(if problem.has_mask_tensor { rows * LOADED_KEYS } else { 0 }),
             query: carver
                 .take(rows.next_multiple_of(kernels.query_rows()) * shape.key_words + kernels.lanes()),
             max: carver.take(rows),
@@ -148,8 +154,10 @@ const ROWS_AHEAD: usize = 16;
 /// What one step does besides attending to its keys.
 #[derive(Clone, Copy)]
 struct StepOptions {
-    /// Position of the first key, when each row sees only as many leading positions as it was pushed with.
-    limited_from: Option<usize>,
+    /// Whether each row sees only as many leading keys as the tile's memory says.
+    limited: bool,
+    /// From which element of its rows on the mask in the tile's memory is added to the logits, if at all.
+    mask_offset: Option<usize>,
     /// Added to all logits.
     shift: f32,
     /// Whether each key has a weight of its own besides.
@@ -158,10 +166,18 @@ struct StepOptions {
     part: Part,
 }
 
+impl StepOptions {
+    /// Every row sees every key, and nothing is done to the logits.
+    fn plain(part: Part) -> Self {
+        StepOptions { limited: false, mask_offset: None, shift: 0.0, weighted: false, capped: false, part }
+    }
+}
+
 /// See the module.
 pub(crate) struct Tile<'a> {
-    call: &'a Call<'a>,
+    pub(crate) call: &'a Call<'a>,
     rows: usize,
+    pub(crate) known_mask: KnownMask,
     pub(crate) memory: TileMemory<'a>,
 }
 
@@ -169,7 +185,7 @@ impl<'a> Tile<'a> {
     /// An empty tile in scratch from `carver`.
     pub(crate) fn carve(call: &'a Call<'a>, carver: &mut Carver<'a>) -> Self {
         let memory = TileMemory::carve(call.kernels, &call.problem, &call.shape, carver);
-        Tile { call, rows: 0, memory }
+        Tile { call, rows: 0, known_mask: KnownMask::NOTHING, memory }
     }
 
     /// Number of query rows.
@@ -186,7 +202,7 @@ impl<'a> Tile<'a> {
     }
 
     /// Rows rounded up to what kernels take.
-    fn padded_rows(&self) -> usize {
+    pub(crate) fn padded_rows(&self) -> usize {
         self.rows.next_multiple_of(self.call.kernels.row_multiple())
     }
 
@@ -217,7 +233,9 @@ impl<'a> Tile<'a> {
             let to = &mut memory.query[first * words..];
             packer.pack_queries(view, |r| place(first + r), problem.scale_log2, &mut memory.pack, to);
         }
-        memory.visible[self.rows..rows].fill(0);
+        self.known_mask = KnownMask::NOTHING;
+        let visible = memory.visible[last];
+        memory.visible[last..rows].fill(visible);
         memory.cap[..rows].fill(f32::INFINITY);
         memory.max[..rows].fill(f32::NEG_INFINITY);
         memory.sum[..rows * kernels.lanes()].fill(0.0);
@@ -245,11 +263,6 @@ impl<'a> Tile<'a> {
         let rows = self.padded_rows();
         let Call { kernels, problem, shape, .. } = self.call;
         let memory = &mut self.memory;
-        if let Some(first) = options.limited_from {
-            for (in_tile, &visible) in memory.visible_in_tile.iter_mut().zip(&memory.visible[..rows]) {
-                *in_tile = visible.saturating_sub(first as u32).min(KEY_TILE as u32);
-            }
-        }
         let (keys, values) = match packed {
             // Without the product with the values there need not be any.
             Some(keys) if options.part == Part::Sum => (keys, &*memory.values),
@@ -267,7 +280,8 @@ impl<'a> Tile<'a> {
             key_count,
             shift: options.shift,
             log_weight: options.weighted.then_some(&*memory.log_weight),
-            visible: options.limited_from.is_some().then_some(&*memory.visible_in_tile),
+            visible: options.limited.then_some(&*memory.visible_in_tile),
+            mask: options.mask_offset.map(|offset| (&memory.mask[offset..], LOADED_KEYS)),
             cap: options.capped.then_some(&*memory.cap),
             use_sum: options.part != Part::Values,
             use_values: options.part != Part::Sum,
@@ -288,7 +302,7 @@ impl<'a> Tile<'a> {
         capped: bool,
         part: Part,
     ) {
-        let options = StepOptions { limited_from: None, shift: 0.0, weighted: false, capped, part };
+        let options = StepOptions { capped, ..StepOptions::plain(part) };
         let mut rows = [0; KEY_TILE];
         for first in positions.clone().step_by(KEY_TILE) {
             let count = KEY_TILE.min(positions.end - first);
@@ -334,6 +348,11 @@ impl<'a> Tile<'a> {
         let mut rows = [0; KEY_TILE];
         for (index, first) in (positions.start..end).step_by(KEY_TILE).enumerate() {
             let count = KEY_TILE.min(end - first);
+            // A tile that every row sees needs no limits.
+            let seen = self.look(keys.batch, first..end, least < first + count);
+            if seen == Seen::Nothing {
+                continue;
+            }
             let tile = packed.map(|packed| &packed[index * self.call.shape.tile_len()..]);
             if tile.is_none() {
                 for (slot, row) in rows[..count].iter_mut().enumerate() {
@@ -341,11 +360,12 @@ impl<'a> Tile<'a> {
                 }
                 self.pack(keys, &rows[..count], None, Part::Both);
             }
-            // A tile that every row sees needs no limits.
-            let limited_from = (least < first + count).then_some(first);
-            let options =
-                StepOptions { limited_from, shift: 0.0, weighted: false, capped: false, part: Part::Both };
-            self.step(tile, count, options);
+            let (limited, mask_offset) = match seen {
+                Seen::Nothing | Seen::Everything => (false, None),
+                Seen::Leading => (true, None),
+                Seen::Masked { limited, offset } => (limited, Some(offset)),
+            };
+            self.step(tile, count, StepOptions { limited, mask_offset, ..StepOptions::plain(Part::Both) });
         }
     }
 
@@ -357,7 +377,7 @@ impl<'a> Tile<'a> {
         log_weights: impl Iterator<Item = f32> + Clone,
     ) {
         let (shift, weighted) = self.set_log_weights(log_weights.take(key_count));
-        let options = StepOptions { limited_from: None, shift, weighted, capped: false, part: Part::Sum };
+        let options = StepOptions { shift, weighted, ..StepOptions::plain(Part::Sum) };
         self.step(Some(keys), key_count, options);
     }
 
@@ -429,7 +449,7 @@ impl<'a> Tile<'a> {
                 self.set_log_weights(tile[..count].iter().map(|&(_, log_weight)| log_weight));
             let next_count = take(&mut next);
             self.prefetch(keys, next[..next_count].iter().map(|&(row, _)| row as usize), part);
-            self.step(None, count, StepOptions { limited_from: None, shift, weighted, capped, part });
+            self.step(None, count, StepOptions { shift, weighted, capped, ..StepOptions::plain(part) });
             (tile, count) = (next, next_count);
         }
     }

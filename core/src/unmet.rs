@@ -3,7 +3,7 @@
 use core::ops::Range;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::error::{Result, invalid};
+use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::params::Params;
 use crate::problem::{Layouts, Problem};
 
@@ -44,6 +44,12 @@ impl<'a> Unmet<'a> {
     /// Numbers that a call with these arguments needs: about two for each key of each query head.
     pub fn words_needed(params: &Params, layouts: &Layouts<'_>) -> Result<usize> {
         let problem = Problem::new(params, layouts)?;
+        if problem.has_mask_tensor {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format_args!("tensors.mask is given, but figures about heads are made without one"),
+            ));
+        }
         let of_a_head = problem.n_q.min(DIAGNOSIS_ROWS).checked_mul(problem.n_k.div_ceil(32));
         let heads = problem.batch * problem.heads_q;
         match of_a_head.and_then(|words| words.checked_mul(heads)) {
@@ -160,6 +166,7 @@ mod tests {
             block_mask: None,
             error: None,
             keys_per_query: None,
+            mask: None,
         };
         let unmet = Unmet::new(&Params::default(), &layouts, &words).unwrap();
         unmet.add([0, 1], diagnosis_row(200, 5), without(29..70, &[31, 33, 69]));

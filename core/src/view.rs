@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::element::{DType, Element};
 use crate::error::{Result, invalid};
-use crate::simd::{Kernels, Packing, prefetch};
+use crate::simd::{Kernels, MaskSurvey, Packing, leading_zeros, prefetch};
 
 /// Longest sequence supported: positions are kept in 32 bits.
 pub const MAX_SEQUENCE: i64 = i32::MAX as i64;
@@ -58,18 +58,29 @@ impl TensorLayout {
 
     /// Errors that concern this tensor alone; `name` is what the sentence calls it.
     pub fn check(&self, name: &str) -> Result<()> {
-        for (dim, (what, least)) in
-            [("batch", 1), ("heads", 1), ("sequence", 0), ("head_dim", 1)].into_iter().enumerate()
-        {
+        self.check_dimensions(name, [("batch", 1), ("heads", 1), ("sequence", 0), ("head_dim", 1)])
+    }
+
+    /// [`Self::check`] for a mask `[batch, heads, queries, keys]`.
+    pub fn check_mask(&self, name: &str) -> Result<()> {
+        self.check_dimensions(name, [("batch", 1), ("heads", 1), ("queries", 0), ("keys", 0)])
+    }
+
+    /// [`Self::check`], where the dimensions have these names and these least extents.
+    fn check_dimensions(&self, name: &str, dimensions: [(&str, i64); 4]) -> Result<()> {
+        for (dim, (what, least)) in dimensions.into_iter().enumerate() {
             if self.shape[dim] < least {
                 invalid!("{name}.shape[{dim}] ({what}) = {} must be at least {least}", self.shape[dim]);
             }
         }
-        if self.shape[2] > MAX_SEQUENCE {
-            invalid!(
-                "{name}.shape[2] (sequence) = {} is beyond the supported maximum {MAX_SEQUENCE}",
-                self.shape[2]
-            );
+        for dim in [2, 3] {
+            if self.shape[dim] > MAX_SEQUENCE {
+                invalid!(
+                    "{name}.shape[{dim}] ({}) = {} is beyond the supported maximum {MAX_SEQUENCE}",
+                    dimensions[dim].0,
+                    self.shape[dim]
+                );
+            }
         }
         if self.stride[3] != 1 && self.shape[3] != 1 {
             invalid!("{name}.stride[3] = {} must be 1", self.stride[3]);
@@ -198,14 +209,78 @@ impl<'a> TensorRef<'a> {
 
     /// Widens one row into `to`, which has head_dim elements.
     pub(crate) fn read_row(&self, kernels: &Kernels, batch: usize, head: usize, row: usize, to: &mut [f32]) {
-        let [batches, heads, rows, head_dim] = self.layout.extents();
-        assert!(batch < batches && head < heads && row < rows && to.len() == head_dim);
-        // SAFETY: the indices are within the extents, so the row's head_dim consecutive elements are
-        // readable (constructor contract), and `to` has room for them.
-        unsafe {
-            let from = self.data.offset(self.layout.offset(batch, head, row));
-            kernels.widen(self.layout.dtype, from, to);
+        assert!(to.len() == self.row_len());
+        self.read_part(kernels, (batch, head, row), 0, to);
+    }
+
+    /// Widens the elements of one row from number `first` on into `to`.
+    pub(crate) fn read_part(
+        &self,
+        kernels: &Kernels,
+        (batch, head, row): (usize, usize, usize),
+        first: usize,
+        to: &mut [f32],
+    ) {
+        let from = self.part(batch, head, &(row..row + 1), &(first..first + to.len()));
+        // SAFETY: `to.len()` elements are readable there, see `part`.
+        unsafe { kernels.widen(self.layout.dtype, from, to) }
+    }
+
+    /// Address of the first of `columns` of the first of `rows`: all of them are readable for `'a`, rows at the
+    /// tensor's stride and columns one after the other.
+    fn part(&self, batch: usize, head: usize, rows: &Range<usize>, columns: &Range<usize>) -> *const u8 {
+        let [batches, heads, extent, row_len] = self.layout.extents();
+        assert!(
+            batch < batches
+                && head < heads
+                && rows.start < rows.end
+                && rows.end <= extent
+                && columns.start <= columns.end
+                && columns.end <= row_len
+        );
+        let offset = self.layout.offset(batch, head, rows.start);
+        // SAFETY: the indices are within the extents, so the offset is within the memory of the tensor
+        // (constructor contract).
+        unsafe { self.data.offset(offset + (columns.start * self.layout.dtype.size()) as isize) }
+    }
+
+    /// This tensor with extents of 1 repeated to the extents of `shape`, which are its own in all other dimensions.
+    pub(crate) fn expanded(mut self, shape: [usize; 4]) -> Self {
+        for (dim, extent) in shape.into_iter().enumerate() {
+            if self.layout.shape[dim] == 1 {
+                self.layout.stride[dim] = if dim == 3 { 1 } else { 0 };
+            } else {
+                assert!(self.layout.shape[dim] == extent as i64);
+            }
+            self.layout.shape[dim] = extent as i64;
         }
+        self
+    }
+
+    /// What all elements of a part of one head of a mask say.
+    pub(crate) fn survey_mask(
+        &self,
+        kernels: &Kernels,
+        (batch, head): (usize, usize),
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) -> MaskSurvey {
+        let from = self.part(batch, head, &rows, &columns);
+        let stride = self.layout.stride[2] as isize * self.layout.dtype.size() as isize;
+        // SAFETY: these rows and columns are readable there, see `part`.
+        unsafe { kernels.survey_mask(self.layout.dtype, from, (rows.len(), stride), columns.len()) }
+    }
+
+    /// How many of `columns` of one row of a mask are 0 before the first that is not, where all from there on hide
+    /// their key; else nothing.
+    pub(crate) fn leading_zeros(
+        &self,
+        (batch, head, row): (usize, usize, usize),
+        columns: Range<usize>,
+    ) -> Option<usize> {
+        let from = self.part(batch, head, &(row..row + 1), &columns);
+        // SAFETY: these elements are readable there, see `part`.
+        unsafe { leading_zeros(self.layout.dtype, from, columns.len()) }
     }
 }
 

@@ -89,6 +89,7 @@ impl DeviceTensors {
             block_mask: None,
             error: self.error.map(|error| error.layout),
             keys_per_query: self.keys_per_query.map(|keys| keys.layout),
+            mask: None,
         }
     }
 

@@ -274,6 +274,7 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
         block_mask: None,
         error: None,
         keys_per_query: None,
+        mask: None,
     };
     let keys = keys_per_query(&Params { method: Method::Paper, ..*call.params }, &layouts)?;
     // SAFETY: the tensor is the call's to write.

@@ -16,7 +16,7 @@ use crate::{block_mask, params, sized, tensor};
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
+/// some 320 (head_dim + value dimension) numbers of 4 bytes, with a mask tensor 256 KiB more. METHOD_REFINED needs besides: a twentieth of the bytes of k
 /// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
 ///
 ///     hyperattn_layout need;
@@ -47,6 +47,7 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
             block_mask: unsafe { block_mask::read(from.block_mask, &q, &k) }?,
             error: (!from.error.data.is_null()).then(|| tensor::layout("error", &from.error)).transpose()?,
             keys_per_query: None,
+            mask: (!from.mask.data.is_null()).then(|| tensor::mask_layout(&from.mask)).transpose()?,
         };
         // SAFETY: as above.
         let chosen = unsafe { Chosen::new(&exec) }?;
@@ -58,8 +59,8 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
     })
 }
 
-/// out = softmax(scale * q k^T) v under the mask, exactly or by the estimator that params asks for; and
-/// lse, when its data is not NULL.
+/// out = softmax(scale * q k^T) v under params.mask, exactly or by the estimator that params asks for, and with
+/// tensors.mask added to the logits where there is one; and lse, when its data is not NULL.
 ///
 /// Returns when the outputs are complete. Any number of threads may call at the same time with outputs and
 /// workspaces of their own. The same arguments give the same bits for every number of threads, with a
@@ -102,6 +103,7 @@ pub unsafe extern "C" fn hyperattn_forward(
                     .then(|| tensor::output("error", &from.error))
                     .transpose()?,
                 keys_per_query: None,
+                mask: tensor::mask(&from.mask)?,
             }
         };
         // SAFETY: as above.
@@ -221,6 +223,7 @@ pub(crate) unsafe fn read_tensors(pointer: *const hyperattn_tensors) -> Result<h
         lse: tensor::EMPTY,
         block_mask: ptr::null(),
         error: tensor::EMPTY,
+        mask: tensor::EMPTY,
     };
     // SAFETY: the caller's contract.
     unsafe { sized::read(pointer, "tensors", defaults) }

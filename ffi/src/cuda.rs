@@ -5,7 +5,7 @@ use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
 use crate::boundary::{check_pointer, guard};
 use crate::cpu::{check_buffer, no_backward, no_workspace, read_tensors};
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::types::*;
 use crate::{block_mask, params, sized, tensor};
 
@@ -126,6 +126,12 @@ unsafe fn device_tensors(
     let optional = |name: &str, from: &hyperattn_tensor| {
         (!from.data.is_null()).then(|| required(name, from)).transpose()
     };
+    if !from.mask.data.is_null() {
+        return Err(Failure::new(
+            HYPERATTN_STATUS_UNSUPPORTED,
+            format_args!("tensors.mask is given, but attention on CUDA takes none"),
+        ));
+    }
     let (q, k) = (required("q", &from.q)?, required("k", &from.k)?);
     Ok(DeviceTensors {
         q,

@@ -16,8 +16,8 @@ use crate::{block_mask, sized, tensor};
 /// to estimate, and how well it was estimated. A tool for choosing methods, budgets and layers, not for inference.
 ///
 /// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
-/// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
-/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
+/// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v, block_mask and mask are
+/// looked at: nothing is written to out, lse and error, and a mask is HYPERATTN_STATUS_UNSUPPORTED. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
 ///
 /// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
 /// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With
@@ -116,7 +116,7 @@ fn filled<T>(len: usize, value: impl FnMut() -> T) -> Result<Vec<T>> {
 }
 
 /// # Safety
-/// What q, k, v and block_mask describe is readable and not written meanwhile.
+/// What q, k, v, block_mask and mask describe is readable and not written meanwhile.
 unsafe fn diagnose(
     options: &Options,
     from: &hyperattn_tensors,
@@ -151,6 +151,8 @@ unsafe fn diagnose(
         block_mask: mask,
         error: Some(TensorMut::contiguous(&mut errors, head_shape)?),
         keys_per_query: Some(TensorMut::contiguous(&mut keys, head_shape)?),
+        // SAFETY: the caller's contract.
+        mask: unsafe { tensor::mask(&from.mask) }?,
     };
     let figures = run(options, &mut tensors, chosen.executor(), true_error)?;
     let mut exact = filled(if true_error { out_len } else { 0 }, || 0f32)?;

@@ -137,7 +137,7 @@ sized!(hyperattn_block_mask {
     columns,
     row_offsets_head_stride
 });
-sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error });
+sized!(hyperattn_tensors { q, k, v, out, lse, block_mask, error, mask });
 sized!(hyperattn_threadpool { ctx, num_threads, parallel_for });
 sized!(hyperattn_cpu_exec { workspace, num_threads, reserved, pool });
 sized!(hyperattn_cuda_exec { workspace, stream });

@@ -51,6 +51,19 @@ pub(crate) const EMPTY: hyperattn_tensor =
 
 /// Element type, extents and strides of `tensor`, checked by themselves.
 pub(crate) fn layout(name: &str, tensor: &hyperattn_tensor) -> Result<TensorLayout> {
+    let layout = unchecked_layout(name, tensor)?;
+    layout.check(name)?;
+    Ok(layout)
+}
+
+/// [`layout`] of the mask tensor, whose last dimension is the keys.
+pub(crate) fn mask_layout(tensor: &hyperattn_tensor) -> Result<TensorLayout> {
+    let layout = unchecked_layout("tensors.mask", tensor)?;
+    layout.check_mask("tensors.mask")?;
+    Ok(layout)
+}
+
+fn unchecked_layout(name: &str, tensor: &hyperattn_tensor) -> Result<TensorLayout> {
     let dtype = match tensor.dtype {
         HYPERATTN_DTYPE_F32 => DType::F32,
         HYPERATTN_DTYPE_F16 => DType::F16,
@@ -62,9 +75,7 @@ pub(crate) fn layout(name: &str, tensor: &hyperattn_tensor) -> Result<TensorLayo
     if tensor.reserved != 0 {
         return Err(Failure::invalid(format_args!("{name}.reserved = {} must be 0", tensor.reserved)));
     }
-    let layout = TensorLayout { dtype, shape: tensor.shape, stride: tensor.stride };
-    layout.check(name)?;
-    Ok(layout)
+    Ok(TensorLayout { dtype, shape: tensor.shape, stride: tensor.stride })
 }
 
 /// A tensor with elements is somewhere.
@@ -84,6 +95,19 @@ pub(crate) unsafe fn input<'a>(name: &str, tensor: &hyperattn_tensor) -> Result<
     check_data(name, tensor, &layout)?;
     // SAFETY: the caller's contract.
     Ok(unsafe { TensorRef::from_raw(tensor.data.cast(), layout) })
+}
+
+/// The mask tensor for reading, if there is one.
+///
+/// # Safety
+/// As for [`input`].
+pub(crate) unsafe fn mask<'a>(tensor: &hyperattn_tensor) -> Result<Option<TensorRef<'a>>> {
+    if tensor.data.is_null() {
+        return Ok(None);
+    }
+    let layout = mask_layout(tensor)?;
+    // SAFETY: the caller's contract.
+    Ok(Some(unsafe { TensorRef::from_raw(tensor.data.cast(), layout) }))
 }
 
 /// `tensor` for writing.

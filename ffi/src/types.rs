@@ -227,6 +227,16 @@ pub struct hyperattn_tensors {
     /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
     /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
     pub error: hyperattn_tensor,
+    /// Added to the logits: softmax(scale * q k^T + mask), in any dtype, [batch or 1, heads_q or 1, n_q or 1, n_k], where
+    /// an extent of 1 (or a stride of 0) serves all; stride[3] must be 1. With data NULL there is none and its other
+    /// fields are not looked at. A key is seen where params.mask shows it and this is not -inf; less than -2^127
+    /// (-1.7e38) counts as -inf. Whatever a hidden key and its value hold, NaN too, does not touch the row; +inf or NaN
+    /// in the mask makes its row NaN where params.mask shows the key.
+    ///
+    /// For METHOD_EXACT on the CPU, which METHOD_AUTO then takes; HYPERATTN_STATUS_UNSUPPORTED with another method, with
+    /// hyperattn_diagnose() and on CUDA. Keys that a whole tile of queries does not see are not computed, and a mask
+    /// of 0 and -inf that hides the last keys of each row, more or fewer of them, costs little beside reading it.
+    pub mask: hyperattn_tensor,
 }
 
 /// The tensors of a backward call: gradients, shaped like what they belong to.
@@ -405,8 +415,8 @@ mod tests {
             struct_size: 0, query_block: 8, key_block: 12, num_query_blocks: 16, num_key_blocks: 24,
             row_offsets: 32, columns: 40, row_offsets_head_stride: 48
         });
-        layout!(hyperattn_tensors, 496, {
-            struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416
+        layout!(hyperattn_tensors, 576, {
+            struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416, mask: 496
         });
         layout!(hyperattn_grads, 328, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248 });
         layout!(hyperattn_diagnosis, 56, {

@@ -265,6 +265,16 @@ typedef struct hyperattn_tensors {
     /// of (out - exact) over that of exact, over some rows that are computed exactly besides and compared with out.
     /// 0 where the head is computed exactly. With data NULL it is not wanted and its other fields are not looked at.
     struct hyperattn_tensor error;
+    /// Added to the logits: softmax(scale * q k^T + mask), in any dtype, [batch or 1, heads_q or 1, n_q or 1, n_k], where
+    /// an extent of 1 (or a stride of 0) serves all; stride[3] must be 1. With data NULL there is none and its other
+    /// fields are not looked at. A key is seen where params.mask shows it and this is not -inf; less than -2^127
+    /// (-1.7e38) counts as -inf. Whatever a hidden key and its value hold, NaN too, does not touch the row; +inf or NaN
+    /// in the mask makes its row NaN where params.mask shows the key.
+    ///
+    /// For METHOD_EXACT on the CPU, which METHOD_AUTO then takes; HYPERATTN_STATUS_UNSUPPORTED with another method, with
+    /// hyperattn_diagnose() and on CUDA. Keys that a whole tile of queries does not see are not computed, and a mask
+    /// of 0 and -inf that hides the last keys of each row, more or fewer of them, costs little beside reading it.
+    struct hyperattn_tensor mask;
 } hyperattn_tensors;
 
 /// Memory that the caller lends for the length of a call.
@@ -458,7 +468,7 @@ void hyperattn_params_init(struct hyperattn_params *params, size_t struct_size);
 ///
 /// Never quadratic in the sequence. For n_q <= n_k at most the sum of: twice the bytes of k and v of one batch item (packed
 /// keys and values, partial results); 24 bytes for every row of every query head and KV head; and for every thread
-/// some 320 (head_dim + value dimension) numbers of 4 bytes. METHOD_REFINED needs besides: a twentieth of the bytes of k
+/// some 320 (head_dim + value dimension) numbers of 4 bytes, with a mask tensor 256 KiB more. METHOD_REFINED needs besides: a twentieth of the bytes of k
 /// and v of one batch item, 13 bytes for every key for every thread, and 1 KiB value_dim for every query head.
 ///
 ///     hyperattn_layout need;
@@ -472,8 +482,8 @@ hyperattn_status hyperattn_forward_workspace(const struct hyperattn_params *para
                                              const struct hyperattn_cpu_exec *exec,
                                              struct hyperattn_layout *out);
 
-/// out = softmax(scale * q k^T) v under the mask, exactly or by the estimator that params asks for; and
-/// lse, when its data is not NULL.
+/// out = softmax(scale * q k^T) v under params.mask, exactly or by the estimator that params asks for, and with
+/// tensors.mask added to the logits where there is one; and lse, when its data is not NULL.
 ///
 /// Returns when the outputs are complete. Any number of threads may call at the same time with outputs and
 /// workspaces of their own. The same arguments give the same bits for every number of threads, with a
@@ -527,8 +537,8 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
 /// to estimate, and how well it was estimated. A tool for choosing methods, budgets and layers, not for inference.
 ///
 /// heads is an array of count = batch * heads_q entries, (batch item, head) row by row; the caller sets struct_size
-/// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v and block_mask are
-/// looked at: nothing is written to out, lse and error. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
+/// in every one, to the same value, and gets the other fields on success. Of tensors only q, k, v, block_mask and mask are
+/// looked at: nothing is written to out, lse and error, and a mask is HYPERATTN_STATUS_UNSUPPORTED. flags: 0 or HYPERATTN_DIAGNOSE_TRUE_ERROR.
 ///
 /// Allocates the workspace of hyperattn_forward(), an output in f32 (two with TRUE_ERROR), 8 bytes for each key of each
 /// query head, and for every thread some 260 bytes for each key; exec->workspace is not used. With

@@ -375,6 +375,15 @@ struct tensors : hyperattn_tensors {
         out = output;
         lse = log_sum_exp;
     }
+
+    /// Sets the field mask: numbers to add to the logits, [batch or 1, heads_q or 1, n_q or 1, n_k]. Returns *this.
+    ///
+    ///     tensors.with_mask(hyperattn::bhsd(numbers, 1, 1, n_q, n_k));
+    tensors &with_mask(const const_view &additive_mask) noexcept
+    {
+        mask = additive_mask;
+        return *this;
+    }
 };
 
 /// hyperattn_block_mask with nothing set but struct_size.

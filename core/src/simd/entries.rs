@@ -58,6 +58,17 @@ macro_rules! kernel_table {
             unsafe { crate::simd::rows::widen_f16::<$vector>(from, to) }
         }
 
+        $(#[target_feature(enable = $features)])?
+        unsafe fn survey_mask(
+            dtype: crate::element::DType,
+            from: *const u8,
+            rows: (usize, isize),
+            count: usize,
+        ) -> crate::simd::MaskSurvey {
+            // SAFETY: as above.
+            unsafe { crate::simd::mask::survey(dtype, from, rows, count) }
+        }
+
         pub(super) const TABLE: crate::simd::Kernels = crate::simd::Kernels {
             isa: crate::simd::Isa::$isa,
             query_rows: $rows,
@@ -74,6 +85,7 @@ macro_rules! kernel_table {
             add_weighted,
             squared_distances,
             widen_f16,
+            survey_mask,
         };
 
         pub(super) static KERNELS: crate::simd::Kernels = TABLE;

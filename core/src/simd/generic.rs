@@ -2,7 +2,7 @@
 
 use super::product::Product;
 use super::vector::Vector;
-use super::{KEY_TILE, Step, WEIGHING_QUERIES, Weighing};
+use super::{HIDDEN_BELOW, KEY_TILE, Step, WEIGHING_QUERIES, Weighing};
 
 /// A logit may exceed the number that its row's weights are relative to by this much (base 2) before the
 /// row is rescaled: weights stay below 256, far from overflow, and rescaling becomes rare.
@@ -24,7 +24,7 @@ pub(super) unsafe fn attend<P: Product, const ROWS: usize, const VECTORS: usize,
     step: &mut Step<'_>,
 ) {
     let every_key_counts = step.visible.is_none() && step.key_count == KEY_TILE;
-    let plain = every_key_counts && step.cap.is_none() && step.log_weight.is_none();
+    let plain = every_key_counts && step.cap.is_none() && step.log_weight.is_none() && step.mask.is_none();
     // SAFETY: the caller's contract.
     unsafe {
         if plain {
@@ -52,26 +52,55 @@ unsafe fn attend_rows<
     let whole = rows / ROWS * ROWS;
     // SAFETY: the groups' rows and queries lie within the slices (contract).
     unsafe {
+        // Weight 0 keeps a hidden value out of a row only where the value is finite.
+        let key_by_key =
+            !PLAIN && step.mask.is_some() && step.use_values && !values_are_finite::<P, VECTORS>(step);
         for first in (0..whole).step_by(ROWS) {
             let query = step.query.as_ptr().add(first * words);
-            attend_group::<P, ROWS, VECTORS, PLAIN>(step, first, (query, ROWS));
+            attend_group::<P, ROWS, VECTORS, PLAIN>(step, first, (query, ROWS), key_by_key);
         }
         if TAIL < ROWS {
             for first in (whole..rows).step_by(TAIL) {
                 let query = step.query.as_ptr().add(whole * words + first - whole);
-                attend_group::<P, TAIL, VECTORS, PLAIN>(step, first, (query, ROWS));
+                attend_group::<P, TAIL, VECTORS, PLAIN>(step, first, (query, ROWS), key_by_key);
             }
         }
     }
 }
 
+/// Whether the values of all keys of the step are.
+#[inline(always)]
+unsafe fn values_are_finite<P: Product, const VECTORS: usize>(step: &Step<'_>) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let lanes = P::Vector::LANES;
+    let words = step.key_count.div_ceil(P::DEPTH);
+    let vectors = step.value_dim / lanes;
+    let mut vector = 0;
+    let mut finite = true;
+    while vector < vectors {
+        let width = if vector < vectors / VECTORS * VECTORS { VECTORS } else { 1 };
+        let first = vector * lanes * (KEY_TILE / P::DEPTH);
+        // SAFETY: as in `add_panel`: a panel's first words are those of the first keys.
+        let panel = unsafe { step.values.get_unchecked(first..first + words * width * lanes) };
+        for &word in panel {
+            finite &= word & EXPONENT != EXPONENT;
+            if P::DEPTH > 1 {
+                finite &= word << 16 & EXPONENT != EXPONENT;
+            }
+        }
+        vector += width;
+    }
+    finite
+}
+
 /// [`attend_rows`] for the `ROWS` rows from `first` on, whose words begin at `query.0`, each `query.1` after the
-/// one before.
+/// one before; `key_by_key` adds only the values of keys that a row sees.
 #[inline(always)]
 unsafe fn attend_group<P: Product, const ROWS: usize, const VECTORS: usize, const PLAIN: bool>(
     step: &mut Step<'_>,
     first: usize,
     query: (*const u32, usize),
+    key_by_key: bool,
 ) {
     let panel = VECTORS * P::Vector::LANES;
     // SAFETY: the caller's contract.
@@ -80,7 +109,10 @@ unsafe fn attend_group<P: Product, const ROWS: usize, const VECTORS: usize, cons
         for p in 0..limits.most.div_ceil(panel) {
             weigh_keys::<P, ROWS, VECTORS, PLAIN>(step, (first, query), p, &limits);
         }
-        if step.use_values && limits.most > 0 {
+        if key_by_key {
+            core::hint::cold_path();
+            add_seen_values::<P, ROWS, VECTORS>(step, first, &limits);
+        } else if step.use_values && limits.most > 0 {
             add_values::<P, ROWS, VECTORS>(step, first, &limits);
         }
     }
@@ -141,11 +173,18 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
     // rows of a panel of logits (contract).
     let mut largest = unsafe {
         let keys = step.keys.as_ptr().add(p * panel * words);
-        score::<P, ROWS, VECTORS>((words, scale), query, keys, &start, logits)
+        match step.mask {
+            Some((mask, stride)) if !PLAIN => {
+                let mask = (mask.as_ptr().add(first * stride + p * panel), stride);
+                score::<P, ROWS, VECTORS, true>((words, scale), query, keys, (&start, mask), logits)
+            }
+            _ => score::<P, ROWS, VECTORS, false>((words, scale), query, keys, (&start, NO_MASK), logits),
+        }
     };
-    if !PLAIN {
+    let limited = limits.least < (p + 1) * panel;
+    if !PLAIN && (limited || step.cap.is_some() || step.log_weight.is_some()) {
         // SAFETY: as above.
-        largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, limits, &start) };
+        largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, (limits, limited), &start) };
     }
     if some_are_empty || largest.sub(P::Vector::splat(HEADROOM)).positive_bits() != 0 {
         core::hint::cold_path();
@@ -172,21 +211,27 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
     }
 }
 
-/// Logits of `ROWS` queries against a panel of keys, relative to `start`, into `logits`. Returns the largest of
-/// every lane; a NaN is passed over.
+/// Logits of `ROWS` queries against a panel of keys, relative to `start`, into `logits`. Returns the largest of every
+/// lane; a NaN is passed over.
+///
+/// A `MASKED` logit has besides what the mask says: its first row's address, and the distance to the next. It comes to
+/// the products together with the start, which is as large where the mask is, so that they keep their precision.
 #[inline(always)]
-unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
+unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize, const MASKED: bool>(
     (words, scale): (usize, f32),
     (query, next): (*const u32, usize),
     keys: *const u32,
-    start: &[f32; ROWS],
+    (start, mask): (&[f32; ROWS], (*const f32, usize)),
     logits: *mut f32,
 ) -> P::Vector {
     let lanes = P::Vector::LANES;
     let mut tile = [[P::Vector::splat(0.0); VECTORS]; ROWS];
     if P::QUERIES_ARE_SCALED {
-        for (row, start) in tile.iter_mut().zip(start) {
-            row.fill(P::Vector::splat(-start));
+        for (r, row) in tile.iter_mut().enumerate() {
+            for (v, cell) in row.iter_mut().enumerate() {
+                // SAFETY: as the caller says.
+                *cell = unsafe { addend::<P, MASKED>(start[r], mask, (r, v)) };
+            }
         }
     }
     // SAFETY: as the caller says.
@@ -195,11 +240,22 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
     let mut largest = [P::Vector::splat(f32::NEG_INFINITY); VECTORS];
     for (r, row) in tile.iter().enumerate() {
         for (v, &cell) in row.iter().enumerate() {
-            let logit =
-                if P::QUERIES_ARE_SCALED { cell } else { cell.mul_add(scale, P::Vector::splat(-start[r])) };
-            largest[v] = logit.max(largest[v]);
             // SAFETY: as the caller says.
-            unsafe { logit.store(logits.add((r * VECTORS + v) * lanes)) };
+            unsafe {
+                let mut logit = if P::QUERIES_ARE_SCALED {
+                    cell
+                } else {
+                    cell.mul_add(scale, addend::<P, MASKED>(start[r], mask, (r, v)))
+                };
+                if MASKED {
+                    // Whatever the product was: a sum with -inf may be NaN.
+                    let mask = P::Vector::load(mask.0.add(r * mask.1 + v * lanes));
+                    let lowest = P::Vector::splat(f32::NEG_INFINITY);
+                    logit = lowest.select_less(logit, mask, P::Vector::splat(HIDDEN_BELOW));
+                }
+                largest[v] = logit.max(largest[v]);
+                logit.store(logits.add((r * VECTORS + v) * lanes));
+            }
         }
     }
     let mut all = largest[0];
@@ -207,6 +263,25 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize>(
         all = lanes.max(all);
     }
     all
+}
+
+/// The mask of a [`score`] without one.
+const NO_MASK: (*const f32, usize) = (core::ptr::null(), 0);
+
+/// What [`score`] adds to the products of row `row` and vector `vector` of the keys.
+#[inline(always)]
+unsafe fn addend<P: Product, const MASKED: bool>(
+    start: f32,
+    (mask, stride): (*const f32, usize),
+    (row, vector): (usize, usize),
+) -> P::Vector {
+    let start = P::Vector::splat(-start);
+    if !MASKED {
+        return start;
+    }
+    // SAFETY: as the caller of `score` says.
+    let mask = unsafe { P::Vector::load(mask.add(row * stride + vector * P::Vector::LANES)) };
+    mask.mul_add(P::Vector::splat(core::f32::consts::LOG2_E), start)
 }
 
 /// Sums, for each key of a [`Weighing`], the weights that its queries give it, `ROWS` queries at a time.
@@ -232,7 +307,8 @@ pub(super) unsafe fn weigh<P: Product, const ROWS: usize, const VECTORS: usize>(
                 let mut start = [0.0; ROWS];
                 start.copy_from_slice(&task.start[first..first + ROWS]);
                 let query = (task.query.as_ptr().add(first), WEIGHING_QUERIES);
-                score::<P, ROWS, VECTORS>((words, task.scale), query, keys, &start, logits);
+                let start = (&start, NO_MASK);
+                score::<P, ROWS, VECTORS, false>((words, task.scale), query, keys, start, logits);
                 for (v, total) in totals.iter_mut().enumerate() {
                     for r in 0..ROWS {
                         let logit = P::Vector::load(logits.add((r * VECTORS + v) * lanes));
@@ -296,21 +372,20 @@ unsafe fn multiply_word<P: Product, const ROWS: usize, const VECTORS: usize>(
     }
 }
 
-/// Applies caps and weights to the logits, and takes out the keys that a row does not see. Returns the
-/// largest of every lane.
+/// Applies caps and weights to the logits, and where rows are `limited` takes out the keys beyond. Returns the largest
+/// of every lane.
 #[inline(always)]
 unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
     step: &mut Step<'_>,
     first: usize,
     p: usize,
-    limits: &Limits<ROWS>,
+    (limits, limited): (&Limits<ROWS>, bool),
     start: &[f32; ROWS],
 ) -> P::Vector {
     let lanes = P::Vector::LANES;
     let panel = VECTORS * lanes;
     let lowest = P::Vector::splat(f32::NEG_INFINITY);
     let mut largest = lowest;
-    let limited = limits.least < (p + 1) * panel;
     for (r, (&start, &limit)) in start.iter().zip(&limits.each).enumerate() {
         let end = P::Vector::splat(limit as f32);
         for v in 0..VECTORS {
@@ -420,6 +495,33 @@ unsafe fn add_values<P: Product, const ROWS: usize, const VECTORS: usize>(
                 let width = if vector < vectors / VECTORS * VECTORS { VECTORS } else { 1 };
                 // SAFETY: as above.
                 unsafe { add_to_row::<P>(step, (r, first + r), least..limit, vector, width) };
+            }
+        }
+    }
+}
+
+/// [`add_values`] where values are not finite: those of the keys that a row sees, as the step's mask and the limits
+/// say, and no others.
+#[inline(always)]
+unsafe fn add_seen_values<P: Product, const ROWS: usize, const VECTORS: usize>(
+    step: &mut Step<'_>,
+    first: usize,
+    limits: &Limits<ROWS>,
+) {
+    let Some((mask, stride)) = step.mask else { return };
+    let vectors = step.value_dim / P::Vector::LANES;
+    for (r, &limit) in limits.each.iter().enumerate() {
+        // SAFETY: KEY_TILE elements for each row.
+        let mask = unsafe { mask.get_unchecked((first + r) * stride..(first + r) * stride + limit) };
+        let mut next = 0;
+        while next < limit {
+            let hidden = |x: &f32| *x < HIDDEN_BELOW;
+            let start = next + mask[next..].iter().take_while(|x| hidden(x)).count();
+            next = start + mask[start..].iter().take_while(|x| !hidden(x)).count();
+            for vector in 0..vectors {
+                let width = if vector < vectors / VECTORS * VECTORS { VECTORS } else { 1 };
+                // SAFETY: as in `add_values`.
+                unsafe { add_to_row::<P>(step, (r, first + r), start..next, vector, width) };
             }
         }
     }

@@ -12,6 +12,7 @@ mod detect_aarch64;
 mod detect_x86;
 mod entries;
 mod generic;
+mod mask;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
@@ -25,6 +26,7 @@ mod vector;
 mod x86;
 
 use crate::element::DType;
+pub(crate) use mask::{HIDDEN_BELOW, MaskSurvey, leading_zeros};
 pub(crate) use prefetch::prefetch;
 
 /// Keys in one packed tile.
@@ -123,6 +125,9 @@ pub struct Step<'a> {
     pub log_weight: Option<&'a [f32]>,
     /// Number of leading keys each row sees (`[rows]`); all when absent.
     pub visible: Option<&'a [u32]>,
+    /// Added to the logits (natural logarithm), and the distance from one row's [`KEY_TILE`] numbers to the next row's;
+    /// a row does not see a key that has less than -2^127 there.
+    pub mask: Option<(&'a [f32], usize)>,
     /// Upper bound on each row's logits before weight and shift are added (`[rows]`).
     pub cap: Option<&'a [f32]>,
     /// Whether these keys enter the sum.
@@ -180,6 +185,9 @@ type Hash = unsafe fn(&[&[u32]], &[f32], usize, &mut [u32]);
 /// (rows, words, scale, to), see [`Kernels::pack_queries`].
 type PackQueries = unsafe fn(&[&[u32]], usize, Option<f32>, &mut [u32]);
 
+/// (element type, address, (rows, bytes between them), elements of a row), see [`Kernels::survey_mask`].
+type SurveyMask = unsafe fn(DType, *const u8, (usize, isize), usize) -> MaskSurvey;
+
 /// The kernels of one instruction set.
 pub struct Kernels {
     isa: Isa,
@@ -197,6 +205,7 @@ pub struct Kernels {
     add_weighted: unsafe fn(&[f32], usize, &[f32], &mut [f32]),
     squared_distances: unsafe fn(&[f32], &[f32], &mut [f32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
+    survey_mask: SurveyMask,
 }
 
 impl core::fmt::Debug for Kernels {
@@ -305,6 +314,9 @@ impl Kernels {
                 && step.values.len() >= KEY_TILE / depth * step.value_dim
                 && full(step.log_weight, KEY_TILE)
                 && full(step.cap, rows)
+                && step.mask.is_none_or(|(mask, stride)| {
+                    stride >= KEY_TILE && rows > 0 && mask.len() >= (rows - 1) * stride + KEY_TILE
+                })
                 && step.visible.is_none_or(|visible| visible.len() >= rows)
                 && step.sum.len() >= rows * self.lanes
                 && step.accumulated.len() >= rows * step.value_dim
@@ -408,6 +420,22 @@ impl Kernels {
         assert!(!center.is_empty() && rows.len() / center.len() >= to.len());
         // SAFETY: as in `attend`.
         unsafe { (self.squared_distances)(rows, center, to) }
+    }
+
+    /// What all elements of a part of a mask say: rows that are some bytes apart, of `count` elements one after the
+    /// other.
+    ///
+    /// # Safety
+    /// They are readable.
+    pub(crate) unsafe fn survey_mask(
+        &self,
+        dtype: DType,
+        from: *const u8,
+        rows: (usize, isize),
+        count: usize,
+    ) -> MaskSurvey {
+        // SAFETY: the elements are readable (contract); as in `attend`.
+        unsafe { (self.survey_mask)(dtype, from, rows, count) }
     }
 
     /// Widens `to.len()` consecutive elements at `from`.

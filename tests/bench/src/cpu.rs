@@ -75,6 +75,7 @@ fn tensors<'t>(inputs: &'t Inputs, out: &'t mut Tensor) -> hyperattn_core::Resul
         block_mask: None,
         error: None,
         keys_per_query: None,
+        mask: None,
     })
 }
 

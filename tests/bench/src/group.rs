@@ -78,8 +78,17 @@ impl Report {
         let params = Params { method: Method::Exact, ..problem.params };
         let [q, k, v] = inputs.tensors.each_ref().map(|tensor| *tensor.layout());
         let out = TensorLayout { dtype: problem.dtype_out, ..q };
-        let layouts =
-            Layouts { q, k, v, out, lse: None, block_mask: None, error: None, keys_per_query: None };
+        let layouts = Layouts {
+            q,
+            k,
+            v,
+            out,
+            lse: None,
+            block_mask: None,
+            error: None,
+            keys_per_query: None,
+            mask: None,
+        };
         let keys_per_query = hyperattn_core::stages::keys_per_query(&params, &layouts)?;
         Ok(Report { keys_per_query, estimated_error: None })
     }

@@ -64,6 +64,7 @@ int main(void)
     FIELD(hyperattn_tensors, lse);
     FIELD(hyperattn_tensors, block_mask);
     FIELD(hyperattn_tensors, error);
+    FIELD(hyperattn_tensors, mask);
 
     WHOLE(hyperattn_grads);
     FIELD(hyperattn_grads, struct_size);

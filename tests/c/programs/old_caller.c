@@ -176,6 +176,7 @@ static void other_structs_may_be_short(random_source *source)
     if (sizeof(void *) == 8) {
         CHECK_INT(offsetof(hyperattn_params, budget), 72);
         CHECK_INT(offsetof(hyperattn_tensors, error), 416);
+        CHECK_INT(offsetof(hyperattn_tensors, mask), 496);
     }
 
     check_case("tensors without block_mask");
@@ -201,6 +202,14 @@ static void other_structs_may_be_short(random_source *source)
     CHECK(array_untouched(&p.error));
     CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
     CHECK(!array_untouched(&p.error));
+
+    check_case("tensors without mask");
+    problem_poison_outputs(&p);
+    tensors = p.tensors;
+    memset(&tensors.mask, 0xa5, sizeof tensors.mask); /* must not be looked at */
+    tensors.struct_size = offsetof(hyperattn_tensors, mask);
+    CHECK_OK(hyperattn_forward(&params, &tensors, NULL));
+    CHECK(tensor_all_finite(&p.out.view));
 
     check_case("exec without pool");
     hyperattn_cpu_exec exec = problem_exec(1);

@@ -59,7 +59,7 @@ typedef struct row_result {
     double lse, lse_bound, value_limit;
 } row_result;
 
-/* One query. `logits` is scratch of n_k; NaN marks an invisible key there. */
+/* One query. `logits` holds what is added to each key's logit, and then the logits of the visible keys. */
 static row_result attend(const double *q, const double *k, const double *v, int64_t n_k, int64_t d, int64_t d_v,
                          double scale, const bool *visible, double *logits, double *out)
 {
@@ -73,9 +73,9 @@ static row_result attend(const double *q, const double *k, const double *v, int6
             dot += q[c] * k[j * d + c];
             absolute += fabs(q[c] * k[j * d + c]);
         }
-        logits[j] = scale * dot;
+        magnitude = larger(magnitude, fabs(scale) * absolute + fabs(logits[j]));
+        logits[j] += scale * dot;
         highest = larger(highest, logits[j]);
-        magnitude = larger(magnitude, fabs(scale) * absolute);
         for (int64_t c = 0; c < d_v; c += 1) {
             limit = larger(limit, fabs(v[j * d_v + c]));
         }
@@ -98,11 +98,21 @@ static row_result attend(const double *q, const double *k, const double *v, int6
         out[c] /= sum;
     }
     result.lse = highest + log(sum);
-    /* A logit: d products and sums, the scale, its own rounding and the change of the exponential's base, each within one
-     * unit of sum |q_c k_c| |scale|. The sum: one unit for each of n_k additions, a few for every exponential, one for each
+    /* A logit: what is added, d products and sums, the scale, its own rounding and the change of the exponential's base,
+     * each within one unit of sum |q_c k_c| |scale| and what is added. The sum: one unit for each of n_k additions, a few for every exponential, one for each
      * rescaling. Then the logarithm and the last addition. */
     result.lse_bound = UNIT_F32 * ((double)(d + 8) * magnitude + (double)(n_k + 32) + 4.0 * fabs(result.lse));
     return result;
+}
+
+/* What the mask tensor adds; its extents of 1 serve all. */
+static double mask_at(const hyperattn_tensor *mask, int64_t batch, int64_t head, int64_t query, int64_t key)
+{
+    if (mask->data == NULL) {
+        return 0.0;
+    }
+    return tensor_get(mask, mask->shape[0] == 1 ? 0 : batch, mask->shape[1] == 1 ? 0 : head,
+                      mask->shape[2] == 1 ? 0 : query, key);
 }
 
 reference reference_compute(const hyperattn_tensors *tensors, hyperattn_mask mask, double scale,
@@ -128,7 +138,8 @@ reference reference_compute(const hyperattn_tensors *tensors, hyperattn_mask mas
             double *queries = head_of(q, b, h), *keys = head_of(k, b, h / group), *values = head_of(v, b, h / group);
             for (int64_t i = 0; i < n_q; i += 1) {
                 for (int64_t j = 0; j < n_k; j += 1) {
-                    visible[j] = mask_visible(mask, i, j, n_q, n_k) &&
+                    logits[j] = mask_at(&tensors->mask, b, h, i, j);
+                    visible[j] = mask_visible(mask, i, j, n_q, n_k) && logits[j] >= -0x1p127 &&
                                  (filter == NULL || filter(context, b, h, i, j));
                 }
                 int64_t row = (b * heads + h) * n_q + i;

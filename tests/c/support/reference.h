@@ -18,7 +18,7 @@ typedef struct reference {
 /* Restricts the mask further; NULL where a program needs no more than hyperattn_mask. */
 typedef bool (*reference_filter)(const void *context, int64_t batch, int64_t head, int64_t query, int64_t key);
 
-/* Reads q, k, v of `tensors` through their strides. A scale of 0 means 1 / sqrt(head_dim). */
+/* Reads q, k, v and the mask of `tensors` through their strides. A scale of 0 means 1 / sqrt(head_dim). */
 reference reference_compute(const hyperattn_tensors *tensors, hyperattn_mask mask, double scale,
                             reference_filter filter, const void *context);
 void reference_destroy(reference *r);

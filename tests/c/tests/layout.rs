@@ -81,6 +81,7 @@ contract! {
         lse: hyperattn_tensor,
         block_mask: *const hyperattn_block_mask,
         error: hyperattn_tensor,
+        mask: hyperattn_tensor,
     }
     struct hyperattn_grads {
         struct_size: usize,
@@ -157,5 +158,5 @@ fn sizes_on_64_bit_machines() {
         size_of::<hyperattn_cpu_exec>(),
         size_of::<hyperattn_cuda_exec>(),
     ];
-    assert_eq!(sizes, [88, 80, 56, 496, 328, 56, 32, 40, 32]);
+    assert_eq!(sizes, [88, 80, 56, 576, 328, 56, 32, 40, 32]);
 }

@@ -45,6 +45,11 @@ fn diagnose() {
 }
 
 #[test]
+fn additive_mask() {
+    run_c("additive_mask");
+}
+
+#[test]
 fn block_mask() {
     run_c("block_mask");
 }

@@ -94,6 +94,11 @@ fn diagnose() {
 }
 
 #[test]
+fn additive_mask() {
+    run_sanitized("additive_mask");
+}
+
+#[test]
 fn block_mask() {
     run_sanitized("block_mask");
 }

@@ -4,6 +4,7 @@ use hyperattn_core::simd::Packing;
 use hyperattn_core::{BlockMask, Kernels, Params};
 use hyperattn_reference::{Output, relative_frobenius_error};
 
+use crate::additive_mask::AdditiveMask;
 use crate::inputs::{Inputs, Shape};
 use crate::run::{Outcome, Setup};
 use crate::storage::Storage;
@@ -73,12 +74,12 @@ fn head_len(shape: &Shape) -> usize {
 fn cancellation(
     params: &Params,
     inputs: &Inputs,
-    block_mask: Option<&BlockMask<'_>>,
+    (block_mask, additive_mask): (Option<&BlockMask<'_>>, Option<&AdditiveMask>),
     expected: &Output,
 ) -> Vec<f64> {
     let mut positive = inputs.clone();
     positive.v.iter_mut().for_each(|x| *x = x.abs());
-    let largest = expected::expected(params, &positive, block_mask);
+    let largest = expected::expected_masked(params, &positive, block_mask, additive_mask);
     let norm = |out: &[f64]| out.iter().map(|x| x * x).sum::<f64>().sqrt();
     let len = head_len(&inputs.shape);
     let heads = largest.out.chunks(len).zip(expected.out.chunks(len));
@@ -98,15 +99,15 @@ pub fn check_setup<'a>(
     tolerance: f64,
     adjust: impl Fn(Setup<'a>) -> Setup<'a>,
 ) {
-    let block_mask = adjust(Setup::new(Kernels::scalar(), params, inputs)).block_mask;
-    let expected = expected::expected(params, inputs, block_mask.as_ref());
+    let Setup { block_mask, mask, .. } = adjust(Setup::new(Kernels::scalar(), params, inputs));
+    let expected = expected::expected_masked(params, inputs, block_mask.as_ref(), mask);
     for_each_table(|kernels| {
         let setup = adjust(Setup::new(kernels, params, inputs));
         let wide = setup.run();
         // With f32 queries products stay in f32, whatever the type of the keys.
         let cancellation = match kernels.packing(inputs.dtypes.q) {
             Packing::F32 => Vec::new(),
-            Packing::Bf16Pairs => cancellation(params, inputs, block_mask.as_ref(), &expected),
+            Packing::Bf16Pairs => cancellation(params, inputs, (block_mask.as_ref(), mask), &expected),
         };
         let of_head = |head: usize| {
             cancellation.get(head).map_or(tolerance, |factor| tolerance + BF16_PAIRS_TOLERANCE * factor)

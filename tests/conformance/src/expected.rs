@@ -10,6 +10,7 @@ use hyperattn_reference::{
     masked_partials, row_norm, row_norm_probabilities, sorted_order, uniform,
 };
 
+use crate::additive_mask::AdditiveMask;
 use crate::inputs::{Inputs, Shape};
 use crate::random_mask;
 
@@ -160,6 +161,16 @@ impl Head<'_> {
 
 /// The result of every head, packed like the outputs of a call.
 pub fn expected(params: &Params, inputs: &Inputs, block_mask: Option<&BlockMask<'_>>) -> Output {
+    expected_masked(params, inputs, block_mask, None)
+}
+
+/// [`expected`] with a mask tensor, which only exact attention takes.
+pub fn expected_masked(
+    params: &Params,
+    inputs: &Inputs,
+    block_mask: Option<&BlockMask<'_>>,
+    additive_mask: Option<&AdditiveMask>,
+) -> Output {
     let shape = &inputs.shape;
     let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&x| x.into()).collect() };
     let mut whole = Output { out: Vec::new(), lse: Vec::new() };
@@ -189,7 +200,11 @@ pub fn expected(params: &Params, inputs: &Inputs, block_mask: Option<&BlockMask<
                     }
                     .paper()
                 }
-                _ => exact(&problem, |i, j| oracle_mask(params.mask).visible(shape.n_q, shape.n_k, i, j)),
+                _ => {
+                    let added = additive_mask.map(|mask| mask.of_head(shape, batch, head));
+                    let problem = added.as_ref().map_or(problem, |added| problem.masked(added));
+                    exact(&problem, |i, j| oracle_mask(params.mask).visible(shape.n_q, shape.n_k, i, j))
+                }
             };
             whole.out.extend(output.out);
             whole.lse.extend(output.lse);

@@ -1,6 +1,7 @@
 //! What the conformance tests share: inputs, the call of the core, what the oracle expects of it, and the
 //! comparison. The tests run every kernel table of the machine.
 
+pub mod additive_mask;
 pub mod compare;
 pub mod executors;
 pub mod expected;

@@ -32,6 +32,8 @@ pub struct Keys<'a> {
     pub log_weight: Option<&'a [f32]>,
     /// How many leading keys each row sees.
     pub visible: Option<&'a [u32]>,
+    /// Added to the logits (natural logarithm): `[rows][count]`.
+    pub mask: Option<&'a [f32]>,
     /// Upper bound on each row's logits.
     pub cap: Option<&'a [f32]>,
     /// Whether the keys enter the sum.
@@ -75,6 +77,9 @@ fn pack_queries(
     }
     packed
 }
+
+/// From one row of a mask to the next.
+const MASK_STRIDE: usize = KEY_TILE + 3;
 
 /// A NaN in every packing, for what no kernel may look at.
 const NAN: u32 = 0x7fff_7fff;
@@ -191,6 +196,14 @@ impl State {
         let log_weight = keys.log_weight.map(|weights| extended(weights, KEY_TILE, f32::NAN));
         let visible = keys.visible.map(|visible| extended(&visible[..self.rows], padded, 0));
         let cap = keys.cap.map(|cap| extended(&cap[..self.rows], padded, f32::NAN));
+        // A row that does not see all keys may find anything in the mask beyond those that it sees.
+        let mask = keys.mask.map(|mask| {
+            let mut padded_mask = vec![f32::NAN; padded * MASK_STRIDE];
+            for (to, row) in padded_mask.chunks_mut(MASK_STRIDE).zip(mask.chunks(count)) {
+                to[..count].copy_from_slice(row);
+            }
+            padded_mask
+        });
         self.kernels.attend(&mut Step {
             packing: self.packing,
             head_dim: d,
@@ -203,6 +216,7 @@ impl State {
             shift: keys.shift,
             log_weight: log_weight.as_deref(),
             visible: visible.as_deref(),
+            mask: mask.as_deref().map(|mask| (mask, MASK_STRIDE)),
             cap: cap.as_deref(),
             use_sum: keys.use_sum,
             use_values: keys.use_values,

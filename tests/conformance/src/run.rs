@@ -4,6 +4,7 @@ use hyperattn_core::{
     BlockMask, DType, Executor, Kernels, Layout, Params, Result, Serial, Tensors, forward, forward_workspace,
 };
 
+use crate::additive_mask::AdditiveMask;
 use crate::inputs::Inputs;
 use crate::storage::{Arrangement, Tensor};
 
@@ -91,6 +92,8 @@ pub struct Setup<'a> {
     pub inputs: &'a Inputs,
     /// Exact blocks of the caller.
     pub block_mask: Option<BlockMask<'a>>,
+    /// The mask tensor.
+    pub mask: Option<&'a AdditiveMask>,
     /// Who runs the tasks.
     pub executor: &'a dyn Executor,
     /// Element type of the output.
@@ -111,6 +114,7 @@ impl<'a> Setup<'a> {
             params,
             inputs,
             block_mask: None,
+            mask: None,
             executor: &Serial,
             out: DType::F32,
             arrangements: [Arrangement::Packed; 4],
@@ -134,6 +138,7 @@ impl<'a> Setup<'a> {
         let mut q = tensor(&inputs.q, shape.q(), inputs.dtypes.q, 0);
         let mut k = tensor(&inputs.k, shape.k(), inputs.dtypes.kv, 1);
         let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
+        let mut mask = self.mask.map(AdditiveMask::tensor);
         let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], POISON);
         let scalars = |shape| Tensor::new(&[], shape, DType::F32, Arrangement::Padded, POISON);
         let (mut lse, mut error, mut keys) =
@@ -149,6 +154,7 @@ impl<'a> Setup<'a> {
                 block_mask: self.block_mask,
                 error: self.estimates.then(|| error.view_mut()),
                 keys_per_query: self.estimates.then(|| keys.view_mut()),
+                mask: mask.as_mut().map(Tensor::view),
             };
             let layout = forward_workspace(params, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), self.fill);

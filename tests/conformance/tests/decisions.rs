@@ -295,6 +295,7 @@ fn keys_are_hashed_once_per_kv_head() {
                 block_mask: None,
                 error: None,
                 keys_per_query: None,
+                mask: None,
             };
             let layout = forward_workspace(&paper(Residual::None), &tensors.layouts(), kernels, &Serial);
             layout.unwrap().size as i64

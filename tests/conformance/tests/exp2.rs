@@ -18,6 +18,7 @@ fn weights(kernels: &'static Kernels, exponents: &[f32]) -> Vec<f32> {
             shift: 0.0,
             log_weight: None,
             visible: None,
+            mask: None,
             cap: None,
             use_sum: true,
             use_values: true,

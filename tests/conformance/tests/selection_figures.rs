@@ -38,6 +38,7 @@ fn diagnose(
             block_mask,
             error: None,
             keys_per_query: None,
+            mask: None,
         };
         let layouts = tensors.layouts();
         let count = Unmet::words_needed(params, &layouts).unwrap();

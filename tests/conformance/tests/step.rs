@@ -1,5 +1,7 @@
 //! The attention kernel of every table, step by step, against f64.
 
+use std::f64::consts::LOG2_E;
+
 use hyperattn_conformance::for_each_packing;
 use hyperattn_conformance::packing::{Keys, State};
 use hyperattn_core::simd::{KEY_TILE, Packing};
@@ -68,6 +70,16 @@ impl Chain {
         let visible: Option<Vec<u32>> = (generator.below(2) == 0)
             .then(|| (0..rows).map(|_| generator.below(count + 2).min(KEY_TILE) as u32).collect());
         let shift = if generator.below(3) == 0 { 4.0 * generator.normal() as f32 } else { 0.0 };
+        // Some keys that a row does not see, and logits to go with base 2.
+        let mask: Option<Vec<f32>> = (generator.below(3) == 0).then(|| {
+            let hidden = [empty, f32::MIN];
+            let entry = |g: &mut Generator| match g.below(5) {
+                0 => hidden[g.below(2)],
+                1 => 0.0,
+                _ => 2.0 * g.normal() as f32,
+            };
+            (0..rows * count).map(|_| entry(generator)).collect()
+        });
         let cap: Option<Vec<f32>> = (generator.below(3) == 0).then(|| {
             let caps = [empty, f32::INFINITY, -1.5, 0.25];
             (0..rows).map(|_| caps[generator.below(4)]).collect()
@@ -79,6 +91,8 @@ impl Chain {
             for j in 0..limit {
                 let pairs = self.query[r * d..][..d].iter().zip(&keys[j * d..][..d]);
                 let logit: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                let added = mask.as_ref().map_or(0.0, |mask| f64::from(mask[r * count + j]));
+                let logit = if added < -1e38 { f64::from(empty) } else { logit + added * LOG2_E };
                 let capped = cap.as_ref().map_or(logit, |cap| logit.min(cap[r].into()));
                 let weighted =
                     capped + f64::from(shift) + log_weight.as_ref().map_or(0.0, |weights| weights[j].into());
@@ -93,6 +107,7 @@ impl Chain {
             shift,
             log_weight: log_weight.as_deref(),
             visible: visible.as_deref(),
+            mask: mask.as_deref(),
             cap: cap.as_deref(),
             use_sum,
             use_values,
@@ -162,6 +177,7 @@ fn attend(state: &mut State, logits: &[f32], values: &[f32], visible: Option<&[u
         shift: 0.0,
         log_weight: None,
         visible,
+        mask: None,
         cap: None,
         use_sum: true,
         use_values: true,
@@ -180,6 +196,56 @@ fn logits_of_minus_infinity_have_no_weight_and_leave_a_row_empty() {
         assert_eq!((state.max[0], state.sum(0), state.accumulated(0)[0]), (3.0, 1.5, 5.0));
         attend(&mut state, &[empty; 64], &[1.0; 64], None);
         assert_eq!((state.max[0], state.sum(0), state.accumulated(0)[0]), (3.0, 1.5, 5.0));
+    });
+}
+
+/// Whatever a hidden key or its value holds, and a NaN in the mask goes where one in the key does.
+#[test]
+fn the_mask_decides_which_nan_a_row_sees() {
+    for_each_packing(|kernels, packing| {
+        let (hidden, count) = (f32::NEG_INFINITY, 37);
+        for (nan_key, nan_value, nan_mask) in [(5, 9, None), (0, 36, None), (7, 7, Some(8)), (0, 0, Some(36))]
+        {
+            let rows = 8;
+            let (mut keys, mut values) = (vec![0.0; count], vec![1.0; count]);
+            keys[nan_key] = f32::NAN;
+            values[nan_value] = f32::INFINITY;
+            let mut mask = vec![0.0; rows * count];
+            // Row 0 sees all, row 1 neither the key nor the value, row 2 not the key, row 3 not the value; row 4 has a NaN
+            // of its own, row 5 sees nothing.
+            for (row, key) in
+                [(1, nan_key), (1, nan_value), (2, nan_key), (3, nan_value), (4, nan_key), (4, nan_value)]
+            {
+                mask[row * count + key] = hidden;
+            }
+            if let Some(key) = nan_mask {
+                mask[4 * count + key] = f32::NAN;
+            }
+            mask[5 * count..6 * count].fill(hidden);
+            let mut state = State::new(kernels, packing, &vec![1.0; rows], 1, 1);
+            let keys = Keys {
+                keys: &keys,
+                values: &values,
+                shift: 0.0,
+                log_weight: None,
+                visible: None,
+                mask: Some(&mask),
+                cap: None,
+                use_sum: true,
+                use_values: true,
+            };
+            state.attend(keys);
+            let seen = (count - if nan_key == nan_value { 1 } else { 2 }) as f32;
+            let clean = |row: usize| (state.sum(row), state.accumulated(row)[0]) == (seen, seen);
+            assert!(state.sum(0).is_nan() && state.accumulated(0)[0].is_nan());
+            assert!(clean(1), "{} {}", state.sum(1), state.accumulated(1)[0]);
+            if nan_key != nan_value {
+                assert_eq!((state.sum(2), state.accumulated(2)[0]), (seen + 1.0, f32::INFINITY));
+                assert!(state.sum(3).is_nan());
+            }
+            assert_eq!(state.sum(4).is_nan() && state.accumulated(4)[0].is_nan(), nan_mask.is_some());
+            assert_eq!((state.max[5], state.sum(5), state.accumulated(5)[0]), (hidden, 0.0, 0.0));
+        }
     });
 }
 

@@ -102,6 +102,7 @@ fn a_misaligned_workspace_is_refused_and_a_larger_one_is_used_up_to_the_size_ask
                     block_mask: None,
                     error: None,
                     keys_per_query: None,
+                    mask: None,
                 };
                 let layout = forward_workspace(&params, &tensors.layouts(), kernels, &Serial).unwrap();
                 assert!(layout.align.is_power_of_two());
@@ -135,6 +136,7 @@ fn the_size_grows_linearly() {
                     block_mask: None,
                     error: None,
                     keys_per_query: None,
+                    mask: None,
                 };
                 forward_workspace(&params, &tensors.layouts(), kernels, &Serial).unwrap().size
             };
@@ -172,6 +174,7 @@ fn the_workspace_is_bounded_by_keys_values_and_rows() {
                     block_mask: None,
                     error: None,
                     keys_per_query: None,
+                    mask: None,
                 };
                 let keys_and_values = bytes * heads_kv * n_k * (head_dim + value_dim);
                 let rows = heads_q * n_q + heads_kv * n_k;

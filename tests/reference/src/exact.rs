@@ -26,7 +26,7 @@ impl Mask {
     }
 }
 
-/// D^-1 A V and ln D over the visible keys (arXiv 2310.05869, section 2). A row that sees no key, or only
+/// D^-1 A V and ln D over the visible keys (arXiv 2310.05869, section 2); one that the problem's mask hides is not. A row that sees no key, or only
 /// keys with logit -inf, is 0 with lse -inf.
 pub fn exact(problem: &Problem, visible: impl Fn(usize, usize) -> bool) -> Output {
     Output::from_partials(&exact_partials(problem, visible))
@@ -46,7 +46,7 @@ pub(crate) fn computed_columns(
     computed: impl Fn(usize, usize) -> bool,
 ) -> Vec<Column> {
     (0..problem.num_keys())
-        .filter(|&j| computed(i, j))
+        .filter(|&j| computed(i, j) && !problem.hides(i, j))
         .map(|j| Column { key: j, logit: problem.logit(i, j), weight: 1.0 })
         .collect()
 }

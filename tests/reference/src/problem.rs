@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// Queries, keys and values of one (batch, head), row-major, and the softmax scale: the Q, K, V of
-/// arXiv 2310.05869, section 2, with A = exp(scale Q K^T).
+/// arXiv 2310.05869, section 2, with A = exp(scale Q K^T), or exp(scale Q K^T + mask).
 #[derive(Clone, Copy, Debug)]
 pub struct Problem<'a> {
     query: &'a [f64],
@@ -12,6 +12,14 @@ pub struct Problem<'a> {
     head_dim: usize,
     value_dim: usize,
     scale: f64,
+    mask: Option<AdditiveMask<'a>>,
+}
+
+/// What is added to the logits, row-major: query i and key j have entry i * row_len + j.
+#[derive(Clone, Copy, Debug)]
+struct AdditiveMask<'a> {
+    entries: &'a [f64],
+    row_len: usize,
 }
 
 impl<'a> Problem<'a> {
@@ -28,7 +36,13 @@ impl<'a> Problem<'a> {
         assert!(query.len().is_multiple_of(head_dim), "query is not a whole number of rows");
         assert!(key.len().is_multiple_of(head_dim), "key is not a whole number of rows");
         assert_eq!(value.len(), key.len() / head_dim * value_dim, "value has not one row per key");
-        Problem { query, key, value, head_dim, value_dim, scale }
+        Problem { query, key, value, head_dim, value_dim, scale, mask: None }
+    }
+
+    /// The same with `mask`, n_q x n_k, added to scale Q K^T.
+    pub fn masked(self, mask: &'a [f64]) -> Self {
+        assert_eq!(mask.len(), self.num_queries() * self.num_keys(), "mask has not one entry per logit");
+        Problem { mask: Some(AdditiveMask { entries: mask, row_len: self.num_keys() }), ..self }
     }
 
     /// n_q.
@@ -46,11 +60,21 @@ impl<'a> Problem<'a> {
         self.value_dim
     }
 
-    /// The entry (i, j) of scale Q K^T, the logarithm of A_ij.
+    /// The entry (i, j) of the mask.
+    fn added(&self, i: usize, j: usize) -> f64 {
+        self.mask.map_or(0.0, |mask| mask.entries[i * mask.row_len + j])
+    }
+
+    /// Whether the mask hides key j from query i, whatever they hold.
+    pub fn hides(&self, i: usize, j: usize) -> bool {
+        self.added(i, j) == f64::NEG_INFINITY
+    }
+
+    /// The entry (i, j) of scale Q K^T and the mask, the logarithm of A_ij.
     pub fn logit(&self, i: usize, j: usize) -> f64 {
         let query = &self.query[i * self.head_dim..][..self.head_dim];
         let key = &self.key[j * self.head_dim..][..self.head_dim];
-        self.scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>()
+        self.scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() + self.added(i, j)
     }
 
     /// Row j of V.
@@ -60,7 +84,12 @@ impl<'a> Problem<'a> {
 
     /// The sub-problem of these queries and keys, indexed from 0: a node of Algorithm 4.
     pub fn slice(&self, queries: Range<usize>, keys: Range<usize>) -> Self {
+        let mask = self.mask.map(|mask| AdditiveMask {
+            entries: &mask.entries[(queries.start * mask.row_len + keys.start).min(mask.entries.len())..],
+            ..mask
+        });
         Problem {
+            mask,
             query: &self.query[queries.start * self.head_dim..queries.end * self.head_dim],
             key: &self.key[keys.start * self.head_dim..keys.end * self.head_dim],
             value: &self.value[keys.start * self.value_dim..keys.end * self.value_dim],

@@ -132,3 +132,22 @@ fn merging_keeps_a_row_that_is_nan() {
         assert!(out[0].is_nan() && lse.is_nan(), "{a:?}");
     }
 }
+
+#[test]
+fn an_additive_mask_multiplies_weights_and_hides_keys() {
+    let key = [1.0f64.ln(), 2.0f64.ln(), 3.0f64.ln(), f64::NAN];
+    let value = [1.0, 10.0, 100.0, f64::NAN];
+    let problem = Problem::new(&[1.0, 2.0], &key, &value, 1, 1, 1.0);
+    let hidden = f64::NEG_INFINITY;
+    // Weights 1, 2, 3 and 1, 4, 9, times 6, 1, 0 and 1, 1/2, 1/3.
+    let mask = [6.0f64.ln(), 0.0, hidden, hidden, 0.0, -2.0f64.ln(), -3.0f64.ln(), hidden];
+    let result = exact(&problem.masked(&mask), |_, _| true);
+    assert_close(&result.out, &[26.0 / 8.0, 321.0 / 6.0]);
+    assert_close(&result.lse, &[8.0f64.ln(), 6.0f64.ln()]);
+    let causal = exact(&problem.masked(&mask), |i, j| j <= i);
+    assert_close(&causal.out, &[1.0, 21.0 / 3.0]);
+    let part = exact(&problem.masked(&mask).slice(1..2, 1..3), |_, _| true);
+    assert_close(&part.out, &[320.0 / 5.0]);
+    let nothing = exact(&problem.masked(&[hidden; 8]), |_, _| true);
+    assert_eq!((nothing.out, nothing.lse), (vec![0.0; 2], vec![hidden; 2]));
+}

@@ -141,6 +141,7 @@ int main(int argc, char **argv)
     bad_params();
     bad_tensors();
     bad_exec();
+    bad_masks();
     bad_block_masks();
     bad_merges();
     bad_diagnoses();

@@ -47,6 +47,7 @@ int bad_call_cases(void);
 void bad_params(void);
 void bad_tensors(void);
 void bad_exec(void);
+void bad_masks(void);
 void bad_block_masks(void);
 void bad_merges(void);
 void bad_diagnoses(void);

@@ -59,6 +59,7 @@ static void no_context(void)
 
 static void wrong_arguments(void)
 {
+    BAD_CUDA(c.tensors.mask = c.tensors.q, HYPERATTN_STATUS_UNSUPPORTED, "tensors.mask", "CUDA");
     BAD_CUDA(c.params_argument = NULL, INVALID, "params is NULL");
     BAD_CUDA(c.tensors_argument = NULL, INVALID, "tensors is NULL");
     BAD_CUDA(c.tensors.q.dtype = 9, INVALID, "q.dtype = 9");
@@ -90,6 +91,11 @@ static void wrong_workspace_queries(void)
     bad_call_forget_error();
     status = hyperattn_cuda_forward_workspace(&c.params, &c.tensors, &layout);
     bad_call_expect_error("workspace of nonsense", status, INVALID, PARTS("k.shape[3] = 17"));
+    fresh(&c, &exec);
+    c.tensors.mask = c.tensors.q;
+    bad_call_forget_error();
+    status = hyperattn_cuda_forward_workspace(&c.params, &c.tensors, &layout);
+    bad_call_expect_error("workspace with a mask", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("tensors.mask"));
     CHECK(layout.size == 77 && layout.align == 88);
     /* Data are not looked at. */
     fresh(&c, &exec);

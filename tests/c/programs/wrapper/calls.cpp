@@ -45,6 +45,29 @@ static void causal_by_hand()
     }
 }
 
+/// The causal mask above as numbers, and one that adds to a weight, from a span of constants.
+static void masked_by_hand()
+{
+    small problem;
+    const std::vector<float> causal = {0, -INFINITY, 0, 0};
+    hyperattn::tensors tensors = problem.tensors();
+    CHECK(tensors.mask.data == nullptr);
+    CHECK_OK(hyperattn::forward(problem.params, tensors.with_mask(hyperattn::bhsd(causal, 1, 1, 2, 2))));
+    const double expected[8] = {4.0, 0.0, 1.0, 6.0, 4.0, 0.0, 3.6, 0.8};
+    for (std::size_t i = 0; i < 8; ++i) {
+        CHECK_NEAR(static_cast<double>(problem.out[i]), expected[i], 1e-5);
+    }
+    // Of the first head alone: weights (1/2, 1/2) and (1/10, 9/10).
+    const float added[] = {0, std::log(3.0f), 0, 0};
+    CHECK_OK(hyperattn::forward(problem.params, problem.tensors().with_mask(
+                                                    hyperattn::strided(added, {1, 2, 2, 2}, {0, 2, 0, 1}))));
+    CHECK_NEAR(static_cast<double>(problem.out[0]), 2.0, 1e-5);
+    CHECK_NEAR(static_cast<double>(problem.out[3]), 7.2, 1e-5);
+    CHECK_NEAR(static_cast<double>(problem.out[6]), 3.6, 1e-5);
+    problem.params.method = HYPERATTN_METHOD_REFINED;
+    CHECK_FAILS(hyperattn::forward(problem.params, tensors), HYPERATTN_STATUS_UNSUPPORTED, "tensors.mask");
+}
+
 /// C's structs are accepted where the wrapper's are.
 static void from_c_structs()
 {
@@ -154,6 +177,7 @@ void check_calls()
     defaults();
     by_hand();
     causal_by_hand();
+    masked_by_hand();
     from_c_structs();
     errors();
     merge();
