@@ -3,7 +3,7 @@
 #
 #     measure.sh MODEL.gguf TEXT [TOKENS...]          default 2048 8192 16384
 #
-# METHODS (default "own exact auto refined"), THREADS (default 2) and MICRO_BATCH (default 512, llama.cpp's own) come
+# METHODS (default "own exact refined"), THREADS (default 2) and MICRO_BATCH (default 512, llama.cpp's own) come
 # from the environment. Needs what check.sh needs; llama.cpp is built once, in target/ggml.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,7 +15,7 @@ model=$(realpath "$1")
 text=$(realpath "$2")
 shift 2
 [ $# -gt 0 ] || set -- 2048 8192 16384
-read -ra methods <<<"${METHODS:-own exact auto refined}"
+read -ra methods <<<"${METHODS:-own exact refined}"
 threads=${THREADS:-2}
 micro_batch=${MICRO_BATCH:-512}
 
