@@ -561,7 +561,8 @@ hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
 ///
 /// params and what it points to are copied. Of the tensors their dtypes and shapes, num_sequences with both cu_seqlens,
 /// and block_mask belong to the plan. Their data are not looked at and may be NULL; data and strides may be others in
-/// every run. lse and error can be asked for in a run when their dtype is not 0 here.
+/// every run. lse and error can be asked for in a run when their dtype is not 0 here; a mask must be given in every
+/// run when its dtype is not 0 here.
 ///
 /// A run's tensors must have the plan's dtypes and shapes, sequences and numbers of blocks, else it answers
 /// HYPERATTN_STATUS_INVALID_ARGUMENT; it may leave out lse and error. The arrays of a block_mask may hold other
