@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use crate::error::{Result, invalid};
+use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::params::{Method, Params};
 use crate::part::Section;
 use crate::plan::{Plan, Run};
@@ -158,6 +158,14 @@ impl<'a> Divided<'a> {
                     methods.len(),
                     layouts.q.shape[1]
                 );
+            }
+            let refuses = |method: &Method| matches!(method, Method::Paper | Method::Refined);
+            if let Some(head) = methods.iter().position(refuses).filter(|_| layouts.mask.is_some()) {
+                let method = methods[head];
+                let sentence = format_args!(
+                    "tensors.mask is given, but head_methods[{head}] = {method:?} takes none; METHOD_EXACT and METHOD_AUTO do"
+                );
+                return Err(Error::new(ErrorKind::Unsupported, sentence));
             }
             general.method = Method::Auto;
         }

@@ -265,7 +265,13 @@ impl<'a> TensorRef<'a> {
 
     /// Address of the first of `columns` of the first of `rows`: all of them are readable for `'a`, rows at the
     /// tensor's stride and columns one after the other.
-    fn address_of(&self, batch: usize, head: usize, rows: &Range<usize>, columns: &Range<usize>) -> *const u8 {
+    fn address_of(
+        &self,
+        batch: usize,
+        head: usize,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+    ) -> *const u8 {
         let [batches, heads, extent, row_len] = self.layout.extents();
         assert!(
             batch < batches

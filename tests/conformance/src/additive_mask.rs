@@ -1,5 +1,7 @@
 //! Mask tensors.
 
+use std::ops::Range;
+
 use hyperattn_core::DType;
 use hyperattn_reference::Generator;
 
@@ -81,6 +83,16 @@ impl AdditiveMask {
         let heads = (0..batch * heads_q).map(|head| self.of_head(shape, head / heads_q, head % heads_q));
         let entries = heads.flatten().map(|x| x as f32).collect();
         AdditiveMask { shape: [batch, heads_q, n_q, n_k], entries, ..self.clone() }
+    }
+
+    /// Its part for some queries and keys.
+    pub fn rows(&self, queries: Range<usize>, keys: Range<usize>) -> Self {
+        let [batch, heads, of_queries, of_keys] = self.shape;
+        let queries = if of_queries == 1 { 0..1 } else { queries };
+        let matrices = self.entries.chunks(of_queries * of_keys);
+        let rows = matrices.flat_map(|matrix| matrix.chunks(of_keys).skip(queries.start).take(queries.len()));
+        let entries = rows.flat_map(|row| &row[keys.clone()]).copied().collect();
+        AdditiveMask { shape: [batch, heads, queries.len(), keys.len()], entries, ..self.clone() }
     }
 
     /// As the call receives it; between its elements are NaN.

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use hyperattn_conformance::additive_mask::AdditiveMask;
 use hyperattn_conformance::executors::{Order, Threads};
 use hyperattn_conformance::for_each_table;
 use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
@@ -242,6 +243,51 @@ fn sequences_may_have_methods_of_heads() {
             let alone = Setup { inputs: &inputs, division, ..setup }.run();
             assert!(alone.bits() == part_of(&together, &shape, rows, (index, 4)).bits(), "sequence {index}");
         }
+    });
+}
+
+/// Tasks and sequences have their part of a mask tensor, whatever it says for all batch items, heads or queries at once.
+#[test]
+fn a_mask_tensor_is_divided_as_the_call_is() {
+    let shape = Shape { heads_q: 6, heads_kv: 2, ..Shape::single(700, 710) };
+    let (starts_q, starts_k) = ([0, 90, 90, 470, 700], [0, 120, 130, 509, 710]);
+    let sequences = Some(Sequences { cu_seqlens_q: &starts_q, cu_seqlens_k: &starts_k });
+    for (seed, of) in (5310..).zip([[1, 1, 700], [1, 6, 700], [1, 6, 1], [1, 1, 1]]) {
+        let inputs = Inputs::clustered(shape, seed);
+        let dtype = [DType::F16, DType::F32, DType::BF16][seed as usize % 3];
+        let tensor = AdditiveMask::random([of[0], of[1], of[2], shape.n_k], dtype, seed);
+        for (mask, method) in [(Mask::None, Method::Exact), (Mask::CausalBottomRight, Method::Auto)] {
+            let params = Params { method, mask, ..Params::default() };
+            for_each_table(|kernels| {
+                let generator = &mut Generator::new(seed);
+                let setup =
+                    Setup { mask: Some(&tensor), estimates: true, ..Setup::new(kernels, &params, &inputs) };
+                check_tasks(&setup, generator);
+                let division = Division { sequences, head_methods: None };
+                let together = check_tasks(&Setup { division, ..setup }, generator);
+                for index in 0..4 {
+                    let rows = |starts: [i32; 5]| starts[index] as usize..starts[index + 1] as usize;
+                    let (queries, keys) = (rows(starts_q), rows(starts_k));
+                    let inputs = inputs.rows(queries.clone(), keys.clone());
+                    let tensor = tensor.rows(queries.clone(), keys);
+                    let alone = Setup { inputs: &inputs, mask: Some(&tensor), ..setup }.run();
+                    let part = part_of(&together, &shape, queries, (index, 4));
+                    assert!(alone.bits() == part.bits(), "sequence {index}, {of:?}, {mask:?}");
+                }
+            });
+        }
+    }
+    // Heads with other methods take no mask.
+    let inputs = Inputs::normal(shape, 5314);
+    let tensor = AdditiveMask::random([1, 1, 700, 710], DType::F32, 5314);
+    let params = Params { method: Method::Exact, min_seq_len: 10, ..Params::default() };
+    let head_methods =
+        [Method::Exact, Method::Exact, Method::Exact, Method::Exact, Method::Paper, Method::Exact];
+    for_each_table(|kernels| {
+        let division = Division { sequences: None, head_methods: Some(&head_methods) };
+        let setup = Setup { mask: Some(&tensor), division, ..Setup::new(kernels, &params, &inputs) };
+        let refused = setup.attempt(|layout| layout).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
     });
 }
 
