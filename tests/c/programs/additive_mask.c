@@ -143,11 +143,68 @@ static void threads_and_error(random_source *source)
     problem_destroy(&p);
 }
 
+/* Two sequences in the rows of one call meet the parts of the mask that are theirs, with the bits that each has alone; and
+ * so does a plan, task by task, which needs its mask in every run. */
+static void sequences_and_plans(random_source *source)
+{
+    enum { HEADS = 4, DIM = 16, FIRST_Q = 70, FIRST_K = 210, QUERIES = 130, KEYS = 500 };
+    const problem_shape shape = {1, HEADS, 2, QUERIES, KEYS, DIM, DIM};
+    const int32_t starts_q[] = {0, FIRST_Q, QUERIES}, starts_k[] = {0, FIRST_K, KEYS};
+    problem p = problem_create(&shape, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, ARRAY_BHSD, source);
+    array mask = array_create(HYPERATTN_DTYPE_F16, ARRAY_PADDED, 1, HEADS, QUERIES, KEYS);
+    array alone = array_create(HYPERATTN_DTYPE_F32, ARRAY_BHSD, 1, HEADS, QUERIES, DIM);
+    fill_mask(&mask.view, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_AUTO, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT);
+    for (int i = 0; i < 2; i += 1) {
+        check_case("sequence %d alone", i);
+        hyperattn_tensors part = p.tensors;
+        part.mask = mask.view;
+        part.out = alone.view;
+        part.lse.data = NULL;
+        hyperattn_tensor *const rows[] = {&part.q, &part.out, &part.mask}, *const keys[] = {&part.k, &part.v};
+        for (int t = 0; t < 3; t += 1) {
+            rows[t]->data = (char *)rows[t]->data + (size_t)(starts_q[i] * rows[t]->stride[2]) * dtype_size(rows[t]->dtype);
+            rows[t]->shape[2] = starts_q[i + 1] - starts_q[i];
+        }
+        for (int t = 0; t < 2; t += 1) {
+            keys[t]->data = (float *)keys[t]->data + starts_k[i] * keys[t]->stride[2];
+            keys[t]->shape[2] = starts_k[i + 1] - starts_k[i];
+        }
+        part.mask.data = (uint16_t *)part.mask.data + starts_k[i];
+        part.mask.shape[3] = starts_k[i + 1] - starts_k[i];
+        CHECK_OK(hyperattn_forward(&params, &part, NULL));
+    }
+    check_case("both sequences");
+    p.tensors.mask = mask.view;
+    p.tensors.num_sequences = 2;
+    p.tensors.cu_seqlens_q = starts_q;
+    p.tensors.cu_seqlens_k = starts_k;
+    CHECK_OK(hyperattn_forward(&params, &p.tensors, NULL));
+    CHECK(tensor_same_bits(&p.out.view, &alone.view));
+
+    check_case("a plan, task by task");
+    hyperattn_plan *plan = NULL;
+    CHECK_OK(hyperattn_plan_create(&params, &p.tensors, &plan));
+    problem_poison_outputs(&p);
+    for (size_t task = hyperattn_plan_task_count(plan); task > 0; task -= 1) {
+        CHECK_OK(hyperattn_plan_run_tasks(plan, &p.tensors, task - 1, task, (hyperattn_buffer){NULL, 0}));
+    }
+    CHECK(tensor_same_bits(&p.out.view, &alone.view));
+    p.tensors.mask.data = NULL;
+    CHECK_STATUS(hyperattn_plan_run(plan, &p.tensors, NULL), HYPERATTN_STATUS_INVALID_ARGUMENT);
+    CHECK_CONTAINS(hyperattn_last_error(), "tensors.mask");
+    hyperattn_plan_destroy(plan);
+    array_destroy(&alone);
+    array_destroy(&mask);
+    problem_destroy(&p);
+}
+
 int main(int argc, char **argv)
 {
     random_source source = {check_start("additive_mask", argc, argv)};
     as_an_engine_calls(&source);
     sweep(&source);
     threads_and_error(&source);
+    sequences_and_plans(&source);
     return check_finish();
 }
