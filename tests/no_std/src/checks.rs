@@ -167,7 +167,8 @@ fn tensors<'a>((q, k, v): Inputs<'a>, to: &'a mut Output) -> Result<Tensors<'a>,
         lse: Some(TensorMut::contiguous(&mut to.lse, [1, heads, len, 1])?),
         block_mask: None,
         error: None,
-        keys_per_query: None, mask: None,
+        keys_per_query: None,
+        mask: None,
     })
 }
 
