@@ -12,7 +12,7 @@ const SCREENING: Screening = Screening {
     of_a_probe_row: 2.0,
     latency: 1.1e9,
     latency_of_a_key: 4e3,
-    most: 0.045,
+    most: 0.04,
     most_without_target: 0.5,
     least_visible_per_budget: 4.0,
 };
