@@ -18,6 +18,8 @@ download_sources() {
     echo "$llama_cpp_python_sha256  $archive" | sha256sum --check --quiet || return
     rm -rf "$1/unpacked"
     mkdir "$1/unpacked" || return
-    tar -x -z -f "$archive" -C "$1/unpacked" --strip-components 2 --wildcards '*/vendor/llama.cpp/*' || return
+    # By its whole path: the package has another folder of that name, of git's.
+    tar -x -z -f "$archive" -C "$1/unpacked" --strip-components 2 \
+        "llama_cpp_python-$llama_cpp_python/vendor/llama.cpp" || return
     mv "$1/unpacked/llama.cpp" "$1/llama.cpp" && rmdir "$1/unpacked"
 }
