@@ -29,20 +29,24 @@ def _schema() -> str:
         if name not in own
     ]
     choices = "str method='auto', str mask='none', float? scale=None, str layout='bhsd', int threads=0"
-    choices += (
-        ", Tensor? additive_mask=None, str[]? head_methods=None, int[]? cu_seqlens_q=None, int[]? cu_seqlens_k=None"
-    )
-    return f"(Tensor q, Tensor k, Tensor v, *, {choices}, {', '.join(fields)}) -> (Tensor, Tensor)"
+    choices += ", str[]? head_methods=None, int[]? cu_seqlens_q=None, int[]? cu_seqlens_k=None"
+    # Operators take tensors by position.
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor? additive_mask=None"
+    return f"({tensors}, *, {choices}, {', '.join(fields)}) -> (Tensor, Tensor)"
 
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, additive_mask: torch.Tensor | None = None, **arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     # Autograd has its own registration, below.
     with torch.no_grad():
-        out, lse = _attention.forward(q, k, v, return_lse=True, **arguments)
+        out, lse = _attention.forward(q, k, v, additive_mask=additive_mask, return_lse=True, **arguments)
     return out, lse
 
 
-def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, additive_mask: torch.Tensor | None = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `_forward` returns, without contents."""
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -82,10 +86,9 @@ def forward(
     """
     choices = {"method": method, "mask": mask, "scale": scale, "layout": layout, "threads": threads}
     parts = {
-        "additive_mask": additive_mask,
         "head_methods": head_methods,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
     }
-    result: tuple[torch.Tensor, torch.Tensor] = _operator(q, k, v, **choices, **parts, **params)
+    result: tuple[torch.Tensor, torch.Tensor] = _operator(q, k, v, additive_mask, **choices, **parts, **params)
     return result
