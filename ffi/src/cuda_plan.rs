@@ -83,8 +83,9 @@ pub unsafe extern "C" fn hyperattn_cuda_plan_run(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (plan, from, exec) =
-            unsafe { (required(plan, "plan")?, read_tensors(tensors)?, read_exec(exec)?) };
+        let (plan, from) = unsafe { (required(plan, "plan")?, read_tensors(tensors)?) };
+        // SAFETY: as above.
+        let exec = unsafe { read_exec(exec) }?;
         let planned = &plan.planned;
         // SAFETY: as above.
         let (tensors, division) = unsafe {

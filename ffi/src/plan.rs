@@ -102,8 +102,9 @@ pub unsafe extern "C" fn hyperattn_plan_run(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (plan, from, exec) =
-            unsafe { (required(plan, "plan")?, read_tensors(tensors)?, read_exec(exec)?) };
+        let (plan, from) = unsafe { (required(plan, "plan")?, read_tensors(tensors)?) };
+        // SAFETY: as above.
+        let exec = unsafe { read_exec(exec) }?;
         // SAFETY: as above.
         let mut tensors = unsafe { plan.tensors(&from) }?;
         // SAFETY: as above.

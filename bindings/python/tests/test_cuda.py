@@ -26,15 +26,15 @@ class Recorder:
     """The library with a hyperattn_cuda_forward that computes nothing and remembers how it was called."""
 
     def __init__(self, library):
-        self.library, self.calls = library, []
+        self.native, self.calls = library, []
 
     def __getattr__(self, name):
-        return getattr(self.library, name)
+        return getattr(self.native, name)
 
     def hyperattn_cuda_forward(self, params, tensors, execution):
         stream = int(_call.ffi.cast("uintptr_t", execution.stream))
         self.calls.append((int(_call.ffi.cast("uintptr_t", tensors.q.data)), stream, execution.workspace.size))
-        return self.library.HYPERATTN_STATUS_OK
+        return self.native.HYPERATTN_STATUS_OK
 
 
 @pytest.fixture
@@ -258,7 +258,9 @@ def test_operator(qkv):
     import hyperattn.torch
 
     arguments = dict(method="exact", mask="causal")
-    torch.library.opcheck(torch.ops.hyperattn.forward.default, tuple(qkv), arguments)
+    from torch import library
+
+    library.opcheck(torch.ops.hyperattn.forward.default, tuple(qkv), arguments)
     out, _ = hyperattn.torch.forward(*qkv, **arguments)
     same(out, hyperattn.forward(*qkv, **arguments))
 

@@ -6,6 +6,8 @@ import hyperattn
 
 torch = pytest.importorskip("torch")
 
+from torch import library  # noqa: E402
+
 import hyperattn.torch  # noqa: E402
 from hyperattn import _params  # noqa: E402
 
@@ -50,7 +52,7 @@ def test_registrations(qkv, layout):
     q, k, v = qkv if layout == "bhsd" else (x.transpose(1, 2) for x in qkv)
     arguments = dict(method="exact", layout=layout)
     halves = tuple(x.to(torch.bfloat16) for x in (q, k, v))
-    torch.library.opcheck(torch.ops.hyperattn.forward.default, halves, arguments)
+    library.opcheck(torch.ops.hyperattn.forward.default, halves, arguments)
 
 
 def test_export_keeps_it_whole(qkv):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
+from torch import library
 
 from . import _attention, _params
 from ._attention import Layout
@@ -58,7 +59,7 @@ def _backward(context: Any, *gradients: torch.Tensor) -> None:
     )
 
 
-_operator = torch.library.custom_op(_NAME, _forward, mutates_args=(), schema=_schema())
+_operator = library.custom_op(_NAME, _forward, mutates_args=(), schema=_schema())
 _operator.register_fake(_shapes)
 _operator.register_autograd(_backward)
 
