@@ -5,8 +5,10 @@
 #![no_std]
 #![doc = include_str!("../docs/algorithms.md")]
 #![doc = include_str!("../docs/refined.md")]
+#![doc = include_str!("../docs/backward.md")]
 
 mod approx_d;
+mod backward;
 mod causal;
 mod cost;
 pub mod device;
@@ -17,6 +19,7 @@ mod error;
 mod exact;
 mod exec;
 mod forward;
+mod gradients;
 mod hyper;
 mod lsh;
 mod mask_tile;
@@ -62,6 +65,7 @@ pub mod stages {
     pub use crate::sort::{counter_len, needs_spare, sort_by_rank, split};
 }
 
+pub use backward::{backward, backward_workspace};
 pub use diagnose::{HeadFigures, head_figures, head_figures_workspace};
 pub use division::{Division, Sequences};
 pub use element::{DType, Element};
@@ -70,6 +74,7 @@ pub use exec::{Executor, Serial};
 pub use forward::{
     forward, forward_divided, forward_divided_workspace, forward_recording, forward_workspace,
 };
+pub use gradients::{GradientLayouts, Gradients};
 pub use half::{bf16, f16};
 pub use merge::merge;
 pub use params::{BlockMask, Mask, Method, Params, Residual};
