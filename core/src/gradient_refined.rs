@@ -86,11 +86,9 @@ pub(crate) fn attend(
         let mut tile = Tile::carve(call, &mut carver);
         let mut gradient_tile = GradientTile::carve(of, &mut carver);
         let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);
-        for head in kv_head * problem.group..(kv_head + 1) * problem.group {
-            if budgets[head] == EXACT {
-                continue;
-            }
-            let budget = budgets[head] as usize;
+        let heads = kv_head * problem.group..(kv_head + 1) * problem.group;
+        for (head, &budget) in heads.clone().zip(&budgets[heads]).filter(|&(_, &budget)| budget != EXACT) {
+            let budget = budget as usize;
             for queries in (split..tiles).step_by(splits).map(|index| query_tiles.queries(index)) {
                 let choice =
                     refine::choose(call, &of_head, (head, &queries), budget, &mut tile, &mut scratch);
