@@ -14,13 +14,16 @@ use crate::scratch::{Carver, Lanes};
 use crate::tile::KeyOrder;
 use crate::tiling::{HeadSet, HeadTiling};
 
-/// Rows in a chunk, and the most chunks.
-const CHUNK_ROWS: usize = 1024;
-const MOST_CHUNKS: usize = 16;
+/// Tasks of a phase, if there are rows enough.
+const TASKS: usize = 64;
 
-/// How many chunks a rectangle's longer side is cut into.
-pub(crate) fn chunks(longest: usize) -> usize {
-    longest.div_ceil(CHUNK_ROWS).clamp(1, MOST_CHUNKS)
+/// Rows of a chunk at least.
+const CHUNK_ROWS: usize = 256;
+
+/// How many chunks the rectangles of a pass are cut into, for so many KV heads.
+pub(crate) fn chunks(pass: &Pass<'_>, kv_heads: usize) -> usize {
+    let longest = pass.most_queries().max(pass.most_keys());
+    (TASKS / (kv_heads * pass.count).max(1)).min(longest.div_ceil(CHUNK_ROWS)).max(1)
 }
 
 /// Adds the gradients of every rectangle of `pass` for `heads` of batch item `batch`, under the problem's mask.
@@ -33,7 +36,7 @@ pub(crate) fn run_pass(
     sums: &GradientSums<'_>,
 ) -> Result<()> {
     let problem = &of.call.problem;
-    let chunks = chunks(pass.most_queries().max(pass.most_keys()));
+    let chunks = chunks(pass, heads.kv.len());
     let tiling = HeadTiling::new(heads, true);
     for phase in 0..chunks {
         for_each_item(executor, lanes, heads.kv.len() * pass.count * chunks, &|scratch, item| {

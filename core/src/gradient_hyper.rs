@@ -165,7 +165,7 @@ impl Estimated<'_, '_> {
     ) -> Result<()> {
         let Estimated { of, prepared, pass, .. } = self;
         let kv_heads = &prepared.heads.kv;
-        let chunks = gradient_exact::chunks(pass.most_queries().max(pass.most_keys()));
+        let chunks = gradient_exact::chunks(pass, kv_heads.len());
         let tiling = self.tiling();
         for phase in 0..chunks {
             for_each_item(executor, lanes, kv_heads.len() * pass.count * chunks, &|scratch, item| {
