@@ -2,8 +2,8 @@
 
 mod support;
 
-use hyperattn_conformance::inputs::{DTypes, Inputs, Shape};
-use hyperattn_core::{DType, Division, ErrorKind, Mask, Method, Params, Sequences};
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape, UNEVEN_LENGTHS};
+use hyperattn_core::{DType, Division, ErrorKind, Mask, Method, Params, Residual, Sequences};
 use hyperattn_cuda::{DeviceGradients, DeviceTensor, DeviceTensors};
 use hyperattn_reference::Generator;
 
@@ -169,6 +169,79 @@ fn the_same_bits_each_time_and_in_a_graph() {
     }
 }
 
+/// Estimated from the first key on.
+fn paper(mask: Mask, residual: Residual, block_size: u32, sample_size: u32) -> Params {
+    let sizes = Params { min_seq_len: 0, block_size, sample_size, ..Params::default() };
+    Params { method: Method::Paper, mask, residual, seed: 3, offset: 5, ..sizes }
+}
+
+const RESIDUALS: [Residual; 2] = [Residual::Uniform, Residual::None];
+
+#[test]
+fn paper_lengths() {
+    let Some(_device) = Device::first() else { return };
+    for (number, (n_q, n_k, block_size, sample_size)) in UNEVEN_LENGTHS.into_iter().enumerate() {
+        for mask in MASKS {
+            for residual in RESIDUALS {
+                for dtype in DTYPES {
+                    let inputs = Inputs::clustered(Shape::single(n_q, n_k), 100).rounded(dtype);
+                    let params = paper(mask, residual, block_size, sample_size);
+                    BackwardCall::new(Call::new(&params, &inputs), number as u64).check();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn paper_shapes() {
+    let Some(_device) = Device::first() else { return };
+    let base = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..shape(1500, 1500, 64, 64) };
+    for mask in MASKS {
+        for dtype in DTYPES {
+            check(&Params { min_seq_len: 200, ..paper(mask, Residual::Uniform, 128, 100) }, base, dtype, 110);
+        }
+        let other = Shape { n_k: 2300, head_dim: 128, value_dim: 40, ..base };
+        check(
+            &Params { min_seq_len: 300, ..paper(mask, Residual::Uniform, 200, 300) },
+            other,
+            DType::BF16,
+            111,
+        );
+        let fewer = Shape { n_k: 900, heads_kv: 1, ..base };
+        check(&paper(mask, Residual::Uniform, 64, 33), fewer, DType::F32, 112);
+        // No blocks, no order, one sample that is drawn often.
+        check(&Params { min_seq_len: 100, ..paper(mask, Residual::Uniform, 0, 64) }, base, DType::F16, 113);
+        let unsorted = Params { lsh_num_projs: 0, ..paper(mask, Residual::Uniform, 64, 64) };
+        check(&unsorted, base, DType::BF16, 114);
+        check(&paper(mask, Residual::Uniform, 4, 500), Shape { n_q: 200, n_k: 5, ..base }, DType::F32, 115);
+    }
+    // Several chunks of queries.
+    check(&paper(Mask::None, Residual::Uniform, 256, 256), shape(9000, 3000, 64, 64), DType::BF16, 116);
+    check(
+        &paper(Mask::CausalTopLeft, Residual::Uniform, 256, 256),
+        shape(9000, 3000, 64, 64),
+        DType::BF16,
+        117,
+    );
+}
+
+#[test]
+fn paper_has_the_same_bits_each_time_and_in_a_graph() {
+    let Some(_device) = Device::alone() else { return };
+    let params = Params { min_seq_len: 300, ..paper(Mask::CausalBottomRight, Residual::Uniform, 128, 128) };
+    let inputs = Inputs::normal(Shape { heads_q: 4, heads_kv: 2, ..shape(2000, 2500, 64, 64) }, 120)
+        .rounded(DType::BF16);
+    let prepared = BackwardCall::new(Call::new(&params, &inputs), 121).prepare();
+    let stream = Stream::new();
+    let graph = Graph::capture(&stream, || prepared.enqueue(&stream).unwrap());
+    graph.launch(&stream);
+    let first = prepared.found();
+    assert!(first == prepared.run());
+    graph.launch(&stream);
+    assert!(first == prepared.found());
+}
+
 fn host_tensor(address: u64, heads: i64, rows: i64, dim: i64, dtype: DType) -> DeviceTensor {
     DeviceTensor { address, layout: hyperattn_core::TensorLayout::contiguous(dtype, [1, heads, rows, dim]) }
 }
@@ -285,10 +358,16 @@ fn times() {
     let normal: Vec<f32> = (0..(1 << 19) + 77).map(|_| generator.normal() as f32).collect();
     let numbers: Vec<u8> =
         normal.iter().flat_map(|&x| hyperattn_core::bf16::from_f32(x).to_le_bytes()).collect();
+    let estimated =
+        |mask| Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() };
     for (params, n, dim) in [
         (exact(Mask::CausalBottomRight), 16_384, 128),
         (exact(Mask::CausalBottomRight), 16_384, 64),
         (exact(Mask::None), 8192, 128),
+        (estimated(Mask::None), 131_072, 64),
+        (estimated(Mask::CausalBottomRight), 131_072, 64),
+        (estimated(Mask::None), 131_072, 128),
+        (estimated(Mask::CausalBottomRight), 131_072, 128),
     ] {
         let heads = 32;
         let tensors: Vec<_> = (0..8).map(|_| cheap_tensor(&numbers, heads, n, dim)).collect();

@@ -332,10 +332,10 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                                 memory.key_rows, p.value_dim);
         if (threadIdx.x < COLUMNS)
             put_query<COLUMNS>(memory, 0, find_block<COLUMNS>(params, memory, 0, true));
-        const u64 head_row = (u64)(tile.batch * p.heads_kv() + tile.kv_head) * p.n_k;
         // Where the sums of key i of the tile are stored.
         auto sums_row = [&](u32 i) {
-            return tile.flags & KEY_TILE_COMPACT ? (u64)tile.first_output + i : head_row + memory.key_rows[i];
+            return tile.flags & KEY_TILE_COMPACT ? (u64)tile.first_output + i
+                                                 : params.sums_row(tile, memory.key_rows[i]);
         };
         float key_sums[KEYS ? DIM / 8 : 1][4], value_sums[VALUES ? DIM / 8 : 1][4];
         clear(key_sums);
@@ -346,6 +346,8 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                 if (at.row(half) >= tile.rows)
                     continue;
                 u64 row = sums_row(at.row(half));
+                if (params.key_stored[row] == 0)
+                    continue;
                 if constexpr (KEYS)
                     load_sums<DIM>(key_sums, half, params.key_sums + row * p.head_dim, p.head_dim);
                 if constexpr (VALUES)
@@ -438,6 +440,9 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                 if constexpr (VALUES)
                     write_row<TYPE, DIM>(value_sums, half, (char *)(params.value_sums + row * p.value_dim), F32,
                                          p.value_dim, 1.0f);
+                // The last of the kernels that store them tells of it.
+                if (VALUES && at.lane % 4 == 0 && !(tile.flags & KEY_TILE_COMPACT))
+                    params.key_stored[row] = 1;
                 continue;
             }
             u32 row = memory.key_rows[at.row(half)];

@@ -116,7 +116,7 @@ unsafe fn run(queue: &Queue<'_>, params: &BackwardParams, name: &'static CStr, t
 /// # Safety
 /// What `params` points to is there, for as many tiles as it says; the gradients and sums of the tiles' rows are this
 /// launch's to write; `next_tile` is one word of the workspace.
-pub(super) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
+pub(crate) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
     let name = launch(queue.device, params).queries[element(params)];
     // SAFETY: the caller's contract.
     unsafe { run(queue, params, name, params.attend.tile_count) }
@@ -126,7 +126,7 @@ pub(super) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Resu
 ///
 /// # Safety
 /// As for [`queries`].
-pub(super) unsafe fn keys(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
+pub(crate) unsafe fn keys(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
     for name in launch(queue.device, params).keys[element(params)] {
         // SAFETY: the caller's contract.
         unsafe { run(queue, params, name, params.key_tile_count) }?;
