@@ -298,7 +298,9 @@ fn sequences() {
         sequences: Some(Sequences { cu_seqlens_q: &ends, cu_seqlens_k: &ends }),
         ..Division::default()
     };
-    let (stream, tensors) = (Stream::new(), prepared.forward.tensors());
+    // The figures of heads are others for sequences.
+    let tensors = DeviceTensors { error: None, keys_per_query: None, ..prepared.forward.tensors() };
+    let stream = Stream::new();
     // SAFETY: tensors and gradients are the device's memory, which outlives the work, as it is waited for.
     unsafe {
         hyperattn_cuda::forward_divided(&params, &division, &tensors, None, stream.raw()).unwrap();

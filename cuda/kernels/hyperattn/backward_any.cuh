@@ -321,7 +321,7 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                 put_query<COLUMNS>(memory, 0, find_block<COLUMNS>(params, memory, 0, true));
             __syncthreads();
             for (u32 slot = 0; memory.blocks[slot].count; slot ^= 1) {
-                u32 head = query_head<COLUMNS>(params, memory, slot);
+                u32 head = query_head(params, memory.tile, memory.blocks[slot]);
                 copy_rows<DIM, COLUMNS>(shared.first_columns, vectors(p.q, tile.batch, head, p.head_dim, p.q_type),
                                         memory.query_rows[slot]);
                 copy_rows<DIM, COLUMNS>(shared.second_columns,
