@@ -1,7 +1,7 @@
 //! The backward pass: the gradient of the estimator that the forward ran, see core's `docs/backward.md`.
 //!
-//! Nothing is added up by atomics: a thread block owns a tile of queries, and walks the keys that they meet, for dq; another
-//! owns a tile of keys, and walks the queries that meet them, for dk and dv. Every sum has one order.
+//! Nothing is added up by atomics: a thread block owns a tile of queries, and walks the keys that they meet, for dq;
+//! another owns a tile of keys, and walks the queries that meet them, for dk and dv. Every sum has one order.
 
 mod exact;
 pub(crate) mod launch;
@@ -38,13 +38,12 @@ pub fn backward_divided_workspace(
     Ok(Layout { size: most_size(&parts, tensors)?, align: WORKSPACE_ALIGN })
 }
 
-/// Writes dq, dk and dv, enqueued on `stream` of the calling thread's current context. `tensors` are those of the forward
-/// call with the same `params`, `out` and `lse` as it left them; they are only read, and `error` and `keys_per_query` not
-/// at all. What [`crate::forward`] says of the workspace, the stream and errors holds here too.
+/// Writes dq, dk and dv, enqueued on `stream` of the calling thread's current context. `tensors` are those of the
+/// forward call with the same `params`, `out` and `lse` as it left them; they are only read, and `error` and
+/// `keys_per_query` not at all. What [`crate::forward`] says of the workspace, the stream and errors holds here too.
 ///
-/// # Safety
-/// As for [`crate::forward`]; what `gradients` describe is memory of the context's device too, the outputs among it writable
-/// and used by nobody else.
+/// # Safety As for [`crate::forward`]; what `gradients` describe is memory of the context's device too, the outputs
+/// among it writable and used by nobody else.
 pub unsafe fn backward(
     params: &Params,
     tensors: &DeviceTensors,

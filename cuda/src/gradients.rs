@@ -6,8 +6,8 @@ use hyperattn_core::{GradientLayouts, Result};
 use crate::call::{DeviceTensor, DeviceTensors, check_alignment};
 use crate::divided::part_of;
 
-/// Gradients of a loss with respect to what one forward call computed, and with respect to what it read. Shapes and element
-/// types are those of [`hyperattn_core::Gradients`].
+/// Gradients of a loss with respect to what one forward call computed, and with respect to what it read. Shapes and
+/// element types are those of [`hyperattn_core::Gradients`].
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceGradients {
     /// With respect to the output.

@@ -140,8 +140,7 @@ fn not_finite_beyond_the_limit() {
                         // A query: its own gradient, and those of the keys it sees.
                         assert!(dq == (row != at) && dk == (row > at) && dv == (row > at), "{what}");
                     } else {
-                        // A key or a value: queries from it on, and through their delta all keys that these see. Nothing
-                        // before the tensors' other rows is left but queries.
+                        // A key or a value: queries from it on, and through these nearly all keys.
                         assert!(dq == (row < at), "{what}");
                     }
                 }
@@ -210,7 +209,7 @@ fn paper_shapes() {
         );
         let fewer = Shape { n_k: 900, heads_kv: 1, ..base };
         check(&paper(mask, Residual::Uniform, 64, 33), fewer, DType::F32, 112);
-        // No blocks, no order, one sample that is drawn often.
+        // No blocks, and so no order.
         check(&Params { min_seq_len: 100, ..paper(mask, Residual::Uniform, 0, 64) }, base, DType::F16, 113);
         let unsorted = Params { lsh_num_projs: 0, ..paper(mask, Residual::Uniform, 64, 64) };
         check(&unsorted, base, DType::BF16, 114);

@@ -1,12 +1,13 @@
 // Gradients in f32 arithmetic for every element type, dimension and alignment.
 //
-// A thread block keeps some rows of a tile, each with two vectors, and meets blocks of columns that have two vectors too:
+// A thread block keeps some rows of a tile, each with two vectors, and meets blocks of columns that have two vectors
+// too:
 //     rows of queries (q, dout) and columns of keys (k, v), for dq;
 //     rows of keys (k, v) and columns of queries (q, dout), for dk and dv.
 // Sums over a block are made from zero and then added, so that rounding errors grow with the number of blocks.
 //
-// What a row must not see. Shares of masked pairs are 0, and in a block with pairs of both kinds the vectors of a column are
-// only added to the rows that the column is for: 0 times a NaN would not be 0.
+// What a row must not see. Shares of masked pairs are 0, and in a block with pairs of both kinds the vectors of a
+// column are only added to the rows that the column is for: 0 times a NaN would not be 0.
 #pragma once
 
 #include "attend_any.cuh"
@@ -35,9 +36,9 @@ template <u32 DIM> struct Shape {
     static constexpr u32 COLUMN_FLOATS = COLUMNS * PITCH;
     static constexpr u32 WEIGHT_FLOATS = COLUMNS * WEIGHT_PITCH;
     static constexpr u32 FLOATS = 2 * (ROW_FLOATS + COLUMN_FLOATS + WEIGHT_FLOATS);
-    static constexpr u32 MEMORY_BYTES = sizeof(key_stream::TileMemory<COLUMNS>) > sizeof(query_stream::TileMemory<COLUMNS>)
-                                            ? sizeof(key_stream::TileMemory<COLUMNS>)
-                                            : sizeof(query_stream::TileMemory<COLUMNS>);
+    static constexpr u32 OF_QUERIES_BYTES = sizeof(key_stream::TileMemory<COLUMNS>);
+    static constexpr u32 OF_KEYS_BYTES = sizeof(query_stream::TileMemory<COLUMNS>);
+    static constexpr u32 MEMORY_BYTES = OF_QUERIES_BYTES > OF_KEYS_BYTES ? OF_QUERIES_BYTES : OF_KEYS_BYTES;
     static constexpr u32 SHARED_BYTES = FLOATS * 4 + MEMORY_BYTES;
     static_assert(FLOATS % 4 == 0, "aligned memory");
 };

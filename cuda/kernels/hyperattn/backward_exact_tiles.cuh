@@ -1,10 +1,11 @@
-// The inverse lists of exact attention: every tile of keys meets the queries from the first one on that sees a key of it.
+// The inverse lists of exact attention: every tile of keys meets the queries from the first one on that sees a key of
+// it.
 #pragma once
 
 #include "backward_work.cuh"
 
-// A thread for each of `count` tiles, whose segment is that of the same number; tile by tile of a section of KV heads, those
-// with the most queries first. `kv_heads` are those of all batch items, `heads_kv` those of one.
+// A thread for each of `count` tiles, whose segment is that of the same number; tile by tile of a section of KV heads,
+// those with the most queries first. `kv_heads` are those of all batch items, `heads_kv` those of one.
 extern "C" __global__ void backward_exact_tiles(hyperattn::KeyTile *tiles, hyperattn::Segment *segments,
                                                 hyperattn::u32 count, hyperattn::u32 kv_heads, hyperattn::u32 heads_kv,
                                                 hyperattn::u32 group, hyperattn::u32 n_q, hyperattn::u32 n_k,

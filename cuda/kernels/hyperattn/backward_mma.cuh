@@ -1,14 +1,15 @@
 // Gradients on mma.sync for 16-bit queries, keys, values and output gradients; sm_80 and everything after it.
 //
-// A thread block keeps the rows of a tile, each with two vectors, and meets blocks of columns that have two vectors too:
+// A thread block keeps the rows of a tile, each with two vectors, and meets blocks of columns that have two vectors
+// too:
 //     rows of queries (q, dout) and columns of keys (k, v), for dq;
 //     rows of keys (k, v) and columns of queries (q, dout), for dk and dv.
 // A warp owns 16 rows and all columns of a block: shares and slopes go from the accumulators of two products into the
 // operands of the next ones in registers. Where there is room the next block is copied meanwhile.
 //
-// What a row must not see. Shares of masked pairs are 0. In a block with pairs of both kinds slopes of 0 would still turn a
-// NaN or an infinity of a column's vector into NaN: the vectors are looked through, and what is not finite is added to just
-// the rows that the column is for and set to zero for the product.
+// What a row must not see. Shares of masked pairs are 0. In a block with pairs of both kinds slopes of 0 would still
+// turn a NaN or an infinity of a column's vector into NaN: the vectors are looked through, and what is not finite is
+// added to just the rows that the column is for and set to zero for the product.
 #pragma once
 
 #include "attend_mma.cuh"
@@ -41,9 +42,9 @@ template <u32 DIM> struct Shape : mma::Shape<DIM> {
     static constexpr u32 BLOCK_BYTES = COLUMNS * Base::ROW_BYTES;
     static constexpr u32 COLUMNS_AT = 2 * TILE_BYTES;
     static constexpr u32 MEMORY_AT = COLUMNS_AT + STAGES * 2 * BLOCK_BYTES;
-    static constexpr u32 MEMORY_BYTES = sizeof(key_stream::TileMemory<COLUMNS>) > sizeof(query_stream::TileMemory<COLUMNS>)
-                                            ? sizeof(key_stream::TileMemory<COLUMNS>)
-                                            : sizeof(query_stream::TileMemory<COLUMNS>);
+    static constexpr u32 OF_QUERIES_BYTES = sizeof(key_stream::TileMemory<COLUMNS>);
+    static constexpr u32 OF_KEYS_BYTES = sizeof(query_stream::TileMemory<COLUMNS>);
+    static constexpr u32 MEMORY_BYTES = OF_QUERIES_BYTES > OF_KEYS_BYTES ? OF_QUERIES_BYTES : OF_KEYS_BYTES;
     static constexpr u32 SHARED_BYTES = MEMORY_AT + MEMORY_BYTES;
 };
 

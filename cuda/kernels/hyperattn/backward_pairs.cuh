@@ -1,5 +1,5 @@
-// Rows of sums that four neighbouring lanes hold as pairs of columns, as the accumulators of matrix products do: a lane has
-// columns 8 n + 2 (lane % 4) and the next.
+// Rows of sums that four neighbouring lanes hold as pairs of columns, as the accumulators of matrix products do: a lane
+// has columns 8 n + 2 (lane % 4) and the next.
 #pragma once
 
 #include "convert.cuh"

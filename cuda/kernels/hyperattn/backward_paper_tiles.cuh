@@ -1,6 +1,6 @@
-// The inverse lists of a pass of PAPER: the keys of a block meet the queries of the block, all keys of an exact rectangle the
-// queries that see them, and the sampled keys all queries of their rectangle that are not of their own block. The sampled
-// keys meet their queries in chunks, whose sums are then added in order to those of the keys.
+// The inverse lists of a pass of PAPER: the keys of a block meet the queries of the block, all keys of an exact
+// rectangle the queries that see them, and the sampled keys all queries of their rectangle that are not of their own
+// block. The sampled keys meet their queries in chunks, whose sums are then added in order to those of the keys.
 #pragma once
 
 #include "backward_work.cuh"
@@ -69,7 +69,8 @@ constexpr u32 BACKWARD_SAMPLES_COLUMNS = 16;
 
 } // namespace hyperattn
 
-// Tiles of the keys of every rectangle. One thread per tile: grid ceil(kv_heads * rectangles * key_tiles / 128), block 128.
+// Tiles of the keys of every rectangle. One thread per tile: grid ceil(kv_heads * rectangles * key_tiles / 128), block
+// 128.
 extern "C" __global__ void __launch_bounds__(128)
     backward_paper_key_tiles(const __grid_constant__ hyperattn::BackwardPaperParams params)
 {
@@ -161,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(128)
     Segment segment = {};
     Rectangle rectangle;
     if (common.rectangle(index, rectangle)) {
-        u32 queries = rectangle.query_end - rectangle.query_start, keys = rectangle.key_end - rectangle.key_start;
+        u32 queries = rectangle.query_end - rectangle.query_start;
         u64 start = (u64)chunk * params.chunk_queries;
         u32 rows = common.sample_size - first < TILE_ROWS ? common.sample_size - first : TILE_ROWS;
         tile.first_key = samples * common.sample_size + first;

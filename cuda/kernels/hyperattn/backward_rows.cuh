@@ -12,7 +12,8 @@ constexpr u32 BACKWARD_ROWS_LANES = 16;
 
 } // namespace hyperattn
 
-// Grid: ceil(batch * heads_q * n_q / 16); block BACKWARD_ROWS_THREADS. `out` is what forward wrote; dlse may have no data.
+// Grid: ceil(batch * heads_q * n_q / 16); block BACKWARD_ROWS_THREADS. `out` is what forward wrote; dlse may have no
+// data.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_ROWS_THREADS)
     backward_rows(const __grid_constant__ hyperattn::BackwardParams p, const __grid_constant__ hyperattn::View out,
                   hyperattn::u32 out_type, const __grid_constant__ hyperattn::View dlse, hyperattn::RowTerms *row_terms,

@@ -1,8 +1,8 @@
 // Gradients on Hopper for queries, keys, values and output gradients of one 16-bit type.
 //
-// As in backward_mma.cuh the rows of a tile meet blocks of columns. Products of rows and columns read both from shared memory;
-// shares and slopes are operands in registers of the products that sum up. The products of the two computing warpgroups
-// overlap with each other's exponentials.
+// As in backward_mma.cuh the rows of a tile meet blocks of columns. Products of rows and columns read both from shared
+// memory; shares and slopes are operands in registers of the products that sum up. The products of the two computing
+// warpgroups overlap with each other's exponentials.
 //
 // Launched with one block of THREADS threads per multiprocessor and Shape<DIM>::SHARED_BYTES of dynamic shared memory.
 // DIM is at least head_dim and value_dim, which are multiples of 8; all rows are aligned to 16 bytes.
@@ -150,8 +150,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         }
     }
 
-    // Slopes from shares and the products of second vectors. Both take the place of what they are made of, for there are no
-    // registers for more.
+    // Slopes from shares and the products of second vectors. Both take the place of what they are made of, for there
+    // are no registers for more.
     template <bool MASKED> __device__ __forceinline__ void differentiate(u32 flags)
     {
         const ColumnStage<COLUMNS> &columns = control.columns[ring.stage];
@@ -177,8 +177,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         }
     }
 
-    // Takes what is not finite out of a block's vectors and adds it to the rows that see its column; all computing threads
-    // call it.
+    // Takes what is not finite out of a block's vectors and adds it to the rows that see its column; all computing
+    // threads call it.
     __device__ __forceinline__ void take_out_not_finite(float (&to)[DIM / 2], u32 flags, u32 which)
     {
         u32 columns = columns_at(which), thread = threadIdx.x - WARPGROUP;

@@ -1,8 +1,8 @@
 // Shared memory of the Hopper backward kernels, and what their loading warps tell the computing ones.
 //
-// The rows of a tile, with two vectors each, lie in one of two places; the columns that they meet, with two vectors each,
-// stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all rows, swizzled by 128 bytes;
-// elements past the tensors' dimensions are 0.
+// The rows of a tile, with two vectors each, lie in one of two places; the columns that they meet, with two vectors
+// each, stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all rows, swizzled by 128
+// bytes; elements past the tensors' dimensions are 0.
 #pragma once
 
 #include "attend_wgmma_copy.cuh"
@@ -26,6 +26,7 @@ constexpr u32 LOADER_ARRIVALS = WARPGROUP / 32 + WARPGROUP;
 // Of a thread; together no more than the block starts with, 168 for each.
 constexpr u32 LOADER_REGISTERS = 56;
 constexpr u32 CONSUMER_REGISTERS = 224;
+static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168, "or a warpgroup waits for ever");
 
 // Named barriers: of the loading threads, and of the computing ones.
 constexpr u32 LOADER_BARRIER = 1;

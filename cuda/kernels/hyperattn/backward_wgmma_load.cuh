@@ -1,6 +1,6 @@
-// The loading warps of the Hopper backward kernels: 128 threads that take tiles, look up their rows and those of the blocks
-// of columns, and copy the vectors by 16 bytes. They run ahead of the computing warps by the slots and the ring's stages, and
-// look a block's rows up before they wait for its stage.
+// The loading warps of the Hopper backward kernels: 128 threads that take tiles, look up their rows and those of the
+// blocks of columns, and copy the vectors by 16 bytes. They run ahead of the computing warps by the slots and the
+// ring's stages, and look a block's rows up before they wait for its stage.
 #pragma once
 
 #include "backward_wgmma_layout.cuh"
@@ -77,7 +77,8 @@ template <u32 DIM> struct Loader {
     // The number of the tile after, of thread 0.
     u32 next = 0;
 
-    __device__ __forceinline__ Loader(const BackwardParams &backward, typename S::Control &shared_control, u32 shared_data)
+    __device__ __forceinline__ Loader(const BackwardParams &backward, typename S::Control &shared_control,
+                                      u32 shared_data)
         : params(backward), p(backward.attend), control(shared_control), data(shared_data)
     {
     }

@@ -1,6 +1,6 @@
-// What backward kernels execute. Tiles of queries with segments of keys (work.cuh), which give the gradient of the queries,
-// and the inverse lists: tiles of keys with segments of queries, which give those of the keys and values. Each gradient is a
-// sum in registers of one thread block, in the order of its lists.
+// What backward kernels execute. Tiles of queries with segments of keys (work.cuh), which give the gradient of the
+// queries, and the inverse lists: tiles of keys with segments of queries, which give those of the keys and values. Each
+// gradient is a sum in registers of one thread block, in the order of its lists.
 //
 // With the share p = 2^(logit - lse) of a pair, and dp the product of its output gradient and value:
 //     dv += p dout        ds = p (dp - delta)        dq += scale ds k        dk += scale ds q
@@ -59,11 +59,11 @@ enum KeyTileFlags : u32 {
     KEY_TILE_HIDING = 64,
 };
 
-// Of the segments of a key tile, `first`, `count`, `log_weight` and SEGMENT_SORTED are used: runs of positions of queries,
-// which are rows query_order[position] with SEGMENT_SORTED.
+// Of the segments of a key tile, `first`, `count`, `log_weight` and SEGMENT_SORTED are used: runs of positions of
+// queries, which are rows query_order[position] with SEGMENT_SORTED.
 struct BackwardParams {
-    // `out` is dq here, and state_accumulated has the stored sums of dq, [batch][heads_q][n_q][head_dim]. Like all sums they
-    // are without the factor `scale`.
+    // `out` is dq here, and state_accumulated has the stored sums of dq, [batch][heads_q][n_q][head_dim]. Like all sums
+    // they are without the factor `scale`.
     AttendParams attend;
     View dout;
     View dk;

@@ -1,5 +1,5 @@
-// Hands out tiles of keys to thread blocks and walks the queries of a tile block by block, as key_stream.cuh does for tiles
-// of queries.
+// Hands out tiles of keys to thread blocks and walks the queries of a tile block by block, as key_stream.cuh does for
+// tiles of queries.
 #pragma once
 
 #include "backward_work.cuh"
@@ -145,7 +145,8 @@ __device__ __forceinline__ u32 query_head(const BackwardParams &p, const KeyTile
 }
 
 // Place of the block's query j.
-__device__ __forceinline__ QueryPlace place(const BackwardParams &p, const KeyTile &tile, const QueryBlock &block, u32 j)
+__device__ __forceinline__ QueryPlace place(const BackwardParams &p, const KeyTile &tile, const QueryBlock &block,
+                                            u32 j)
 {
     if (j >= block.count)
         return {NO_KEY, NO_KEY, {__uint_as_float(0x7f800000u), 0.0f}};
@@ -155,9 +156,9 @@ __device__ __forceinline__ QueryPlace place(const BackwardParams &p, const KeyTi
     return {row, position, p.row_terms[first_row + row]};
 }
 
-// Finds the block after the one in the other slot, the tile's first one if `first`, and its query number threadIdx.x. For
-// the first QUERIES threads, with the other slot's block visible to them; thread 0 writes the block to the slot, whose
-// readers must be through. The caller stores the place by put_query when it likes.
+// Finds the block after the one in the other slot, the tile's first one if `first`, and its query number threadIdx.x.
+// For the first QUERIES threads, with the other slot's block visible to them; thread 0 writes the block to the slot,
+// whose readers must be through. The caller stores the place by put_query when it likes.
 template <u32 QUERIES>
 __device__ __forceinline__ QueryPlace find_block(const BackwardParams &p, TileMemory<QUERIES> &memory, u32 slot,
                                                  bool first)

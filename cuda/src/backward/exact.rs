@@ -59,8 +59,8 @@ impl Backward<'_, '_> {
         params.key_tile_count = buffers.key_tile_count;
         params.key_tiles = buffers.key_tiles;
         params.query_segments = buffers.query_segments;
-        // SAFETY: these are the parameters of backward_exact_tiles, which writes as many tiles and segments; the lists are
-        // written before they are read.
+        // SAFETY: these are the parameters of backward_exact_tiles, which writes as many tiles and segments; the lists
+        // are written before they are read.
         unsafe {
             buffers.lists.write(queue, call)?;
             queue.launch(

@@ -23,7 +23,8 @@ struct Launch {
 /// Sizes of head_dim and value_dim that kernels are made for; each serves the smaller ones too.
 const DIMS: [usize; 3] = [64, 128, 256];
 
-/// Launches of a family's kernels, for each of [`DIMS`], or those of them that it has. entry.cu states the same numbers.
+/// Launches of a family's kernels, for each of [`DIMS`], or those of them that it has. entry.cu states the same
+/// numbers.
 const WGMMA: [Launch; 2] = [
     Launch {
         block: 384,
@@ -158,8 +159,8 @@ pub(crate) unsafe fn keys(queue: &Queue<'_>, params: &BackwardParams) -> Result<
 mod tests {
     use super::*;
 
-    /// The compiler of the device code checks the numbers in entry.cu; this checks that they are the ones here, and that the
-    /// kernels' names are there.
+    /// The compiler of the device code checks the numbers in entry.cu; this checks that they are the ones here, and
+    /// that the kernels' names are there.
     #[test]
     fn launches_are_those_that_the_device_code_states() {
         let entry = include_str!("../../kernels/entry.cu");

@@ -1,5 +1,5 @@
-//! The gradients of PAPER: the passes of the forward in the same order. Their tiles of queries give dq; their inverse, tiles
-//! of keys, give dk and dv.
+//! The gradients of PAPER: the passes of the forward in the same order. Their tiles of queries give dq; their inverse,
+//! tiles of keys, give dk and dv.
 
 use std::ops::Range;
 
@@ -126,7 +126,8 @@ impl Buffers {
     }
 }
 
-/// Whether no later pass meets the keys of a pass: the leaves come last, and only the keys of a dense past are not theirs.
+/// Whether no later pass meets the keys of a pass: the leaves come last, and only the keys of a dense past are not
+/// theirs.
 fn finishes(plan: &PaperParts, step: &Step) -> bool {
     match (&step.one, plan.parts.square) {
         (Some(one), Some(square)) => {
@@ -293,8 +294,8 @@ impl Paper<'_, '_> {
         unsafe { self.keys_gradient(&arguments, &mut params) }
     }
 
-    /// What a backward kernel needs besides the tiles of keys. Orders and sums are those of `heads` only, while it counts
-    /// heads from the first.
+    /// What a backward kernel needs besides the tiles of keys. Orders and sums are those of `heads` only, while it
+    /// counts heads from the first.
     fn gradient_params(
         &self,
         heads: &Range<usize>,

@@ -125,7 +125,8 @@ impl<'a> BackwardCall<'a> {
         found
     }
 
-    /// Runs both, prints the relative error of each gradient, and asserts that it is within the rounding errors of the types.
+    /// Runs both, prints the relative error of each gradient, and asserts that it is within the rounding errors of the
+    /// types.
     pub fn check(&self) {
         let prepared = self.prepare();
         let found = prepared.run();
@@ -225,8 +226,8 @@ impl PreparedBackward {
     /// Enqueues the call with a workspace that is as large as was asked for.
     pub fn enqueue(&self, stream: &Stream) -> Result<()> {
         let workspace = Some((self.workspace.address(), self.needed));
-        // SAFETY: all tensors and the workspace are the device's memory, which outlives the stream's work: every test waits
-        // for it before it drops them.
+        // SAFETY: all tensors and the workspace are the device's memory, which outlives the stream's work: every test
+        // waits for it before it drops them.
         unsafe {
             hyperattn_cuda::backward(
                 self.forward.params(),
@@ -246,8 +247,8 @@ impl PreparedBackward {
         self.found()
     }
 
-    /// What the gradients hold. Panics where the call wrote behind its workspace or around a gradient, or left a part of one
-    /// as it was.
+    /// What the gradients hold. Panics where the call wrote behind its workspace or around a gradient, or left a part
+    /// of one as it was.
     pub fn found(&self) -> Found {
         assert!(
             self.workspace.read(self.needed, GUARD.len()) == GUARD,
