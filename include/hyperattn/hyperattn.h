@@ -728,13 +728,28 @@ hyperattn_status hyperattn_cuda_forward(const struct hyperattn_params *params,
                                         const struct hyperattn_tensors *tensors,
                                         const struct hyperattn_cuda_exec *exec);
 
-/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs. This version answers
-/// HYPERATTN_STATUS_UNSUPPORTED.
+/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs for the same params and tensors. Needs
+/// no device. The tensors' data are not looked at and may be NULL; *out is written on success only.
+///
+/// Linear in the sequence: 8 bytes for every query row, and the lists of tiles; for METHOD_PAPER what
+/// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask, and of
+/// 4 (head_dim + value_dim) for a key row.
 hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params *params,
                                                    const struct hyperattn_tensors *tensors,
                                                    struct hyperattn_layout *out);
 
-/// hyperattn_backward() for tensors in device memory. This version answers HYPERATTN_STATUS_UNSUPPORTED.
+/// hyperattn_backward() for tensors in device memory, enqueued on exec->stream: it returns before the gradients are
+/// complete. What hyperattn_cuda_forward() says of pointers, the workspace, capture and errors holds here too.
+///
+/// The same arguments give the same bits: no sum depends on the order in which threads run. 16-bit kernels round each
+/// pair's share and slope to the type of the tensors.
+///
+/// UNSUPPORTED: METHOD_REFINED where it estimates, METHOD_PAPER with RESIDUAL_ROW_NORM or a block mask, and head_methods
+/// that differ among the query heads of one KV head.
+///
+///     /* After hyperattn_cuda_forward(&params, &tensors, &exec) with an lse. */
+///     if (hyperattn_cuda_backward(&params, &tensors, &grads, &exec) != HYPERATTN_STATUS_OK)
+///         fprintf(stderr, "%s\n", hyperattn_last_error());
 hyperattn_status hyperattn_cuda_backward(const struct hyperattn_params *params,
                                          const struct hyperattn_tensors *tensors,
                                          const struct hyperattn_grads *grads,
