@@ -1,7 +1,8 @@
 //! A table: the generic kernels, compiled for one vector type and its instructions.
 
 /// Defines the entry points for a vector, with ROWS, VECTORS and TAIL of a register tile, the queries that weigh keys
-/// together, and the rows of a register tile of the backward pass, under the target features that it needs; and the table of them.
+/// together, and the rows of a register tile of the backward pass, under the target features that it needs; and the
+/// table of them.
 macro_rules! kernel_table {
     ($isa:ident, $vector:ty, $rows:literal, $vectors:literal, $tail:literal, $weighing:literal,
      $gradient:literal $(, $features:literal)?) => {

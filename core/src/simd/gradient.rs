@@ -11,9 +11,9 @@ use super::register_tile::multiply;
 use super::vector::Vector;
 use super::{GradientStep, HIDDEN_BELOW, KEY_TILE};
 
-/// Rows that go through all five products together: their weights and the gradients of their logits stay in the
-/// first-level cache.
-const BLOCK_ROWS: usize = 64;
+/// Rows that go through all five products together: few enough that what one product reads of their weights, or of the
+/// gradients of their logits, stays in the first-level cache. Whole register tiles of every table.
+const BLOCK_ROWS: usize = 96;
 
 /// Rows of a register tile, at most.
 const MOST_TILE_ROWS: usize = 16;
@@ -33,7 +33,7 @@ const MOST_EXPONENT: f32 = 127.0;
 pub(super) unsafe fn attend_gradient<V: Vector, const ROWS: usize, const VECTORS: usize>(
     step: &mut GradientStep<'_>,
 ) {
-    const { assert!(ROWS <= MOST_TILE_ROWS) };
+    const { assert!(ROWS <= MOST_TILE_ROWS && BLOCK_ROWS.is_multiple_of(ROWS)) };
     let rows = step.delta.len();
     // Weight 0 keeps a row and a key apart only where both are finite.
     let pair_by_pair = may_hide_pairs(step) && !operands_are_finite::<V>(step);
@@ -438,14 +438,18 @@ unsafe fn add_gradients<V: Vector, const ROWS: usize, const VECTORS: usize>(
     step: &mut GradientStep<'_>,
     block: &Block,
 ) {
-    let skipped = if step.use_values { 0 } else { 1 };
+    // One after the other and not in a loop: the strides of each are constants of its code.
     // SAFETY: the block's rows are among the step's, and its limits are not beyond the last key.
     unsafe {
-        let [values, keys, (queries, vectors)] = gradient_products::<V>(step, block);
-        for &(product, vectors) in &[values, keys][skipped..] {
+        let [values, keys, queries] = gradient_products::<V>(step, block);
+        if step.use_values {
+            let (product, vectors) = values;
             product.compute::<V, ROWS, VECTORS, false>(block.most, vectors, RowsThatSee(block));
         }
-        queries.compute::<V, ROWS, VECTORS, false>(block.rows, vectors, KeysSeen(block));
+        let (product, vectors) = keys;
+        product.compute::<V, ROWS, VECTORS, false>(block.most, vectors, RowsThatSee(block));
+        let (product, vectors) = queries;
+        product.compute::<V, ROWS, VECTORS, false>(block.rows, vectors, KeysSeen(block));
     }
 }
 
