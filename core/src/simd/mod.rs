@@ -12,6 +12,8 @@ mod detect_aarch64;
 mod detect_x86;
 mod entries;
 mod generic;
+mod gradient;
+pub use gradient::GradientStep;
 mod mask;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
