@@ -2,7 +2,7 @@
 
 use crate::model::Weights;
 
-const RATE: f32 = 4e-3;
+const RATE: f32 = 5e-3;
 const WARM_UP: i32 = 10;
 const MEAN_DECAY: f32 = 0.9;
 const SQUARE_DECAY: f32 = 0.98;

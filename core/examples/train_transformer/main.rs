@@ -1,7 +1,7 @@
 //! Fits a small transformer to a novel three times from the same weights on the same text, with exact attention and with
 //! both estimators, and prints how the loss falls.
 //!
-//! `cargo run --release -p hyperattn-core --example train_transformer [STEPS]`: 150 steps take about a minute on one core.
+//! `cargo run --release -p hyperattn-core --example train_transformer [STEPS]`: 300 steps take about a minute on one core.
 
 mod adam;
 mod attention;
@@ -25,13 +25,13 @@ use training::Training;
 
 const SEED: u64 = 20261126;
 const BATCH: usize = 1;
-const TOKENS: usize = 1024;
+const TOKENS: usize = 512;
 /// Sequences for the loss on text that was not trained on.
-const HELD_OUT: usize = 8;
+const HELD_OUT: usize = 16;
 const REPORT_EVERY: usize = 10;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let steps: usize = std::env::args().nth(1).map_or(Ok(150), |argument| argument.parse())?;
+    let steps: usize = std::env::args().nth(1).map_or(Ok(300), |argument| argument.parse())?;
     let text = Text::new();
     let sizes = Sizes { vocabulary: text.vocabulary, layers: 2, width: 64, heads: 4, hidden: 192 };
     let shape = [BATCH, TOKENS, sizes.heads, sizes.head_dim()];

@@ -1,4 +1,4 @@
-//! The methods that are trained with: options so small that the estimators estimate at a thousand tokens.
+//! The methods that are trained with: options so small that the estimators estimate at a few hundred tokens.
 
 use hyperattn_core::{DType, Layouts, Mask, Method, Params, Result, TensorLayout, stages};
 
@@ -10,12 +10,12 @@ pub fn exact() -> Params {
 /// A name and options for each.
 pub fn all() -> [(&'static str, Params); 3] {
     let base = exact();
-    let paper = Params { method: Method::Paper, min_seq_len: 64, block_size: 32, sample_size: 32, ..base };
+    let paper = Params { method: Method::Paper, min_seq_len: 32, block_size: 16, sample_size: 16, ..base };
     let refined = Params {
         method: Method::Refined,
         min_seq_len: 64,
-        budget: 128,
-        band: 32,
+        budget: 64,
+        band: 16,
         num_first_keys: 4,
         // Every head keeps to the budget, however large its error.
         target_error: 0.0,
