@@ -89,7 +89,7 @@ def test_cpu_only(lenders):
         hyperattn.diagnose(q, k, v)
     with pytest.raises(NotImplementedError, match="merge is for the CPU"):
         hyperattn.merge(out, q, out, q)
-    with pytest.raises(TypeError, match="out: pass what to write to, results on CUDA"):
+    with pytest.raises(TypeError, match="pass what to write to: results on CUDA"):
         hyperattn.forward(q, k, v)
 
 

@@ -43,7 +43,7 @@ def test_result_is_the_librarys_own(qkv):
 
 
 def test_without_a_namespace_out_is_needed(qkv):
-    with pytest.raises(TypeError, match="out: pass what to write to, Lender"):
+    with pytest.raises(TypeError, match="pass what to write to: Lender"):
         hyperattn.forward(Lender(qkv[0]), *qkv[1:])
 
 
