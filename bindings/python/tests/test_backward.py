@@ -100,7 +100,9 @@ def test_choices(problem, random):
 
 
 @pytest.mark.parametrize("mask", ["none", "causal"])
-@pytest.mark.parametrize("method", [dict(method="paper"), dict(method="paper", residual="row_norm"), dict(method="refined")])
+@pytest.mark.parametrize(
+    "method", [dict(method="paper"), dict(method="paper", residual="row_norm"), dict(method="refined")]
+)
 def test_estimators(problem, method, mask):
     """The same bits again and with any number of threads, other ones for another seed, and no exact gradient."""
     arguments = dict(mask=mask, seed=3, **method, **FEW)
