@@ -5,6 +5,7 @@ pub mod additive_mask;
 pub mod compare;
 pub mod executors;
 pub mod expected;
+pub mod gradient_step;
 pub mod inputs;
 pub mod packing;
 pub mod patterns;
