@@ -175,10 +175,8 @@ impl Arguments {
     pub(crate) unsafe fn workspace(&self, layouts: &Layouts<'_>, need: Need) -> Result<hyperattn_layout> {
         let Arguments { options, from, exec } = self;
         // SAFETY: the caller's contract.
-        let (division, chosen) =
-            unsafe { (call::division(options, from, &layouts.q)?, Chosen::new(exec)?) };
-        let Layout { size, align } =
-            need(&options.params, &division, layouts, kernels(), chosen.executor())?;
+        let (division, chosen) = unsafe { (call::division(options, from, &layouts.q)?, Chosen::new(exec)?) };
+        let Layout { size, align } = need(&options.params, &division, layouts, kernels(), chosen.executor())?;
         Ok(hyperattn_layout { size, align })
     }
 }

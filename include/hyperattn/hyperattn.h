@@ -557,7 +557,10 @@ hyperattn_status hyperattn_merge(const struct hyperattn_tensor *out_a,
 /// Size and alignment of the workspace that hyperattn_backward() needs for the same params, tensors and exec. The tensors'
 /// data are not looked at and may be NULL; *out is written on success only.
 ///
-/// Never quadratic in the sequence: a multiple of the rows of q, k and v, and for every thread the sums of a tile.
+/// Never quadratic in the sequence. At most the sum of: what hyperattn_forward_workspace() answers without a lane's
+/// rounding; 4 head_dim bytes for every row of every query head and 4 (head_dim + value_dim) for every row of every KV head
+/// of one batch item; for METHOD_PAPER 512 sample_size (head_dim + value_dim) bytes for every KV head; for METHOD_REFINED
+/// up to 8 times the sums of a KV head; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };

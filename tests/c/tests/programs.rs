@@ -86,6 +86,11 @@ fn additive_mask() {
 }
 
 #[test]
+fn backward() {
+    run_c("backward");
+}
+
+#[test]
 fn block_mask() {
     run_c("block_mask");
 }

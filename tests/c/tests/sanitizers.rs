@@ -109,6 +109,11 @@ fn additive_mask() {
 }
 
 #[test]
+fn backward() {
+    run_sanitized("backward");
+}
+
+#[test]
 fn block_mask() {
     run_sanitized("block_mask");
 }
