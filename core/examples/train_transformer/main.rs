@@ -2,7 +2,7 @@
 //! with both estimators. Prints how the loss falls, and in the end the loss on text that was not trained on, with the
 //! method trained with and with exact attention.
 //!
-//! `cargo run --release -p hyperattn-core --example train_transformer [STEPS]`, 300 of them by default: about a minute on
+//! `cargo run --release -p hyperattn-core --example train_transformer [STEPS]`, 450 of them by default: about a minute on
 //! one core.
 
 mod adam;
@@ -33,7 +33,7 @@ const HELD_OUT: usize = 16;
 const REPORT_EVERY: usize = 10;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let steps: usize = std::env::args().nth(1).map_or(Ok(300), |argument| argument.parse())?;
+    let steps: usize = std::env::args().nth(1).map_or(Ok(450), |argument| argument.parse())?;
     let text = Text::new();
     let sizes = Sizes { vocabulary: text.vocabulary, layers: 2, width: 64, heads: 4, hidden: 192 };
     let shape = [BATCH, TOKENS, sizes.heads, sizes.head_dim()];
