@@ -73,27 +73,32 @@ def _divide(call: Call, tensors: Any, queries: Numbers, keys: Numbers) -> None:
     tensors.cu_seqlens_q, tensors.cu_seqlens_k = (call.keep(ffi.new("int32_t[]", numbers)) for numbers in bounds)
 
 
+class _Options(Parameters, total=False):
+    """The keyword arguments of `forward` on which the type of its result does not depend."""
+
+    method: Method | int
+    mask: Mask | int
+    scale: float | None
+    layout: Layout
+    threads: int
+    stream: int | None
+    additive_mask: SupportsDLPack | None
+    block_mask: BlockMask | None
+    head_methods: Sequence[Method | int] | None
+    cu_seqlens_q: Numbers | None
+    cu_seqlens_k: Numbers | None
+
+
 @overload
 def forward(
     q: Array,
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: None = ...,
     return_lse: Literal[False] = ...,
     return_error: Literal[False] = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> Array: ...
 @overload
 def forward(
@@ -101,21 +106,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: Other,
     return_lse: Literal[False] = ...,
     return_error: Literal[False] = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> Other: ...
 @overload
 def forward(
@@ -123,21 +117,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: None = ...,
     return_lse: bool = ...,
     return_error: bool = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> tuple[Array, ...]: ...
 @overload
 def forward(
@@ -145,21 +128,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: SupportsDLPack,
     return_lse: bool = ...,
     return_error: bool = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> tuple[Any, ...]: ...
 def forward(
     q: Any,
