@@ -80,17 +80,8 @@ pub(crate) fn estimate_row_sums(
     log2_tau_of: impl Fn(usize) -> f32,
     covered: impl Fn(&Column) -> bool,
 ) {
-    let params = call.params;
-    let factor = log2_cap_factor(params, positions.len());
-    let floor = |r: usize| log2_tau_of(r) - log2(params.approx_d_kappa);
-    for r in 0..tile.rows() {
-        tile.memory.cap[r] = factor + log2_add(tile.log2_sum(r), floor(r));
-    }
-    tile.empty_other_sums();
-    tile.swap_sums();
-    let stream = uniform_stream(params.seed, params.offset, call.problem.first_kv_head + keys.kv_head);
-    let columns = uniform_columns(stream, positions, params.sample_size as usize);
-    tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, true, Part::Sum);
+    let floor = |r: usize| log2_tau_of(r) - log2(call.params.approx_d_kappa);
+    sum_sample(tile, call, keys, positions, floor, covered);
     for r in 0..tile.rows() {
         tile.memory.cap[r] = tile.log2_sum(r);
     }
@@ -99,6 +90,45 @@ pub(crate) fn estimate_row_sums(
         let sampled = tile.memory.cap[r];
         let rest = if floor(r) > sampled { floor(r) } else { sampled };
         tile.memory.cap[r] = log2_add(tile.log2_sum(r), rest);
+    }
+}
+
+/// Sets `tile.memory.cap` to the base-2 logs of C_i, and swaps the sums for those of the capped sample, d_i.
+fn sum_sample(
+    tile: &mut Tile<'_>,
+    call: &Call<'_>,
+    keys: KeyOrder<'_>,
+    positions: Range<usize>,
+    log2_floor: impl Fn(usize) -> f32,
+    covered: impl Fn(&Column) -> bool,
+) {
+    let params = call.params;
+    let factor = log2_cap_factor(params, positions.len());
+    for r in 0..tile.rows() {
+        tile.memory.cap[r] = factor + log2_add(tile.log2_sum(r), log2_floor(r));
+    }
+    tile.empty_other_sums();
+    tile.swap_sums();
+    let stream = uniform_stream(params.seed, params.offset, call.problem.first_kv_head + keys.kv_head);
+    let columns = uniform_columns(stream, positions, params.sample_size as usize);
+    tile.attend_columns(keys, columns.filter(|column| !covered(column)), None, true, Part::Sum);
+}
+
+/// Base-2 logits beyond which a term of each row's sampled sum is a constant: C_i, or -inf where tau / kappa takes the
+/// place of the whole sum. The tile's sums hold the exact blocks.
+pub(crate) fn bound_terms(
+    tile: &mut Tile<'_>,
+    call: &Call<'_>,
+    keys: KeyOrder<'_>,
+    positions: Range<usize>,
+    log2_tau_of: impl Fn(usize) -> f32,
+    covered: impl Fn(&Column) -> bool,
+    bounds: &mut [f32],
+) {
+    let floor = |r: usize| log2_tau_of(r) - log2(call.params.approx_d_kappa);
+    sum_sample(tile, call, keys, positions, floor, covered);
+    for (r, bound) in bounds.iter_mut().enumerate() {
+        *bound = if floor(r) > tile.log2_sum(r) { f32::NEG_INFINITY } else { tile.memory.cap[r] };
     }
 }
 

@@ -184,6 +184,21 @@ impl<'a> Divided<'a> {
         items * self.runs
     }
 
+    /// Batch items or sequences that are computed one after the other; one for all batch items that are alike.
+    pub(crate) fn items(&self) -> usize {
+        self.count() / self.runs
+    }
+
+    /// The parts of an item.
+    pub(crate) fn parts_of(&self, item: usize) -> Range<usize> {
+        item * self.runs..(item + 1) * self.runs
+    }
+
+    /// All heads of the batch items or of the sequence that part `index` belongs to, as one problem.
+    pub(crate) fn item_problem(&self, index: usize) -> Problem {
+        self.whole.part(&self.item(index))
+    }
+
     /// All heads of the batch items or of the sequence that part `index` belongs to.
     pub fn item(&self, index: usize) -> Section {
         let Problem { batch, heads_q, heads_kv, n_q, n_k, .. } = self.whole;

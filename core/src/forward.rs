@@ -214,11 +214,19 @@ pub(crate) fn execute(
     match plan.run {
         Run::Exact => exact(&call, &plan.rectangle, executor, &mut lanes, shared.packed)?,
         Run::Paper => {
-            let mut paper = Paper { plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
+            let mut paper =
+                Paper { plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared, gradient: None };
             paper.run()?;
         }
         Run::Refined => {
-            let mut refined = Refined { plan, call: &call, executor, lanes: &mut lanes, shared: &mut shared };
+            let mut refined = Refined {
+                plan,
+                call: &call,
+                executor,
+                lanes: &mut lanes,
+                shared: &mut shared,
+                gradient: None,
+            };
             return refined.run();
         }
     }

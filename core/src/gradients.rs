@@ -1,7 +1,7 @@
 //! The gradients of one backward call, checked against its tensors.
 
 use crate::element::DType;
-use crate::error::{Error, ErrorKind, Result, invalid};
+use crate::error::{Result, invalid};
 use crate::problem::{Layouts, Place, Tensors, check_output, check_overlap};
 use crate::view::{TensorLayout, TensorMut, TensorRef};
 

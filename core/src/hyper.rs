@@ -28,7 +28,7 @@ pub(crate) struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    fn query_row(&self, n_q: usize, head: usize, position: usize) -> usize {
+    pub(crate) fn query_row(&self, n_q: usize, head: usize, position: usize) -> usize {
         self.query_order
             .map_or(position, |order| order[(head - self.heads.query.start) * n_q + position] as usize)
     }
@@ -40,7 +40,7 @@ impl<'a> Prepared<'a> {
 }
 
 /// Where the exact blocks of query head `head` come from.
-fn blocks<'a>(
+pub(crate) fn blocks<'a>(
     params: &Params,
     mask: Option<BlockMask<'a>>,
     (batch, head): (usize, usize),
@@ -178,7 +178,7 @@ fn estimate(
 
 /// Line 1 of Algorithm 2 for every query head and rectangle: the tau rows' unmasked sums, kept at the
 /// first query positions of the rectangle.
-fn run_tau<'s>(
+pub(crate) fn run_tau<'s>(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
@@ -219,7 +219,7 @@ fn rectangle_rows(params: &Params, rectangle: &Rectangle, chunk: usize, length: 
 }
 
 /// log2 tau of a rectangle of the `index`-th head, -inf when the residual does not use it.
-fn tau_of(call: &Call<'_>, sums: &Rows<'_>, selection: &Selection<'_>, index: usize) -> f32 {
+pub(crate) fn tau_of(call: &Call<'_>, sums: &Rows<'_>, selection: &Selection<'_>, index: usize) -> f32 {
     let Call { params, problem, .. } = call;
     if effective_residual(params) != Residual::RowNorm {
         return f32::NEG_INFINITY;

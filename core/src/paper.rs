@@ -1,8 +1,11 @@
 //! METHOD_PAPER: selection, then the passes of the recursion, for as many heads at once as there is workspace for.
 
+use crate::backward::GradientRun;
 use crate::error::Result;
 use crate::exact;
 use crate::exec::{Executor, for_each_chunk};
+use crate::gradient_exact;
+use crate::gradient_hyper::{self, Estimated};
 use crate::hyper::{self, Prepared};
 use crate::lsh;
 use crate::pack::{PackScratch, Packer};
@@ -28,17 +31,21 @@ pub(crate) struct Paper<'r, 'a> {
     pub(crate) executor: &'r dyn Executor,
     pub(crate) lanes: &'r mut Lanes<'a>,
     pub(crate) shared: &'r mut Shared<'a>,
+    /// What is wanted instead of outputs, if it is gradients.
+    pub(crate) gradient: Option<GradientRun<'r, 'a>>,
 }
 
 impl Paper<'_, '_> {
     pub(crate) fn run(&mut self) -> Result<()> {
+        (0..self.plan.problem.batch).try_for_each(|batch| self.run_batch(batch))
+    }
+
+    pub(crate) fn run_batch(&mut self, batch: usize) -> Result<()> {
         if self.plan.sorted {
             self.draw_projections()?;
         }
-        for batch in 0..self.plan.problem.batch {
-            for heads in HeadSet::divide(&self.plan.problem, self.plan.heads_at_once) {
-                self.run_heads(batch, &heads)?;
-            }
+        for heads in HeadSet::divide(&self.plan.problem, self.plan.heads_at_once) {
+            self.run_heads(batch, &heads)?;
         }
         Ok(())
     }
@@ -206,6 +213,9 @@ impl Paper<'_, '_> {
         };
         let states = (self.plan.stateful && place != Place::Only).then_some(&states);
         let pass = Pass { rectangle, count, states, last: place != Place::Inner };
+        if let (Some(GradientRun { of, sums, .. }), Exactness::Exact) = (&self.gradient, exactness) {
+            return gradient_exact::run_pass(of, self.executor, self.lanes, (batch, heads), &pass, sums);
+        }
         if exactness == Exactness::Exact {
             let batches = batch..batch + 1;
             return exact::run_pass(
@@ -238,6 +248,11 @@ impl Paper<'_, '_> {
             key_order,
             norm_prefix: shared.norm_prefix,
         };
+        if let Some(GradientRun { of, sums, columns, .. }) = &mut self.gradient {
+            let log2_row_sums = &Rows::new(shared.log2_row_sums, 1);
+            let estimated = Estimated { of, prepared: &prepared, pass: &pass, sums, log2_row_sums };
+            return gradient_hyper::run_pass(&estimated, self.executor, self.lanes, columns);
+        }
         hyper::run_pass(self.call, self.executor, self.lanes, &prepared, shared.log2_row_sums, &pass)
     }
 }

@@ -178,6 +178,15 @@ impl Plan {
         self.packed_tiles = self.shared_tiles();
     }
 
+    /// Plans for gradients: sums of all heads are kept anyway, and METHOD_PAPER's passes leave nothing else behind.
+    pub(crate) fn sum_gradients(&mut self) {
+        self.heads_at_once = self.problem.heads_q;
+        self.stateful = false;
+        if self.run != Run::Refined {
+            self.packed_tiles = 0;
+        }
+    }
+
     /// Chooses how many heads are worked on together, and whether keys are packed once for all tasks, so that
     /// state and packed keys take at most `budget` bytes if they can.
     fn fit_into(&mut self, budget: u128, kernels: &Kernels) {

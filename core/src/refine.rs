@@ -76,8 +76,19 @@ pub(crate) enum Choice<'s> {
         /// Keys between them, ascending.
         columns: &'s [u32],
         /// What stands for the others.
-        rest: Option<ExtraColumn<'s>>,
+        rest: Option<Rest<'s>>,
     },
+}
+
+/// The column that stands for keys that are not met, and what it is made of.
+#[derive(Clone, Copy)]
+pub(crate) struct Rest<'s> {
+    pub(crate) column: ExtraColumn<'s>,
+    /// The first block whose mean has a share in it.
+    pub(crate) first_block: usize,
+    /// The weights of the means of the blocks from there on, and their sum.
+    pub(crate) weights: &'s [f32],
+    pub(crate) weight: f32,
 }
 
 impl Choice<'_> {
@@ -91,7 +102,7 @@ impl Choice<'_> {
                 tile.attend_visible(order, near..n_k, keys.whole_tiles(&call.shape, near / BLOCK));
                 let positions = (0..first).chain(columns.iter().map(|&position| position as usize));
                 let columns = positions.map(|position| Column { position, log_weight: 0.0 });
-                tile.attend_columns(order, columns, rest, false, Part::Both);
+                tile.attend_columns(order, columns, rest.map(|rest| rest.column), false, Part::Both);
             }
         }
     }
@@ -284,18 +295,12 @@ pub(crate) fn choose<'s>(
             block_weights[block as usize] = left;
         }
     }
-    let log_weight = rest(call, keys, (blocks, block_weights), &totals, representatives, scratch.rest);
-    let (key, value) = scratch.rest.split_at(problem.head_dim);
-    Choice::Some {
-        first: frame.first,
-        near: frame.near,
-        columns: &scratch.columns[..found],
-        rest: log_weight.filter(|_| call.params.residual != Residual::None).map(|log_weight| ExtraColumn {
-            key,
-            value,
-            log_weight,
-        }),
-    }
+    let weights = &scratch.block_weights[blocks.clone()];
+    let rest = match call.params.residual {
+        Residual::None => None,
+        _ => rest(call, keys, (blocks.start, weights), &totals, representatives, scratch.rest),
+    };
+    Choice::Some { first: frame.first, near: frame.near, columns: &scratch.columns[..found], rest }
 }
 
 /// What each representative gives to all keys together, estimated from the mean keys (base 2).
@@ -363,30 +368,28 @@ impl Heaviest {
     }
 }
 
-/// The weighted mean of the keys that are not met, each taken for the mean of its block: fills `to` with a key and a value, and
-/// returns the log weight that gives them the weight of what they stand for, on average over the queries; none
-/// when there is nothing.
-fn rest(
+/// The weighted mean of the keys that are not met, each taken for the mean of its block: a key and a value in `to`, with the
+/// log weight that gives them the weight of what they stand for, on average over the queries. None when there is
+/// nothing. `weights` are those of the blocks from the first on.
+fn rest<'s>(
     call: &Call<'_>,
     keys: &HeadKeys<'_>,
-    (blocks, weights): (Range<usize>, &[f32]),
+    (first_block, weights): (usize, &'s [f32]),
     totals: &[f32; WEIGHING_QUERIES],
     representatives: &Representatives<'_>,
-    to: &mut [f32],
-) -> Option<f32> {
-    let weights = &weights[blocks.clone()];
+    to: &'s mut [f32],
+) -> Option<Rest<'s>> {
     let weight: f32 = weights.iter().sum();
     if weight == 0.0 {
         return None;
     }
     let width = summary::width(&call.problem);
     to.fill(0.0);
-    call.kernels.add_weighted(&keys.summaries[blocks.start * width..], width, weights, to);
+    call.kernels.add_weighted(&keys.summaries[first_block * width..], width, weights, to);
     to.iter_mut().for_each(|x| *x = rounded(call, *x / weight));
-    let head_dim = call.problem.head_dim;
-    let key = &to[..head_dim];
+    let (key, value) = to.split_at(call.problem.head_dim);
     let (mut queries, mut mean) = (0.0, 0.0);
-    let means = representatives.means().chunks(head_dim);
+    let means = representatives.means().chunks(key.len());
     for ((query, &count), &total) in means.zip(&representatives.counts).zip(totals) {
         let logit = query.iter().zip(key).map(|(x, y)| x * y).sum::<f32>() * call.problem.scale_log2;
         queries += count;
@@ -394,5 +397,10 @@ fn rest(
     }
     let log_weight = crate::math::log2(weight) + mean / queries;
     // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
-    log_weight.is_finite().then_some(log_weight)
+    log_weight.is_finite().then_some(Rest {
+        column: ExtraColumn { key, value, log_weight },
+        first_block,
+        weights,
+        weight,
+    })
 }

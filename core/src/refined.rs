@@ -1,5 +1,6 @@
 //! METHOD_REFINED: summaries of the keys, the error of each head at its budget, then all tiles of queries.
 
+use crate::backward::GradientRun;
 use crate::error::Result;
 use crate::exact::{self, PackedKeys};
 use crate::exec::{Executor, for_each_chunk, for_each_item};
@@ -14,9 +15,10 @@ use crate::summary;
 use crate::tile::{Call, Tile};
 use crate::tiling::HeadSet;
 use crate::workspace::Shared;
+use crate::{gradient_exact, gradient_refined};
 
 /// The budget of a head that is computed exactly.
-const EXACT: u32 = u32::MAX;
+pub(crate) const EXACT: u32 = u32::MAX;
 
 /// A call under way.
 pub(crate) struct Refined<'r, 'a> {
@@ -25,6 +27,8 @@ pub(crate) struct Refined<'r, 'a> {
     pub(crate) executor: &'r dyn Executor,
     pub(crate) lanes: &'r mut Lanes<'a>,
     pub(crate) shared: &'r mut Shared<'a>,
+    /// What is wanted instead of outputs, if it is gradients.
+    pub(crate) gradient: Option<GradientRun<'r, 'a>>,
 }
 
 impl Refined<'_, '_> {
@@ -32,8 +36,8 @@ impl Refined<'_, '_> {
         (0..self.plan.problem.batch).try_for_each(|batch| self.run_batch(batch))
     }
 
-    fn run_batch(&mut self, batch: usize) -> Result<()> {
-        let Refined { plan, call, executor, lanes, shared } = self;
+    pub(crate) fn run_batch(&mut self, batch: usize) -> Result<()> {
+        let Refined { plan, call, executor, lanes, shared, gradient } = self;
         let (problem, executor) = (&plan.problem, *executor);
         let whole = Rectangle { queries: 0..problem.n_q, keys: 0..problem.n_k };
         let pass = Pass { rectangle: &|_| Some(whole.clone()), count: 1, states: None, last: true };
@@ -56,6 +60,12 @@ impl Refined<'_, '_> {
                 settle_budgets(call, executor, lanes, &keys, probed, budgets)?;
             }
         }
+        if let Some(GradientRun { of, sums, split_sums, .. }) = gradient {
+            for heads in exact_heads(problem.group, budgets) {
+                gradient_exact::run_pass(of, executor, lanes, (batch, &heads), &pass, sums)?;
+            }
+            return gradient_refined::attend(of, executor, lanes, &keys, budgets, (sums, split_sums));
+        }
         for heads in exact_heads(problem.group, budgets) {
             exact::attend(call, executor, lanes, batch..batch + 1, &heads, &pass, Some(&keys.packed))?;
         }
@@ -75,16 +85,16 @@ impl Refined<'_, '_> {
 }
 
 /// Packed and summarised keys of one batch item.
-struct Keys<'r> {
-    plan: &'r Plan,
-    batch: usize,
+pub(crate) struct Keys<'r> {
+    pub(crate) plan: &'r Plan,
+    pub(crate) batch: usize,
     packed: PackedKeys<'r>,
-    summaries: &'r [f32],
+    pub(crate) summaries: &'r [f32],
     packed_summaries: &'r [u32],
 }
 
 impl Keys<'_> {
-    fn of_head(&self, call: &Call<'_>, kv_head: usize) -> HeadKeys<'_> {
+    pub(crate) fn of_head(&self, call: &Call<'_>, kv_head: usize) -> HeadKeys<'_> {
         let problem = &self.plan.problem;
         let summaries_len = summary::summaries_len(problem);
         let packed_len = summary::packed_len(problem, call.shape.keys_len());

@@ -29,6 +29,11 @@ fn count_at(problem: &Problem) -> usize {
     outlier_at(problem) + problem.head_dim
 }
 
+/// Keys that take part in a summary.
+pub(crate) fn count(problem: &Problem, summary: &[f32]) -> f32 {
+    summary[count_at(problem)]
+}
+
 /// Place of the outlier in a summary.
 fn outlier_at(problem: &Problem) -> usize {
     problem.head_dim + problem.value_dim

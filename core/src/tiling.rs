@@ -77,7 +77,12 @@ impl HeadTiling {
     /// `shared`: all query heads of a group meet the same keys, so they can share a packed tile.
     pub(crate) fn new(set: &HeadSet, shared: bool) -> Self {
         let heads = if shared { set.group().min(Self::MOST_HEADS) } else { 1 };
-        HeadTiling { set: set.clone(), heads, parts: set.group().div_ceil(heads), rows: TILE_ROWS / heads }
+        HeadTiling { set: set.clone(), heads, parts: set.group().div_ceil(heads), rows: Self::rows_of(heads) }
+    }
+
+    /// Rows of each of `heads` heads in one tile, at most.
+    pub(crate) fn rows_of(heads: usize) -> usize {
+        TILE_ROWS / heads
     }
 
     /// Query heads of one part of the group of KV head `kv_head`.

@@ -424,6 +424,12 @@ unsafe fn narrow(from: &[f32], to: *mut u8, bits: impl Fn(f32) -> u16) {
     }
 }
 
+/// The bits of `numbers`.
+pub(crate) fn words_of(numbers: &[f32]) -> &[u32] {
+    // SAFETY: the same bytes with the same alignment, every pattern of which is a u32.
+    unsafe { core::slice::from_raw_parts(numbers.as_ptr().cast::<u32>(), numbers.len()) }
+}
+
 /// Rows of f32 numbers that tasks update, each row by one task at a time.
 pub(crate) struct Rows<'a> {
     data: *mut f32,

@@ -1,4 +1,4 @@
-//! Mirrors of the structs in kernels/hyperattn/types.cuh and work.cuh, field by field. The compiler of this crate's tests
+//! Mirrors of the structs in kernels/hyperattn/types.cuh, work.cuh and backward_work.cuh, field by field. The compiler of this crate's tests
 //! and of the device code check the same offsets: see the test below and kernels/entry.cu.
 
 use hyperattn_core::DType;
@@ -96,7 +96,57 @@ pub(crate) struct AttendParams {
     pub(crate) next_tile: Pointer<u32>,
 }
 
+/// What every pair of a query's row needs of it. Written by the device.
+#[repr(C, align(8))]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowTerms {
+    pub(crate) lse: f32,
+    pub(crate) delta: f32,
+}
+
+/// Keys that meet the same queries, of one KV head. Written by the device.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KeyTile {
+    pub(crate) batch: u32,
+    pub(crate) kv_head: u32,
+    pub(crate) first_key: u32,
+    pub(crate) rows: u32,
+    pub(crate) flags: u32,
+    pub(crate) first_member: u32,
+    pub(crate) members: u32,
+    pub(crate) first_segment: u32,
+    pub(crate) segments: u32,
+    pub(crate) member_stride: u32,
+    pub(crate) first_output: u32,
+    pub(crate) reserved: u32,
+}
+
+/// What a backward kernel executes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BackwardParams {
+    pub(crate) attend: AttendParams,
+    pub(crate) dout: View,
+    pub(crate) dk: View,
+    pub(crate) dv: View,
+    pub(crate) row_terms: Pointer<RowTerms>,
+    pub(crate) key_tiles: Pointer<KeyTile>,
+    pub(crate) query_segments: Pointer<Segment>,
+    pub(crate) hidden: Pointer<u32>,
+    pub(crate) key_sums: Pointer<f32>,
+    pub(crate) value_sums: Pointer<f32>,
+    pub(crate) dout_type: u32,
+    pub(crate) dk_type: u32,
+    pub(crate) dv_type: u32,
+    pub(crate) key_tile_count: u32,
+    pub(crate) scale: f32,
+    pub(crate) reserved: u32,
+}
+
 // What entry.cu states too.
+const _: () = assert!(size_of::<RowTerms>() == 8 && size_of::<KeyTile>() == 48);
+const _: () = assert!(size_of::<BackwardParams>() == 472);
 const _: () = assert!(size_of::<View>() == 32 && size_of::<Segment>() == 24 && size_of::<Tile>() == 32);
 const _: () = assert!(size_of::<AttendParams>() == 304);
 
@@ -177,6 +227,51 @@ mod tests {
                 }
             );
         }
+        {
+            asserts!(text, RowTerms { lse, delta });
+        }
+        {
+            asserts!(
+                text,
+                KeyTile {
+                    batch,
+                    kv_head,
+                    first_key,
+                    rows,
+                    flags,
+                    first_member,
+                    members,
+                    first_segment,
+                    segments,
+                    member_stride,
+                    first_output,
+                    reserved
+                }
+            );
+        }
+        {
+            asserts!(
+                text,
+                BackwardParams {
+                    attend,
+                    dout,
+                    dk,
+                    dv,
+                    row_terms,
+                    key_tiles,
+                    query_segments,
+                    hidden,
+                    key_sums,
+                    value_sums,
+                    dout_type,
+                    dk_type,
+                    dv_type,
+                    key_tile_count,
+                    scale,
+                    reserved
+                }
+            );
+        }
         writeln!(text, "static_assert(TILE_ROWS == {TILE_ROWS}, \"TILE_ROWS\");").expect("a string grows");
         writeln!(text, "static_assert(SEGMENT_LIMITED == {SEGMENT_LIMITED}, \"SEGMENT_LIMITED\");")
             .expect("a string grows");
@@ -197,7 +292,7 @@ mod tests {
         }
         let source = std::env::temp_dir().join(format!("hyperattn_abi_{}.cpp", std::process::id()));
         let text = format!(
-            "#define __device__\n#define __forceinline__ inline\n#include \"work.cuh\"\nusing namespace hyperattn;\n{}",
+            "#define __device__\n#define __forceinline__ inline\n#include \"backward_work.cuh\"\nusing namespace hyperattn;\n{}",
             statements()
         );
         std::fs::write(&source, text).expect("the build's folder is writable");

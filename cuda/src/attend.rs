@@ -66,7 +66,7 @@ const ANY: [&CStr; 3] = [c"attend_any_64", c"attend_any_128", c"attend_any_256"]
 
 /// The environment variable HYPERATTN_CUDA_KERNELS = any or mma holds the choice down to a family, to compare them. Read
 /// once.
-static MOST: LazyLock<Family> = LazyLock::new(|| match std::env::var("HYPERATTN_CUDA_KERNELS").as_deref() {
+pub(crate) static MOST: LazyLock<Family> = LazyLock::new(|| match std::env::var("HYPERATTN_CUDA_KERNELS").as_deref() {
     Ok("any") => Family::Any,
     Ok("mma") => Family::Mma,
     _ => Family::Wgmma,
@@ -104,7 +104,7 @@ fn kernel(family: Family, half: bool, dim: usize) -> (&'static CStr, Launch) {
 }
 
 /// Rows of 16-bit elements that 16 bytes at a time can be read from and written to. Distances that are never walked are 0.
-fn aligned(view: &View) -> bool {
+pub(crate) fn aligned(view: &View) -> bool {
     let strides = [view.batch_stride, view.head_stride, view.row_stride];
     view.data.is_multiple_of(16) && strides.iter().all(|stride| stride % 16 == 0)
 }

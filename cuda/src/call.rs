@@ -126,13 +126,7 @@ impl DeviceTensors {
         let outputs = self.outputs();
         let present = outputs.iter().filter_map(|&(name, tensor)| Some((name, tensor?)));
         for (name, tensor) in self.inputs().into_iter().chain(present) {
-            let size = tensor.layout.dtype.size();
-            if !tensor.layout.is_empty() && !tensor.address.is_multiple_of(size as u64) {
-                return Err(invalid(format_args!(
-                    "{name}.data = {:#x} is not a multiple of its elements' {size} bytes",
-                    tensor.address
-                )));
-            }
+            check_alignment(name, tensor)?;
         }
         fn place<'t>(name: &'static str, tensor: &'t DeviceTensor) -> Place<'t> {
             Place { name, address: tensor.address as usize, layout: &tensor.layout }
@@ -142,6 +136,18 @@ impl DeviceTensors {
             &outputs.map(|(name, tensor)| Some(place(name, tensor?))),
         )
     }
+}
+
+/// Elements lie at multiples of their size.
+pub(crate) fn check_alignment(name: &str, tensor: &DeviceTensor) -> Result<()> {
+    let size = tensor.layout.dtype.size();
+    if !tensor.layout.is_empty() && !tensor.address.is_multiple_of(size as u64) {
+        return Err(invalid(format_args!(
+            "{name}.data = {:#x} is not a multiple of its elements' {size} bytes",
+            tensor.address
+        )));
+    }
+    Ok(())
 }
 
 pub(crate) fn invalid(sentence: std::fmt::Arguments<'_>) -> Error {

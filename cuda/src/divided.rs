@@ -19,8 +19,7 @@ pub(crate) struct Parts<'a> {
 pub(crate) struct Part {
     params: Params,
     tensors: DeviceTensors,
-    /// Of the first query head and the first KV head.
-    first_heads: [usize; 2],
+    section: Section,
 }
 
 impl<'a> Parts<'a> {
@@ -47,8 +46,7 @@ impl<'a> Parts<'a> {
             let item = self.tensors.part(&item);
             params.method = Run::of(&Call::new(&params, &item)?).method();
         }
-        let first_heads = [section.heads.query.start, section.heads.kv.start];
-        Ok(Part { params, tensors: self.tensors.part(&section), first_heads })
+        Ok(Part { params, tensors: self.tensors.part(&section), section })
     }
 }
 
@@ -56,8 +54,14 @@ impl Part {
     /// The checked call.
     pub(crate) fn call(&self) -> Result<Call<'_>> {
         let mut call = Call::new(&self.params, &self.tensors)?;
-        [call.problem.first_head, call.problem.first_kv_head] = self.first_heads;
+        call.problem.first_head = self.section.heads.query.start;
+        call.problem.first_kv_head = self.section.heads.kv.start;
         Ok(call)
+    }
+
+    /// Where it lies in the whole call's tensors.
+    pub(crate) fn section(&self) -> &Section {
+        &self.section
     }
 }
 
@@ -86,7 +90,7 @@ impl DeviceTensors {
 }
 
 /// The view of these batch items, heads and rows alone.
-fn part_of(tensor: &DeviceTensor, [batches, heads, rows]: [&Range<usize>; 3]) -> DeviceTensor {
+pub(crate) fn part_of(tensor: &DeviceTensor, [batches, heads, rows]: [&Range<usize>; 3]) -> DeviceTensor {
     let (layout, offset) = tensor.layout.part(batches, heads, rows);
     DeviceTensor { address: tensor.address.wrapping_add_signed(offset as i64), layout }
 }

@@ -10,12 +10,83 @@ use crate::launch::{Queue, args};
 use crate::parts::{Parts, parts_of};
 use crate::workspace::{Carver, Pointer};
 
+/// Tiles of queries and their segments of keys.
+pub(crate) struct Lists {
+    /// Tiles, as many for each part of the keys.
+    pub(crate) count: u32,
+    pub(crate) tiles: Pointer<Tile>,
+    pub(crate) segments: Pointer<Segment>,
+    parts: u32,
+}
+
+impl Lists {
+    /// Every tile `parts` times.
+    pub(crate) fn carve(call: &Call<'_>, parts: usize, carver: &mut Carver) -> Result<Self> {
+        let problem = &call.problem;
+        let count = tiles_of_an_item(problem)
+            .and_then(|tiles| tiles.checked_mul(problem.batch)?.checked_mul(parts))
+            .and_then(|count| u32::try_from(count).ok());
+        let Some(count) = count else {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format_args!(
+                    "batch = {}, heads_q = {} and n_q = {} make more than 2^32 tiles of {TILE_ROWS} queries; split the batch",
+                    problem.batch, problem.heads_q, problem.n_q
+                ),
+            ));
+        };
+        Ok(Lists {
+            count,
+            tiles: carver.take(count as usize),
+            segments: carver.take(count as usize),
+            parts: parts as u32,
+        })
+    }
+
+    /// Writes them.
+    ///
+    /// # Safety
+    /// The buffers are there.
+    pub(crate) unsafe fn write(&self, queue: &Queue<'_>, call: &Call<'_>) -> Result<()> {
+        let problem = &call.problem;
+        let section_bytes = problem.n_k * (problem.head_dim + problem.value_dim) * call.kv_size();
+        // SAFETY: these are the parameters of exact_tiles, which writes `count` tiles and segments.
+        unsafe {
+            queue.launch(
+                c"exact_tiles",
+                [self.count.div_ceil(BLOCK), 1, 1],
+                BLOCK,
+                0,
+                args![
+                    self.tiles,
+                    self.segments,
+                    self.count,
+                    (problem.batch * problem.heads_kv) as u32,
+                    problem.heads_kv as u32,
+                    problem.group as u32,
+                    problem.n_q as u32,
+                    problem.n_k as u32,
+                    call.visible(),
+                    u32::from(call.limited() == SEGMENT_LIMITED),
+                    section(call, section_bytes, queue.device.l2_bytes),
+                    self.parts,
+                ],
+            )
+        }
+    }
+}
+
+/// Threads of the blocks that write lists.
+pub(crate) const BLOCK: u32 = 256;
+
+/// Tiles of one batch item.
+fn tiles_of_an_item(problem: &Problem) -> Option<usize> {
+    problem.heads_q.checked_mul(problem.n_q.div_ceil(TILE_ROWS))
+}
+
 /// The lists of a call.
 pub(crate) struct Buffers {
-    /// Tiles, as many for each part of the keys.
-    count: u32,
-    tiles: Pointer<Tile>,
-    segments: Pointer<Segment>,
+    lists: Lists,
     parts: Parts,
     next_tile: Pointer<u32>,
 }
@@ -23,24 +94,10 @@ pub(crate) struct Buffers {
 /// The call's part of the workspace.
 pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let problem = &call.problem;
-    let tiles = problem.heads_q.checked_mul(problem.n_q.div_ceil(TILE_ROWS));
-    let parts = parts_of(tiles.unwrap_or(usize::MAX), problem.n_q, most_keys(problem));
-    let count = tiles
-        .and_then(|tiles| tiles.checked_mul(problem.batch)?.checked_mul(parts))
-        .and_then(|count| u32::try_from(count).ok());
-    let Some(count) = count else {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format_args!(
-                "batch = {}, heads_q = {} and n_q = {} make more than 2^32 tiles of {TILE_ROWS} queries; split the batch",
-                problem.batch, problem.heads_q, problem.n_q
-            ),
-        ));
-    };
+    let tiles = tiles_of_an_item(problem).unwrap_or(usize::MAX);
+    let parts = parts_of(tiles, problem.n_q, most_keys(problem));
     Ok(Buffers {
-        count,
-        tiles: carver.take(count as usize),
-        segments: carver.take(count as usize),
+        lists: Lists::carve(call, parts, carver)?,
         parts: Parts::carve(parts, problem.batch * problem.heads_q * problem.n_q, problem.value_dim, carver)?,
         next_tile: carver.take(1),
     })
@@ -51,18 +108,17 @@ fn most_keys(problem: &Problem) -> usize {
     problem.n_q.checked_sub(1).map_or(0, |last| problem.visible_keys(last))
 }
 
-/// KV heads whose tiles are handed out together, longest first.
+/// KV heads whose tiles are handed out together, longest first. `bytes` is what all tiles of a head read.
 ///
 /// Under a causal mask tiles differ in length, and blocks that take them longest first finish together. Over all heads at
 /// once that would read every head's keys at the same time, and the cache would hold none of them; so it is done over as many
 /// heads as it holds.
-fn section(call: &Call<'_>, l2_bytes: usize) -> u32 {
+pub(crate) fn section(call: &Call<'_>, bytes: usize, l2_bytes: usize) -> u32 {
     let problem = &call.problem;
     let heads = (problem.batch * problem.heads_kv).max(1);
     if problem.mask == Mask::None {
         return 1;
     }
-    let bytes = problem.n_k * (problem.head_dim + problem.value_dim) * call.kv_size();
     // Half of it: the other half is for what else passes through.
     let most = (l2_bytes / 2 / bytes.max(1)).clamp(1, heads);
     // Equal sections: a last one of few heads would leave blocks without work at the end.
@@ -74,36 +130,13 @@ fn section(call: &Call<'_>, l2_bytes: usize) -> u32 {
 /// # Safety
 /// The call's tensors and the buffers are there, see [`crate::forward`].
 pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) -> Result<()> {
-    const BLOCK: u32 = 256;
     let problem = &call.problem;
-    let grid = [buffers.count.div_ceil(BLOCK), 1, 1];
-    // SAFETY: these are the parameters of exact_tiles, which writes `count` tiles and segments.
-    unsafe {
-        queue.launch(
-            c"exact_tiles",
-            grid,
-            BLOCK,
-            0,
-            args![
-                buffers.tiles,
-                buffers.segments,
-                buffers.count,
-                (problem.batch * problem.heads_kv) as u32,
-                problem.heads_kv as u32,
-                problem.group as u32,
-                problem.n_q as u32,
-                problem.n_k as u32,
-                call.visible(),
-                u32::from(call.limited() == SEGMENT_LIMITED),
-                section(call, queue.device.l2_bytes),
-                buffers.parts.count,
-            ],
-        )
-    }?;
+    // SAFETY: the caller's contract.
+    unsafe { buffers.lists.write(queue, call) }?;
     let mut attention = call.attend_params();
-    attention.tiles = buffers.tiles;
-    attention.tile_count = buffers.count;
-    attention.segments = buffers.segments;
+    attention.tiles = buffers.lists.tiles;
+    attention.tile_count = buffers.lists.count;
+    attention.segments = buffers.lists.segments;
     attention.next_tile = buffers.next_tile;
     // SAFETY: the lists were enqueued above; the tensors are the caller's contract.
     unsafe { buffers.parts.attend(queue, call, &attention) }?;
@@ -162,7 +195,7 @@ mod tests {
                 layout: TensorLayout::contiguous(DType::BF16, [1, heads, n, 128]),
             };
             let tensors = DeviceTensors::new(tensor, tensor, tensor, tensor);
-            section(&Call::new(&params, &tensors).unwrap(), 50 << 20)
+            section(&Call::new(&params, &tensors).unwrap(), n as usize * 512, 50 << 20)
         };
         assert_eq!(sections(Mask::None, 32, 16_384), 1);
         // 8 MiB a head: three fit half the cache, and eleven sections of three cover 32 heads.

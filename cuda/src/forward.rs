@@ -85,12 +85,27 @@ pub unsafe fn forward_divided(
             unsafe { run(driver, &loaded, stream, &part.call()?, address) }
         })
     };
-    if let Some((address, _)) = workspace {
-        return run_parts(address);
-    }
     // SAFETY: the stream is of the current context (contract).
+    unsafe { with_workspace(driver, stream, workspace, need, run_parts) }
+}
+
+/// Runs `body` with the address of the caller's workspace, or of memory for `need` bytes that is there for what it enqueues.
+///
+/// # Safety
+/// `stream` is of the current context, and `body` enqueues on it alone.
+pub(crate) unsafe fn with_workspace(
+    driver: &Driver,
+    stream: CUstream,
+    workspace: Option<(u64, usize)>,
+    need: usize,
+    body: impl FnOnce(u64) -> Result<()>,
+) -> Result<()> {
+    if let Some((address, _)) = workspace {
+        return body(address);
+    }
+    // SAFETY: the caller's contract.
     let address = unsafe { driver.allocate(need.max(1), stream) }?;
-    let result = run_parts(address);
+    let result = body(address);
     // SAFETY: it was allocated on this stream, and all its uses are enqueued.
     let freed = unsafe { driver.free(address, stream) };
     result.and(freed)
@@ -101,7 +116,7 @@ fn most_size(parts: &Parts<'_>) -> Result<usize> {
     (0..parts.count()).try_fold(0, |most: usize, index| Ok(size(&parts.part(index)?.call()?)?.max(most)))
 }
 
-fn check_workspace(address: u64, size: usize, need: usize) -> Result<()> {
+pub(crate) fn check_workspace(address: u64, size: usize, need: usize) -> Result<()> {
     let too_small =
         |sentence: std::fmt::Arguments<'_>| Err(Error::new(ErrorKind::WorkspaceTooSmall, sentence));
     if !address.is_multiple_of(WORKSPACE_ALIGN as u64) {
@@ -175,6 +190,11 @@ impl Buffers {
 fn size(call: &Call<'_>) -> Result<usize> {
     let mut carver = Carver::measuring();
     Buffers::carve(call, &mut carver)?;
+    measured(&carver)
+}
+
+/// What a carver has measured.
+pub(crate) fn measured(carver: &Carver) -> Result<usize> {
     carver.used().ok_or_else(|| {
         Error::new(
             ErrorKind::InvalidArgument,

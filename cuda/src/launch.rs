@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use hyperattn_core::{Error, ErrorKind, Result};
 
-use crate::abi::{AttendParams, View};
+use crate::abi::{AttendParams, BackwardParams, View};
 use crate::driver::{CUfunction, CUmodule, CUstream, Device, Driver};
 use crate::image::{Loaded, lock};
 use crate::tensor_map::TensorMap;
@@ -203,7 +203,7 @@ macro_rules! argument {
         )+
     };
 }
-argument!(u32, i32, u64, i64, f32, View, AttendParams, TensorMap);
+argument!(u32, i32, u64, i64, f32, View, AttendParams, BackwardParams, TensorMap);
 
 // SAFETY: a device address.
 unsafe impl<T> Argument for Pointer<T> {}

@@ -1,11 +1,12 @@
 //! HyperAttention on CUDA.
 //!
-//! [`forward`] enqueues attention on a stream of the caller's current context. The driver, and NVRTC where it is needed, are
+//! [`forward`] enqueues attention, and [`backward()`] its gradients, on a stream of the caller's current context. The driver, and NVRTC where it is needed, are
 //! loaded when they are first asked for: on a machine without them this crate builds, links and answers
 //! [`hyperattn_core::ErrorKind::DeviceUnavailable`].
 
 mod abi;
 mod attend;
+mod backward;
 mod call;
 mod cost;
 mod divided;
@@ -13,6 +14,7 @@ mod driver;
 mod exact;
 mod figures;
 mod forward;
+mod gradients;
 mod image;
 mod launch;
 mod paper;
@@ -22,7 +24,9 @@ mod states;
 mod tensor_map;
 mod workspace;
 
+pub use backward::{backward, backward_divided, backward_divided_workspace, backward_workspace};
 pub use call::{DeviceBlockMask, DeviceTensor, DeviceTensors};
+pub use gradients::DeviceGradients;
 pub use forward::{forward, forward_divided, forward_divided_workspace, forward_workspace, prepare};
 
 /// Whether this build has device code that was compiled when it was built. Otherwise the first call in a process has NVRTC

@@ -1,8 +1,8 @@
-//! hyperattn_tensors as the core's arguments.
+//! hyperattn_tensors and hyperattn_grads as the core's arguments.
 
 use std::slice;
 
-use hyperattn_core::{Division, Layouts, Method, Sequences, TensorLayout, Tensors};
+use hyperattn_core::{Division, Gradients, Layouts, Method, Sequences, TensorLayout, Tensors};
 
 use crate::boundary::check_pointer;
 use crate::error::{Failure, Result};
@@ -39,7 +39,7 @@ pub(crate) unsafe fn layouts<'a>(
 /// The views.
 ///
 /// # Safety
-/// For `'a` what they describe is readable and not written by others, and what the outputs describe is writable and not
+/// For `'a` what they describe is readable and not written by others, and what the call writes is writable and not
 /// used by others, but for the rows of other tasks.
 pub(crate) unsafe fn tensors<'a>(from: &hyperattn_tensors) -> Result<Tensors<'a>> {
     // SAFETY: the caller's contract.
@@ -59,6 +59,24 @@ pub(crate) unsafe fn tensors<'a>(from: &hyperattn_tensors) -> Result<Tensors<'a>
             error: optional("error", &from.error)?,
             keys_per_query: None,
             mask: tensor::mask(&from.mask)?,
+        })
+    }
+}
+
+/// The gradients of a backward call.
+///
+/// # Safety
+/// For `'a` what the inputs describe is readable and not written by others, and what the outputs describe is writable
+/// and not used by others.
+pub(crate) unsafe fn gradients<'a>(from: &hyperattn_grads) -> Result<Gradients<'a>> {
+    // SAFETY: the caller's contract.
+    unsafe {
+        Ok(Gradients {
+            dout: tensor::input("dout", &from.dout)?,
+            dlse: (!from.dlse.data.is_null()).then(|| tensor::input("dlse", &from.dlse)).transpose()?,
+            dq: tensor::output("dq", &from.dq)?,
+            dk: tensor::output("dk", &from.dk)?,
+            dv: tensor::output("dv", &from.dv)?,
         })
     }
 }

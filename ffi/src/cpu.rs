@@ -3,7 +3,7 @@
 use std::alloc;
 use std::ptr;
 
-use hyperattn_core::{Division, Executor, Layout, Tensors};
+use hyperattn_core::{Division, Executor, Kernels, Layout, Layouts, Params, Tensors};
 
 use crate::boundary::{check_pointer, guard, required};
 use crate::error::{Failure, Result};
@@ -34,21 +34,13 @@ pub unsafe extern "C" fn hyperattn_forward_workspace(
     out: *mut hyperattn_layout,
 ) -> hyperattn_status {
     guard(|| {
-        check_pointer(out.cast_const(), "out")?;
         // SAFETY: the pointers are what the header asks for.
-        let Arguments { options, from, exec } = unsafe { Arguments::read(params, tensors, exec) }?;
-        // SAFETY: as above.
-        let (layouts, division) = unsafe {
-            let layouts = call::layouts(&from, |tensor| !tensor.data.is_null())?;
-            (layouts, call::division(&options, &from, &layouts.q)?)
-        };
-        // SAFETY: as above.
-        let chosen = unsafe { Chosen::new(&exec) }?;
-        let (params, executor) = (&options.params, chosen.executor());
-        let Layout { size, align } =
-            hyperattn_core::forward_divided_workspace(params, &division, &layouts, kernels(), executor)?;
-        // SAFETY: out is aligned and, not being NULL, writable.
-        unsafe { out.write(hyperattn_layout { size, align }) };
+        unsafe {
+            check_pointer(out.cast_const(), "out")?;
+            let arguments = Arguments::read(params, tensors, exec)?;
+            let layouts = arguments.layouts()?;
+            out.write(arguments.workspace(&layouts, hyperattn_core::forward_divided_workspace)?);
+        }
         Ok(())
     })
 }
@@ -122,32 +114,6 @@ pub unsafe extern "C" fn hyperattn_merge(
     })
 }
 
-/// Size and alignment of the workspace that hyperattn_backward() needs. This version answers
-/// HYPERATTN_STATUS_UNSUPPORTED.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hyperattn_backward_workspace(
-    params: *const hyperattn_params,
-    tensors: *const hyperattn_tensors,
-    exec: *const hyperattn_cpu_exec,
-    out: *mut hyperattn_layout,
-) -> hyperattn_status {
-    let _ = (params, tensors, exec, out);
-    guard(|| Err(no_backward("hyperattn_backward_workspace")))
-}
-
-/// Gradients by q, k and v of the estimator that hyperattn_forward() ran. This version answers
-/// HYPERATTN_STATUS_UNSUPPORTED.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hyperattn_backward(
-    params: *const hyperattn_params,
-    tensors: *const hyperattn_tensors,
-    grads: *const hyperattn_grads,
-    exec: *const hyperattn_cpu_exec,
-) -> hyperattn_status {
-    let _ = (params, tensors, grads, exec);
-    guard(|| Err(no_backward("hyperattn_backward")))
-}
-
 /// The forward pass with `workspace`, or with memory of its own where that is empty.
 pub(crate) fn run(
     options: &params::Options,
@@ -164,10 +130,9 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// What the backward entry points answer.
-pub(crate) fn no_backward(entry: &str) -> Failure {
-    Failure::new(HYPERATTN_STATUS_UNSUPPORTED, format_args!("{entry}: this version has no backward pass"))
-}
+/// A function of the core that tells a call's workspace.
+type Need =
+    fn(&Params, &Division<'_>, &Layouts<'_>, &Kernels, &dyn Executor) -> hyperattn_core::Result<Layout>;
 
 /// The structs of a call, read but for the tensors' contents.
 pub(crate) struct Arguments {
@@ -192,6 +157,27 @@ impl Arguments {
                 exec: read_exec(exec)?,
             })
         }
+    }
+
+    /// What the tensors describe; their data are not looked at.
+    ///
+    /// # Safety
+    /// The block mask is NULL or valid, for as long as the result is used.
+    pub(crate) unsafe fn layouts<'a>(&self) -> Result<Layouts<'a>> {
+        // SAFETY: the caller's contract.
+        unsafe { call::layouts(&self.from, |tensor| !tensor.data.is_null()) }
+    }
+
+    /// The workspace that `need` tells for tensors of these layouts.
+    ///
+    /// # Safety
+    /// What the structs point to, but for the tensors' data, is as the header asks.
+    pub(crate) unsafe fn workspace(&self, layouts: &Layouts<'_>, need: Need) -> Result<hyperattn_layout> {
+        let Arguments { options, from, exec } = self;
+        // SAFETY: the caller's contract.
+        let (division, chosen) = unsafe { (call::division(options, from, &layouts.q)?, Chosen::new(exec)?) };
+        let Layout { size, align } = need(&options.params, &division, layouts, kernels(), chosen.executor())?;
+        Ok(hyperattn_layout { size, align })
     }
 }
 

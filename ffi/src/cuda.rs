@@ -4,7 +4,7 @@ use hyperattn_core::{Division, Layout};
 use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
 use crate::boundary::{check_pointer, guard};
-use crate::cpu::{check_buffer, no_backward, no_workspace, read_tensors};
+use crate::cpu::{check_buffer, no_workspace, read_tensors};
 use crate::error::{Failure, Result};
 use crate::params::{self, Options};
 use crate::types::*;
@@ -107,6 +107,14 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
 ) -> hyperattn_status {
     let _ = (params, tensors, grads, exec);
     guard(|| Err(no_backward("hyperattn_cuda_backward")))
+}
+
+/// What the backward entry points answer.
+fn no_backward(entry: &str) -> Failure {
+    Failure::new(
+        HYPERATTN_STATUS_UNSUPPORTED,
+        format_args!("{entry}: this version has no backward pass on CUDA"),
+    )
 }
 
 /// Enqueues a call.

@@ -7,6 +7,7 @@
 // The documentation of the C items is a C reader's: brackets there are subscripts.
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod backward;
 mod block_mask;
 mod boundary;
 mod call;

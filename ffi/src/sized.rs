@@ -151,6 +151,7 @@ sized!(hyperattn_tensors {
     cu_seqlens_q,
     cu_seqlens_k
 });
+sized!(hyperattn_grads { dout, dq, dk, dv, dlse });
 sized!(hyperattn_threadpool { ctx, num_threads, parallel_for });
 sized!(hyperattn_cpu_exec { workspace, num_threads, reserved, pool });
 sized!(hyperattn_cuda_exec { workspace, stream });
@@ -171,6 +172,7 @@ mod tests {
         check::<hyperattn_params>();
         check::<hyperattn_block_mask>();
         check::<hyperattn_tensors>();
+        check::<hyperattn_grads>();
         check::<hyperattn_threadpool>();
         check::<hyperattn_cpu_exec>();
         check::<hyperattn_cuda_exec>();

@@ -253,20 +253,32 @@ pub struct hyperattn_tensors {
     pub cu_seqlens_k: *const i32,
 }
 
-/// The tensors of a backward call: gradients, shaped like what they belong to.
+/// The gradients of a backward call: of a loss, with respect to what the forward call wrote (inputs) and with respect to
+/// what it read (outputs). Each has the shape of what it belongs to, strides of its own, and its dtype or f32; none may be
+/// left out but dlse. Of the outputs none may overlap itself, another one, an input or a tensor of the call.
+///
+///     hyperattn_grads g = { .struct_size = sizeof g };
+///     g.dout = hyperattn_tensor_bhsd(dout, HYPERATTN_DTYPE_F32, 1, 8, n, 64);
+///     g.dq   = hyperattn_tensor_bhsd(dq,   HYPERATTN_DTYPE_F32, 1, 8, n, 64);
+///     g.dk   = hyperattn_tensor_bhsd(dk,   HYPERATTN_DTYPE_F32, 1, 2, n, 64);
+///     g.dv   = hyperattn_tensor_bhsd(dv,   HYPERATTN_DTYPE_F32, 1, 2, n, 64);
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct hyperattn_grads {
     /// sizeof(hyperattn_grads).
     pub struct_size: usize,
-    /// Gradient of the loss by out: an input.
+    /// With respect to out: an input [batch, heads_q, n_q, value_dim], q's dtype or f32.
     pub dout: hyperattn_tensor,
-    /// Gradient by q: an output.
+    /// With respect to q: an output [batch, heads_q, n_q, head_dim], q's dtype or f32.
     pub dq: hyperattn_tensor,
-    /// Gradient by k: an output.
+    /// With respect to k: an output [batch, heads_kv, n_k, head_dim], k's dtype or f32. The sum over the query heads that
+    /// share a KV head, and only over these: where k is broadcast with a stride of 0, add the copies' gradients up.
     pub dk: hyperattn_tensor,
-    /// Gradient by v: an output.
+    /// With respect to v: an output [batch, heads_kv, n_k, value_dim], v's dtype or f32. As dk.
     pub dv: hyperattn_tensor,
+    /// With respect to lse: an input, f32 [batch, heads_q, n_q, 1], for a loss that depends on lse too. With data NULL it
+    /// is 0 and its other fields are not looked at.
+    pub dlse: hyperattn_tensor,
 }
 
 /// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
@@ -434,7 +446,7 @@ mod tests {
             struct_size: 0, q: 8, k: 88, v: 168, out: 248, lse: 328, block_mask: 408, error: 416, mask: 496,
             num_sequences: 576, cu_seqlens_q: 584, cu_seqlens_k: 592
         });
-        layout!(hyperattn_grads, 328, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248 });
+        layout!(hyperattn_grads, 408, { struct_size: 0, dout: 8, dq: 88, dk: 168, dv: 248, dlse: 328 });
         layout!(hyperattn_diagnosis, 56, {
             struct_size: 0, alpha: 8, kappa: 16, captured_mass: 24, estimated_error: 32, true_error: 40,
             keys_per_query: 48

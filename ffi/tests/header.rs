@@ -19,6 +19,7 @@ fn the_header_in_the_tree_is_up_to_date() {
         "tensor",
         "params",
         "cpu",
+        "backward",
         "plan",
         "diagnose",
         "cuda",

@@ -354,18 +354,30 @@ typedef struct hyperattn_layout {
     size_t align;
 } hyperattn_layout;
 
-/// The tensors of a backward call: gradients, shaped like what they belong to.
+/// The gradients of a backward call: of a loss, with respect to what the forward call wrote (inputs) and with respect to
+/// what it read (outputs). Each has the shape of what it belongs to, strides of its own, and its dtype or f32; none may be
+/// left out but dlse. Of the outputs none may overlap itself, another one, an input or a tensor of the call.
+///
+///     hyperattn_grads g = { .struct_size = sizeof g };
+///     g.dout = hyperattn_tensor_bhsd(dout, HYPERATTN_DTYPE_F32, 1, 8, n, 64);
+///     g.dq   = hyperattn_tensor_bhsd(dq,   HYPERATTN_DTYPE_F32, 1, 8, n, 64);
+///     g.dk   = hyperattn_tensor_bhsd(dk,   HYPERATTN_DTYPE_F32, 1, 2, n, 64);
+///     g.dv   = hyperattn_tensor_bhsd(dv,   HYPERATTN_DTYPE_F32, 1, 2, n, 64);
 typedef struct hyperattn_grads {
     /// sizeof(hyperattn_grads).
     size_t struct_size;
-    /// Gradient of the loss by out: an input.
+    /// With respect to out: an input [batch, heads_q, n_q, value_dim], q's dtype or f32.
     struct hyperattn_tensor dout;
-    /// Gradient by q: an output.
+    /// With respect to q: an output [batch, heads_q, n_q, head_dim], q's dtype or f32.
     struct hyperattn_tensor dq;
-    /// Gradient by k: an output.
+    /// With respect to k: an output [batch, heads_kv, n_k, head_dim], k's dtype or f32. The sum over the query heads that
+    /// share a KV head, and only over these: where k is broadcast with a stride of 0, add the copies' gradients up.
     struct hyperattn_tensor dk;
-    /// Gradient by v: an output.
+    /// With respect to v: an output [batch, heads_kv, n_k, value_dim], v's dtype or f32. As dk.
     struct hyperattn_tensor dv;
+    /// With respect to lse: an input, f32 [batch, heads_q, n_q, 1], for a loss that depends on lse too. With data NULL it
+    /// is 0 and its other fields are not looked at.
+    struct hyperattn_tensor dlse;
 } hyperattn_grads;
 
 /// What hyperattn_diagnose() finds out about one head. A figure that was not asked for or does not exist is NaN; a NaN
@@ -542,15 +554,50 @@ hyperattn_status hyperattn_merge(const struct hyperattn_tensor *out_a,
                                  const struct hyperattn_tensor *out_b,
                                  const struct hyperattn_tensor *lse_b);
 
-/// Size and alignment of the workspace that hyperattn_backward() needs. This version answers
-/// HYPERATTN_STATUS_UNSUPPORTED.
+/// Size and alignment of the workspace that hyperattn_backward() needs for the same params, tensors and exec. The tensors'
+/// data are not looked at and may be NULL; *out is written on success only.
+///
+/// Never quadratic in the sequence. At most the sum of: what hyperattn_forward_workspace() answers without a lane's
+/// rounding; 4 head_dim bytes for every row of every query head and 4 (head_dim + value_dim) for every row of every KV head
+/// of one batch item; for METHOD_PAPER 512 sample_size (head_dim + value_dim) bytes for every KV head; for METHOD_REFINED
+/// up to 8 times the sums of a KV head; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes.
+///
+///     hyperattn_layout need;
+///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
+///     if (hyperattn_backward_workspace(&params, &tensors, &exec, &need) == HYPERATTN_STATUS_OK) {
+///         exec.workspace.data = aligned_alloc(need.align, need.size);
+///         exec.workspace.size = need.size;
+///     }
 hyperattn_status hyperattn_backward_workspace(const struct hyperattn_params *params,
                                               const struct hyperattn_tensors *tensors,
                                               const struct hyperattn_cpu_exec *exec,
                                               struct hyperattn_layout *out);
 
-/// Gradients by q, k and v of the estimator that hyperattn_forward() ran. This version answers
-/// HYPERATTN_STATUS_UNSUPPORTED.
+/// The gradients of a loss with respect to q, k and v, from grads.dout, its gradient with respect to out, and grads.dlse,
+/// that with respect to lse where the loss depends on it. Writes grads.dq, dk and dv whole; it does not add to them.
+///
+/// params and tensors are those of the forward call, the seed and the offset too, with out and lse as it left them: both
+/// are inputs here, and lse must be there (INVALID_ARGUMENT with data NULL). tensors.error is not looked at. Nothing else is
+/// kept from the forward call: METHOD_PAPER and METHOD_REFINED find their selection of keys again.
+///
+/// METHOD_EXACT gives the gradient of softmax attention. The estimators give the gradient of what they computed, with
+/// the selection of keys, its weights and METHOD_PAPER's caps held fixed: the gradient of the estimate almost
+/// everywhere, and no estimate of the exact gradient with a bound of its own. core/docs/backward.md has the formulas.
+///
+/// Where keys are in parts joined by hyperattn_merge(), call it once for each part with the merged out and lse: each call
+/// gives that part's dk and dv, and dq is the sum over the parts.
+///
+/// Sums are in f32 and rounded once, when they are written. The same arguments give the same bits for every number of
+/// threads; what hyperattn_forward() says of threads, workspaces, allocation and fork() holds here too. Cost: exact heads
+/// some 2.5 times the multiply-adds of the forward call, estimators their selection and as much for the keys they meet.
+///
+/// A query that saw no key (lse -inf) gets dq 0 and adds nothing; a key that no query saw gets dk and dv 0. NaN stays
+/// with the rows and keys that see it. tensors.mask has no gradient. On an error dq, dk and dv are untouched, except when
+/// exec.pool returned before its tasks had run (INVALID_ARGUMENT) or for INTERNAL.
+///
+///     /* After hyperattn_forward(&params, &tensors, NULL) with an lse. */
+///     if (hyperattn_backward(&params, &tensors, &grads, NULL) != HYPERATTN_STATUS_OK)
+///         fprintf(stderr, "%s\n", hyperattn_last_error());
 hyperattn_status hyperattn_backward(const struct hyperattn_params *params,
                                     const struct hyperattn_tensors *tensors,
                                     const struct hyperattn_grads *grads,

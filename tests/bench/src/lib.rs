@@ -8,6 +8,7 @@ pub mod cuda;
 pub mod device;
 pub mod driver;
 pub mod executor;
+pub mod gradients;
 pub mod group;
 pub mod inputs;
 pub mod load;

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use hyperattn_core::{BlockMask, Mask, Method, Params, Residual, stages};
 use hyperattn_reference::{
-    Output, Partial, Problem, RowNormSamples, SortedBlocks, blocks_only, exact, gray_ranks, lsh_code,
-    masked_partials, row_norm, row_norm_probabilities, sorted_order, uniform,
+    Output, Problem, Row, RowNormSamples, SortedBlocks, blocks_only, exact_rows, gray_ranks, lsh_code,
+    masked_rows, row_norm, row_norm_probabilities, sorted_order, uniform,
 };
 
 use crate::additive_mask::AdditiveMask;
@@ -90,7 +90,7 @@ struct Head<'a> {
 
 impl Head<'_> {
     /// The estimator over an unmasked sub-problem.
-    fn estimate(&self, queries: Range<usize>, keys: Range<usize>) -> Vec<Partial> {
+    fn estimate<R: Row>(&self, queries: Range<usize>, keys: Range<usize>) -> Vec<R> {
         let Params { seed, offset, .. } = *self.params;
         let samples = self.params.sample_size as usize;
         let problem = &self.problem.slice(queries.clone(), keys.clone());
@@ -140,22 +140,21 @@ impl Head<'_> {
 
     /// Algorithm 4 over [`Head::estimate`]: dense parts have the threshold of the squares, the
     /// off-diagonal parts of a divided square have none.
-    fn paper(&self) -> Output {
+    fn paper<R: Row>(&self) -> Vec<R> {
         let (n_q, n_k) = (self.problem.num_queries(), self.problem.num_keys());
         let leaf = leaf(self.params, self.mask.map(|(mask, _)| mask));
         let mask = self.params.mask;
-        let rows = masked_partials(&self.problem, oracle_mask(mask), leaf, |queries, keys| {
+        masked_rows(&self.problem, oracle_mask(mask), leaf, |queries, keys| {
             let dense = match mask {
                 Mask::None => true,
                 Mask::CausalBottomRight => n_k > n_q && keys.start == 0,
                 Mask::CausalTopLeft => n_q > n_k && queries.start == n_k,
             };
             if dense && keys.len() <= leaf {
-                return hyperattn_reference::exact_partials(&self.problem.slice(queries, keys), |_, _| true);
+                return exact_rows(&self.problem.slice(queries, keys), |_, _| true);
             }
             self.estimate(queries, keys)
-        });
-        Output::from_partials(&rows)
+        })
     }
 }
 
@@ -171,44 +170,54 @@ pub fn expected_masked(
     block_mask: Option<&BlockMask<'_>>,
     additive_mask: Option<&AdditiveMask>,
 ) -> Output {
-    let shape = &inputs.shape;
-    let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&x| x.into()).collect() };
+    let Shape { batch, heads_q, .. } = inputs.shape;
     let mut whole = Output { out: Vec::new(), lse: Vec::new() };
-    for batch in 0..shape.batch {
-        for head in 0..shape.heads_q {
-            let kv_head = head / shape.group();
-            let (queries, keys) = (inputs.query_head(batch, head), inputs.key_head(batch, kv_head));
-            let values = inputs.value_head(batch, kv_head);
-            let (q, k, v) = (wide(queries), wide(keys), wide(values));
-            let scale = scale(params, shape.head_dim);
-            let problem = Problem::new(&q, &k, &v, shape.head_dim, shape.value_dim, scale);
-            let output = match params.method {
-                Method::Paper => {
-                    // Without sorted blocks the order in memory is the order, as if all ranks were equal.
-                    let sorted = block_mask.is_none() && params.block_size > 0;
-                    let hashed = if sorted { *params } else { Params { lsh_num_projs: 0, ..*params } };
-                    let norm = |row: &[f32]| row.iter().map(|x| x * x).sum();
-                    Head {
-                        params,
-                        mask: block_mask.map(|mask| (mask, batch * shape.heads_q + head)),
-                        problem,
-                        head,
-                        kv_head,
-                        query_ranks: ranks(&hashed, queries, shape.head_dim, kv_head),
-                        key_ranks: ranks(&hashed, keys, shape.head_dim, kv_head),
-                        norms: values.chunks_exact(shape.value_dim).map(norm).collect(),
-                    }
-                    .paper()
-                }
-                _ => {
-                    let added = additive_mask.map(|mask| mask.of_head(shape, batch, head));
-                    let problem = added.as_ref().map_or(problem, |added| problem.masked(added));
-                    exact(&problem, |i, j| oracle_mask(params.mask).visible(shape.n_q, shape.n_k, i, j))
-                }
-            };
-            whole.out.extend(output.out);
-            whole.lse.extend(output.lse);
-        }
+    for at in (0..batch).flat_map(|batch| (0..heads_q).map(move |head| (batch, head))) {
+        let output = with_rows(params, inputs, (block_mask, additive_mask), at, |_, rows| {
+            Output::from_partials(&rows)
+        });
+        whole.out.extend(output.out);
+        whole.lse.extend(output.lse);
     }
     whole
+}
+
+/// Calls `use_rows` with the problem and the rows of one query head of one batch item.
+pub(crate) fn with_rows<R: Row, T>(
+    params: &Params,
+    inputs: &Inputs,
+    (block_mask, additive_mask): (Option<&BlockMask<'_>>, Option<&AdditiveMask>),
+    (batch, head): (usize, usize),
+    use_rows: impl FnOnce(&Problem<'_>, Vec<R>) -> T,
+) -> T {
+    let shape = &inputs.shape;
+    let kv_head = head / shape.group();
+    let (queries, keys) = (inputs.query_head(batch, head), inputs.key_head(batch, kv_head));
+    let values = inputs.value_head(batch, kv_head);
+    let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&x| x.into()).collect() };
+    let (q, k, v) = (wide(queries), wide(keys), wide(values));
+    let scale = scale(params, shape.head_dim);
+    let problem = Problem::new(&q, &k, &v, shape.head_dim, shape.value_dim, scale);
+    if params.method != Method::Paper {
+        let added = additive_mask.map(|mask| mask.of_head(shape, batch, head));
+        let problem = added.as_ref().map_or(problem, |added| problem.masked(added));
+        let mask = oracle_mask(params.mask);
+        let rows = exact_rows(&problem, |i, j| mask.visible(shape.n_q, shape.n_k, i, j));
+        return use_rows(&problem, rows);
+    }
+    // Without sorted blocks the order in memory is the order, as if all ranks were equal.
+    let sorted = block_mask.is_none() && params.block_size > 0;
+    let hashed = if sorted { *params } else { Params { lsh_num_projs: 0, ..*params } };
+    let norm = |row: &[f32]| row.iter().map(|x| x * x).sum();
+    let head = Head {
+        params,
+        mask: block_mask.map(|mask| (mask, batch * shape.heads_q + head)),
+        problem,
+        head,
+        kv_head,
+        query_ranks: ranks(&hashed, queries, shape.head_dim, kv_head),
+        key_ranks: ranks(&hashed, keys, shape.head_dim, kv_head),
+        norms: values.chunks_exact(shape.value_dim).map(norm).collect(),
+    };
+    use_rows(&problem, head.paper())
 }

@@ -2,9 +2,11 @@
 //! comparison. The tests run every kernel table of the machine.
 
 pub mod additive_mask;
+pub mod backward;
 pub mod compare;
 pub mod executors;
 pub mod expected;
+pub mod expected_gradients;
 pub mod gradient_step;
 pub mod inputs;
 pub mod packing;

@@ -43,7 +43,7 @@ impl Outcome {
 }
 
 /// What outputs hold before the call: a number of every element type, and no result of the tests' problems.
-const POISON: f32 = -61440.0;
+pub(crate) const POISON: f32 = -61440.0;
 
 /// Memory with a stretch of a given size that begins at a given alignment, and guard bytes around it.
 #[derive(Debug)]
@@ -146,55 +146,92 @@ impl<'a> Setup<'a> {
 
     /// What `call` writes into tensors of this setup. Panics when it wrote where it must not: on an error, anywhere.
     pub fn outcome_of(&self, call: impl FnOnce(&mut Tensors<'_>) -> Result<()>) -> Result<Outcome> {
-        let inputs = self.inputs;
-        let shape = &inputs.shape;
-        let [batch, heads, ..] = shape.of_heads();
-        let items =
-            self.division.sequences.as_ref().map_or(batch, |sequences| Sequences::count(sequences) as i64);
-        let of_heads_shape = [items, heads, 1, 1];
-        let tensor = |values: &[f32], shape, dtype, place: usize| {
-            Tensor::new(values, shape, dtype, self.arrangements[place], f32::NAN)
-        };
-        let mut q = tensor(&inputs.q, shape.q(), inputs.dtypes.q, 0);
-        let mut k = tensor(&inputs.k, shape.k(), inputs.dtypes.kv, 1);
-        let mut v = tensor(&inputs.v, shape.v(), inputs.dtypes.kv, 2);
-        let mut mask = self.mask.map(AdditiveMask::tensor);
-        let mut out = Tensor::new(&[], shape.out(), self.out, self.arrangements[3], POISON);
-        let scalars = |shape| Tensor::new(&[], shape, DType::F32, Arrangement::Padded, POISON);
-        let (mut lse, mut error, mut keys) =
-            (scalars(shape.lse()), scalars(of_heads_shape), scalars(of_heads_shape));
-        let before = [&out, &lse, &error, &keys].map(Tensor::gaps);
-        let result = call(&mut Tensors {
-            q: q.view(),
-            k: k.view(),
-            v: v.view(),
-            out: out.view_mut(),
-            lse: Some(lse.view_mut()),
-            block_mask: self.block_mask,
-            error: self.estimates.then(|| error.view_mut()),
-            keys_per_query: self.estimates.then(|| keys.view_mut()),
-            mask: mask.as_mut().map(Tensor::view),
-        });
-        assert!([&out, &lse, &error, &keys].map(Tensor::gaps) == before, "written beyond an output");
-        let of_heads = |tensor: &Tensor| if self.estimates { tensor.values() } else { Vec::new() };
-        let outcome = Outcome {
-            out: out.values(),
-            lse: lse.values(),
-            error: of_heads(&error),
-            keys_per_query: of_heads(&keys),
-        };
+        let mut memory = Memory::new(self, None);
+        let before = memory.outputs().map(Tensor::gaps);
+        let result = call(&mut memory.tensors(self));
+        assert!(memory.outputs().map(Tensor::gaps) == before, "written beyond an output");
+        let outcome = memory.outcome(self.estimates);
         if result.is_err() {
             assert!(outcome.all().into_iter().flatten().all(|&x| x == POISON), "an output changed");
         } else {
-            // A single number may be the poison by chance, a row is not.
-            let rows = outcome.out.chunks(8);
-            assert!(
-                rows.into_iter().all(|row| row.iter().any(|&x| x != POISON)),
-                "an output was not written"
-            );
+            assert_written(&outcome.out);
             let scalars = [&outcome.lse, &outcome.error, &outcome.keys_per_query];
             assert!(scalars.into_iter().flatten().all(|&x| x != POISON), "an output was not written");
         }
         result.map(|()| outcome)
+    }
+}
+
+/// Asserts that a tensor was written: a single number may be the poison by chance, a row is not.
+pub(crate) fn assert_written(values: &[f32]) {
+    let mut rows = values.chunks(8);
+    assert!(rows.all(|row| row.iter().any(|&x| x != POISON)), "an output was not written");
+}
+
+/// The tensors of a call.
+pub(crate) struct Memory {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Option<Tensor>,
+    out: Tensor,
+    lse: Tensor,
+    error: Tensor,
+    keys_per_query: Tensor,
+}
+
+impl Memory {
+    /// The outputs hold what a call wrote, or poison.
+    pub(crate) fn new(setup: &Setup<'_>, outcome: Option<&Outcome>) -> Self {
+        let Setup { inputs, arrangements, .. } = *setup;
+        let Inputs { shape, dtypes, .. } = inputs;
+        let [batch, heads, ..] = shape.of_heads();
+        let items =
+            setup.division.sequences.as_ref().map_or(batch, |sequences| Sequences::count(sequences) as i64);
+        let input = |values: &[f32], shape, dtype, place: usize| {
+            Tensor::new(values, shape, dtype, arrangements[place], f32::NAN)
+        };
+        let scalars =
+            |values: &[f32], shape| Tensor::new(values, shape, DType::F32, Arrangement::Padded, POISON);
+        let (out, lse) = outcome.map_or((&[][..], &[][..]), |outcome| (&outcome.out, &outcome.lse));
+        Memory {
+            q: input(&inputs.q, shape.q(), dtypes.q, 0),
+            k: input(&inputs.k, shape.k(), dtypes.kv, 1),
+            v: input(&inputs.v, shape.v(), dtypes.kv, 2),
+            mask: setup.mask.map(AdditiveMask::tensor),
+            out: Tensor::new(out, shape.out(), setup.out, arrangements[3], POISON),
+            lse: scalars(lse, shape.lse()),
+            error: scalars(&[], [items, heads, 1, 1]),
+            keys_per_query: scalars(&[], [items, heads, 1, 1]),
+        }
+    }
+
+    pub(crate) fn tensors<'m>(&'m mut self, setup: &Setup<'m>) -> Tensors<'m> {
+        Tensors {
+            q: self.q.view(),
+            k: self.k.view(),
+            v: self.v.view(),
+            out: self.out.view_mut(),
+            lse: Some(self.lse.view_mut()),
+            block_mask: setup.block_mask,
+            error: setup.estimates.then(|| self.error.view_mut()),
+            keys_per_query: setup.estimates.then(|| self.keys_per_query.view_mut()),
+            mask: self.mask.as_mut().map(Tensor::view),
+        }
+    }
+
+    fn outputs(&self) -> [&Tensor; 4] {
+        [&self.out, &self.lse, &self.error, &self.keys_per_query]
+    }
+
+    /// What the outputs hold.
+    pub(crate) fn outcome(&self, estimates: bool) -> Outcome {
+        let of_heads = |tensor: &Tensor| if estimates { tensor.values() } else { Vec::new() };
+        Outcome {
+            out: self.out.values(),
+            lse: self.lse.values(),
+            error: of_heads(&self.error),
+            keys_per_query: of_heads(&self.keys_per_query),
+        }
     }
 }

@@ -12,7 +12,7 @@ use hyperattn_conformance::random_mask::{OwnedMask, names};
 use hyperattn_conformance::run::Setup;
 use hyperattn_conformance::statistics::Mean;
 use hyperattn_core::{BlockMask, Kernels, Mask, Method, Params, Residual};
-use hyperattn_reference::{Problem, exact_partials};
+use hyperattn_reference::{Problem, exact_rows};
 
 const DRAWS: u64 = 2000;
 const LIMIT: f64 = 4.5;
@@ -46,7 +46,7 @@ fn sums(params: &Params, inputs: &Inputs, counted: impl Fn(usize, usize) -> bool
         let factor = if row.max == f64::NEG_INFINITY { 0.0 } else { row.max.exp() };
         [row.sum, row.weighted_values[0], row.weighted_values[1], row.weighted_values[2]].map(|x| x * factor)
     };
-    exact_partials(&problem, counted).into_iter().map(of_row).collect()
+    exact_rows(&problem, counted).into_iter().map(of_row).collect()
 }
 
 fn truth(params: &Params, inputs: &Inputs) -> Vec<[f64; 4]> {

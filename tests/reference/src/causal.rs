@@ -1,8 +1,8 @@
 //! Algorithm 4 of arXiv 2310.05869: causal masks by recursion over an unmasked algorithm.
 
-use crate::exact::{Mask, exact_partials};
-use crate::partial::Partial;
+use crate::exact::{Mask, exact_rows};
 use crate::problem::Problem;
+use crate::terms::Row;
 use std::ops::Range;
 
 /// All rows under `mask`, when `unmasked(queries, keys)` gives the rows of an unmasked sub-problem, exact or
@@ -17,15 +17,15 @@ use std::ops::Range;
 /// A causal square of at most `leaf` keys (at least 1) is exact. A larger one of n keys is two squares, of
 /// the first ceil(n / 2) and of the others, and the later queries over the earlier keys by `unmasked`,
 /// whatever their number: an exact threshold for these is the business of `unmasked`.
-pub fn masked_partials(
+pub fn masked_rows<R: Row>(
     problem: &Problem,
     mask: Mask,
     leaf: usize,
-    unmasked: impl FnMut(Range<usize>, Range<usize>) -> Vec<Partial>,
-) -> Vec<Partial> {
+    unmasked: impl FnMut(Range<usize>, Range<usize>) -> Vec<R>,
+) -> Vec<R> {
     let (num_queries, num_keys) = (problem.num_queries(), problem.num_keys());
     let square = num_queries.min(num_keys);
-    let rows = vec![Partial::empty(problem.value_dim()); num_queries];
+    let rows = vec![R::empty(problem.value_dim()); num_queries];
     let mut recursion = Recursion { problem, leaf: leaf.max(1), unmasked, rows };
     match mask {
         Mask::None => recursion.add_unmasked(0..num_queries, 0..num_keys),
@@ -41,18 +41,18 @@ pub fn masked_partials(
     recursion.rows
 }
 
-struct Recursion<'a, F> {
+struct Recursion<'a, R, F> {
     problem: &'a Problem<'a>,
     leaf: usize,
     unmasked: F,
-    rows: Vec<Partial>,
+    rows: Vec<R>,
 }
 
-impl<F: FnMut(Range<usize>, Range<usize>) -> Vec<Partial>> Recursion<'_, F> {
+impl<R: Row, F: FnMut(Range<usize>, Range<usize>) -> Vec<R>> Recursion<'_, R, F> {
     fn add_square(&mut self, first_query: usize, first_key: usize, size: usize) {
         if size <= self.leaf {
             let problem = self.problem.slice(first_query..first_query + size, first_key..first_key + size);
-            self.merge_rows(first_query, &exact_partials(&problem, |i, j| j <= i));
+            self.merge_rows(first_query, &exact_rows(&problem, |i, j| j <= i));
             return;
         }
         let middle = size.div_ceil(2);
@@ -70,9 +70,9 @@ impl<F: FnMut(Range<usize>, Range<usize>) -> Vec<Partial>> Recursion<'_, F> {
         self.merge_rows(queries.start, &added);
     }
 
-    fn merge_rows(&mut self, first_query: usize, added: &[Partial]) {
-        for (row, partial) in self.rows[first_query..].iter_mut().zip(added) {
-            row.merge(partial);
+    fn merge_rows(&mut self, first_query: usize, added: &[R]) {
+        for (row, added) in self.rows[first_query..].iter_mut().zip(added) {
+            row.merge(added);
         }
     }
 }

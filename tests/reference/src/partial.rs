@@ -1,6 +1,7 @@
 //! Unfinished rows: numerator and denominator of the softmax, relative to a reference logit.
 
-use crate::Problem;
+use crate::problem::Problem;
+use crate::terms::{Row, Terms};
 
 /// One row of D^-1 A V before the division, over some of the keys. Rows over disjoint keys add up.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,43 +14,36 @@ pub struct Partial {
     pub weighted_values: Vec<f64>,
 }
 
-/// A key that takes part in a row, with the factor in front of its exp(logit).
-pub(crate) struct Column {
-    pub key: usize,
-    pub logit: f64,
-    pub weight: f64,
-}
-
-impl Partial {
-    /// The row without keys: the neutral element of [`Partial::merge`].
-    pub fn empty(value_dim: usize) -> Self {
+impl Row for Partial {
+    fn empty(value_dim: usize) -> Self {
         Partial { max: f64::NEG_INFINITY, sum: 0.0, weighted_values: vec![0.0; value_dim] }
     }
 
-    /// The sums over `columns`, relative to their largest logit.
-    pub(crate) fn from_columns(problem: &Problem, columns: &[Column]) -> Self {
-        let max = columns.iter().map(|column| column.logit).fold(f64::NEG_INFINITY, maximum);
-        Self::relative_to(max, problem, columns)
-    }
-
-    /// The sums over `columns`, relative to `max`.
-    pub(crate) fn relative_to(max: f64, problem: &Problem, columns: &[Column]) -> Self {
-        let mut partial = Partial { max, ..Self::empty(problem.value_dim()) };
+    /// The sums, relative to the largest logit of the denominator.
+    fn from_terms(problem: &Problem, i: usize, Terms { terms, log_constant }: Terms) -> Self {
+        let logits: Vec<f64> = terms.iter().map(|term| problem.logit(i, term.key)).collect();
+        let of_sum = terms.iter().zip(&logits).filter(|(term, _)| term.in_sum);
+        let max = of_sum.fold(log_constant, |max, (_, &logit)| maximum(max, logit));
+        let mut partial = Self::empty(problem.value_dim());
         if max == f64::NEG_INFINITY {
             return partial;
         }
-        for column in columns {
-            let term = column.weight * (column.logit - max).exp();
-            partial.sum += term;
-            for (total, value) in partial.weighted_values.iter_mut().zip(problem.value_row(column.key)) {
-                *total += term * value;
+        (partial.max, partial.sum) = (max, (log_constant - max).exp());
+        for (term, logit) in terms.iter().zip(logits) {
+            let factor = term.weight * (logit - max).exp();
+            if term.in_sum {
+                partial.sum += factor;
+            }
+            if term.in_product {
+                for (total, value) in partial.weighted_values.iter_mut().zip(problem.value_row(term.key)) {
+                    *total += factor * value;
+                }
             }
         }
         partial
     }
 
-    /// Adds the sums of `other`, whose keys must be disjoint from these: the addition of Algorithm 4.
-    pub fn merge(&mut self, other: &Partial) {
+    fn merge(&mut self, other: &Partial) {
         if other.max == f64::NEG_INFINITY {
             return;
         }
@@ -61,7 +55,9 @@ impl Partial {
             *total = own * *total + others * value;
         }
     }
+}
 
+impl Partial {
     /// The output row D^-1 A V and ln D; zeros and -inf for the row without keys.
     pub fn finish(&self) -> (Vec<f64>, f64) {
         if self.max == f64::NEG_INFINITY {
@@ -81,6 +77,12 @@ pub struct Output {
 }
 
 impl Output {
+    /// The output of rows whose terms are `rows`, of the whole problem.
+    pub fn from_terms(problem: &Problem, rows: &[Terms]) -> Self {
+        let partial = |(i, terms): (usize, &Terms)| Partial::from_terms(problem, i, terms.clone());
+        Self::from_partials(&rows.iter().enumerate().map(partial).collect::<Vec<_>>())
+    }
+
     /// Finishes every row.
     pub fn from_partials(partials: &[Partial]) -> Self {
         let (rows, lse): (Vec<_>, Vec<_>) = partials.iter().map(Partial::finish).unzip();

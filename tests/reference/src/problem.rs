@@ -13,6 +13,7 @@ pub struct Problem<'a> {
     value_dim: usize,
     scale: f64,
     mask: Option<AdditiveMask<'a>>,
+    first_key: usize,
 }
 
 /// What is added to the logits, row-major: query i and key j have entry i * row_len + j.
@@ -36,7 +37,7 @@ impl<'a> Problem<'a> {
         assert!(query.len().is_multiple_of(head_dim), "query is not a whole number of rows");
         assert!(key.len().is_multiple_of(head_dim), "key is not a whole number of rows");
         assert_eq!(value.len(), key.len() / head_dim * value_dim, "value has not one row per key");
-        Problem { query, key, value, head_dim, value_dim, scale, mask: None }
+        Problem { query, key, value, head_dim, value_dim, scale, mask: None, first_key: 0 }
     }
 
     /// The same with `mask`, n_q x n_k, added to scale Q K^T.
@@ -53,6 +54,11 @@ impl<'a> Problem<'a> {
     /// n_k.
     pub fn num_keys(&self) -> usize {
         self.key.len() / self.head_dim
+    }
+
+    /// d.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
     }
 
     /// d_v.
@@ -72,9 +78,28 @@ impl<'a> Problem<'a> {
 
     /// The entry (i, j) of scale Q K^T and the mask, the logarithm of A_ij.
     pub fn logit(&self, i: usize, j: usize) -> f64 {
-        let query = &self.query[i * self.head_dim..][..self.head_dim];
-        let key = &self.key[j * self.head_dim..][..self.head_dim];
-        self.scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() + self.added(i, j)
+        self.scale * self.query_row(i).iter().zip(self.key_row(j)).map(|(a, b)| a * b).sum::<f64>()
+            + self.added(i, j)
+    }
+
+    /// The factor on Q K^T.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The key of the whole problem that is key 0 of this one.
+    pub fn first_key(&self) -> usize {
+        self.first_key
+    }
+
+    /// Row i of Q.
+    pub fn query_row(&self, i: usize) -> &'a [f64] {
+        &self.query[i * self.head_dim..][..self.head_dim]
+    }
+
+    /// Row j of K.
+    pub fn key_row(&self, j: usize) -> &'a [f64] {
+        &self.key[j * self.head_dim..][..self.head_dim]
     }
 
     /// Row j of V.
@@ -90,6 +115,7 @@ impl<'a> Problem<'a> {
         });
         Problem {
             mask,
+            first_key: self.first_key + keys.start,
             query: &self.query[queries.start * self.head_dim..queries.end * self.head_dim],
             key: &self.key[keys.start * self.head_dim..keys.end * self.head_dim],
             value: &self.value[keys.start * self.value_dim..keys.end * self.value_dim],

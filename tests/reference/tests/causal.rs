@@ -1,6 +1,6 @@
 //! Algorithm 4: the recursion visits every visible entry once.
 
-use hyperattn_reference::{Generator, Mask, Output, Problem, exact, exact_partials, masked_partials};
+use hyperattn_reference::{Generator, Mask, Output, Partial, Problem, exact, exact_rows, masked_rows};
 
 const MASKS: [Mask; 3] = [Mask::None, Mask::CausalBottomRight, Mask::CausalTopLeft];
 
@@ -13,9 +13,9 @@ fn every_visible_entry_is_counted_once() {
         let (query, key) = (vec![0.0; num_queries], vec![0.0; num_keys]);
         let problem = Problem::new(&query, &key, &value, 1, num_keys, 1.0);
         for (mask, leaf) in MASKS.into_iter().flat_map(|mask| (0..20).map(move |leaf| (mask, leaf))) {
-            let rows = masked_partials(&problem, mask, leaf, |queries, keys| {
+            let rows: Vec<Partial> = masked_rows(&problem, mask, leaf, |queries, keys| {
                 assert!(!queries.is_empty() && !keys.is_empty());
-                exact_partials(&problem.slice(queries, keys), |_, _| true)
+                exact_rows(&problem.slice(queries, keys), |_, _| true)
             });
             assert_eq!(rows.len(), num_queries);
             for (i, row) in rows.iter().enumerate() {
@@ -33,9 +33,9 @@ fn unmasked_calls(num_queries: usize, num_keys: usize, mask: Mask, leaf: usize) 
     let (query, key) = (vec![0.0; num_queries], vec![0.0; num_keys]);
     let problem = Problem::new(&query, &key, &key, 1, 1, 1.0);
     let mut calls = Vec::new();
-    masked_partials(&problem, mask, leaf, |queries, keys| {
+    masked_rows::<Partial>(&problem, mask, leaf, |queries, keys| {
         calls.push([queries.start, queries.end, keys.start, keys.end]);
-        exact_partials(&problem.slice(queries, keys), |_, _| true)
+        exact_rows(&problem.slice(queries, keys), |_, _| true)
     });
     calls
 }
@@ -69,8 +69,8 @@ fn with_exact_parts_the_recursion_is_exact() {
         let problem = Problem::new(&query, &key, &value, 4, 3, 5.0);
         for mask in MASKS {
             let expected = exact(&problem, |i, j| mask.visible(num_queries, num_keys, i, j));
-            let rows = masked_partials(&problem, mask, 3, |queries, keys| {
-                exact_partials(&problem.slice(queries, keys), |_, _| true)
+            let rows = masked_rows(&problem, mask, 3, |queries, keys| {
+                exact_rows(&problem.slice(queries, keys), |_, _| true)
             });
             let result = Output::from_partials(&rows);
             let pairs = result.out.iter().zip(&expected.out).chain(result.lse.iter().zip(&expected.lse));

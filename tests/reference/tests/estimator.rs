@@ -1,7 +1,7 @@
 //! The published estimators, given mask and samples.
 
 use hyperattn_reference::{
-    Generator, Output, Partial, Problem, RowNormSamples, blocks_only, exact, exact_partials, row_norm,
+    Generator, Output, Partial, Problem, Row, RowNormSamples, blocks_only, exact, exact_rows, row_norm,
     row_norm_probabilities, uniform,
 };
 
@@ -35,8 +35,8 @@ fn uniform_by_hand() {
     assert_close(&result.lse, &[9.0f64.ln()]);
     let without = Output::from_partials(&blocks_only(&problem, first));
     assert_eq!((without.out[0], without.lse[0]), (1.0, 0.0));
-    assert_eq!(uniform(&problem, first, &[]), blocks_only(&problem, first));
-    assert_eq!(uniform(&problem, |_, _| true, &[1, 2]), exact_partials(&problem, |_, _| true));
+    assert_eq!(uniform::<Partial>(&problem, first, &[]), blocks_only(&problem, first));
+    assert_eq!(uniform::<Partial>(&problem, |_, _| true, &[1, 2]), exact_rows(&problem, |_, _| true));
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn row_norm_by_hand() {
     let no_samples = RowNormSamples { row_sum_columns: &[], value_columns: &[], ..samples(1.0, 3.0) };
     assert_close(&sums(&row_norm(&problem, first, &no_samples)[0]), &[4.0, 1.0]);
     let nothing = RowNormSamples { tau_rows: &[], ..no_samples };
-    assert_eq!(row_norm(&problem, |_, _| false, &nothing), [Partial::empty(1)]);
+    assert_eq!(row_norm::<Partial>(&problem, |_, _| false, &nothing), [Partial::empty(1)]);
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn with_small_problem(check: impl Fn(&Problem, &[Vec<f64>])) {
     let (query, key) = (generator.normal_matrix(3, 4), generator.normal_matrix(5, 4));
     let value = generator.normal_matrix(5, 2);
     let problem = Problem::new(&query, &key, &value, 4, 2, 0.5);
-    let truth: Vec<Vec<f64>> = exact_partials(&problem, |_, _| true).iter().map(sums).collect();
+    let truth: Vec<Vec<f64>> = exact_rows(&problem, |_, _| true).iter().map(sums).collect();
     check(&problem, &truth);
 }
 
@@ -221,8 +221,8 @@ fn estimated_rows_add_up_over_disjoint_keys_and_are_exact_where_all_is_covered()
             epsilon: 1.0,
             kappa: 10.0,
         };
-        let from_left = row_norm(&left, same_parity, &samples);
-        let from_right = uniform(&right, same_parity, &[2, 1]);
+        let from_left: Vec<Partial> = row_norm(&left, same_parity, &samples);
+        let from_right: Vec<Partial> = uniform(&right, same_parity, &[2, 1]);
         for (a, b) in from_left.iter().zip(&from_right) {
             let mut merged = a.clone();
             merged.merge(b);

@@ -1,6 +1,6 @@
 //! Exact attention and the merge of partial rows.
 
-use hyperattn_reference::{Generator, Mask, Output, Partial, Problem, exact, exact_partials};
+use hyperattn_reference::{Generator, Mask, Output, Partial, Problem, Row, exact, exact_rows};
 
 fn assert_close(actual: &[f64], expected: &[f64]) {
     assert_eq!(actual.len(), expected.len());
@@ -97,14 +97,14 @@ fn merge_adds_disjoint_keys_and_the_empty_row_is_neutral() {
     let problem = Problem::new(&query, &key, &value, 3, 2, 20.0);
     let whole = exact(&problem, |_, _| true);
     for split in 0..=9 {
-        let mut merged = exact_partials(&problem, |_, j| j < split);
-        let rest = exact_partials(&problem.slice(0..4, split..9), |_, _| true);
+        let mut merged: Vec<Partial> = exact_rows(&problem, |_, j| j < split);
+        let rest: Vec<Partial> = exact_rows(&problem.slice(0..4, split..9), |_, _| true);
         merged.iter_mut().zip(&rest).for_each(|(row, other)| row.merge(other));
         let merged = Output::from_partials(&merged);
         assert_close(&merged.out, &whole.out);
         assert_close(&merged.lse, &whole.lse);
     }
-    let row = &exact_partials(&problem, |_, _| true)[0];
+    let row = &exact_rows::<Partial>(&problem, |_, _| true)[0];
     let (mut left, mut right) = (Partial::empty(2), row.clone());
     left.merge(row);
     right.merge(&Partial::empty(2));

@@ -1,0 +1,156 @@
+//! Which backward kernels run lists of tiles, and their launches.
+
+use std::ffi::CStr;
+
+use hyperattn_core::{DType, Result};
+
+use crate::abi::{BackwardParams, element_type};
+use crate::attend::{Family, MOST, aligned};
+use crate::driver::Device;
+use crate::launch::{Queue, args};
+
+/// How a kernel is launched, and what it is called for f16 and bf16, or for all types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Launch {
+    block: u32,
+    shared_bytes: u32,
+    /// Of dq.
+    queries: [&'static CStr; 2],
+    /// Of dk and dv together, or of each.
+    keys: [&'static [&'static CStr]; 2],
+}
+
+/// Sizes of head_dim and value_dim that kernels are made for; each serves the smaller ones too.
+const DIMS: [usize; 3] = [64, 128, 256];
+
+/// Launches of a family's kernels, for each of [`DIMS`]. entry.cu states the same numbers.
+const MMA: [Launch; 3] = [
+    Launch {
+        block: 256,
+        shared_bytes: 69_296,
+        queries: [c"backward_mma_queries_f16_64", c"backward_mma_queries_bf16_64"],
+        keys: [&[c"backward_mma_keys_f16_64"], &[c"backward_mma_keys_bf16_64"]],
+    },
+    Launch {
+        block: 256,
+        shared_bytes: 134_832,
+        queries: [c"backward_mma_queries_f16_128", c"backward_mma_queries_bf16_128"],
+        keys: [&[c"backward_mma_keys_f16_128"], &[c"backward_mma_keys_bf16_128"]],
+    },
+    Launch {
+        block: 256,
+        shared_bytes: 166_576,
+        queries: [c"backward_mma_queries_f16_256", c"backward_mma_queries_bf16_256"],
+        keys: [
+            &[c"backward_mma_keys_f16_256", c"backward_mma_values_f16_256"],
+            &[c"backward_mma_keys_bf16_256", c"backward_mma_values_bf16_256"],
+        ],
+    },
+];
+const ANY: [Launch; 3] = [
+    Launch {
+        block: 256,
+        shared_bytes: 72_368,
+        queries: [c"backward_any_queries_64"; 2],
+        keys: [&[c"backward_any_keys_64"]; 2],
+    },
+    Launch {
+        block: 256,
+        shared_bytes: 79_536,
+        queries: [c"backward_any_queries_128"; 2],
+        keys: [&[c"backward_any_keys_128"]; 2],
+    },
+    Launch {
+        block: 256,
+        shared_bytes: 71_344,
+        queries: [c"backward_any_queries_256"; 2],
+        keys: [&[c"backward_any_keys_256"]; 2],
+    },
+];
+
+/// The fastest family that can run these tensors.
+fn choose(params: &BackwardParams) -> Family {
+    let attend = &params.attend;
+    let kv = attend.kv_type;
+    let sixteen_bits = kv != element_type(DType::F32) && attend.q_type == kv && params.dout_type == kv;
+    let whole = attend.head_dim.is_multiple_of(8) && attend.value_dim.is_multiple_of(8);
+    let views = [&attend.q, &attend.k, &attend.v, &attend.out, &params.dout, &params.dk, &params.dv];
+    if sixteen_bits && whole && views.into_iter().all(aligned) { Family::Mma } else { Family::Any }
+}
+
+/// The launch for these tensors on this device.
+fn launch(device: &Device, params: &BackwardParams) -> Launch {
+    let dim = params.attend.head_dim.max(params.attend.value_dim) as usize;
+    let size = DIMS.iter().position(|&most| dim <= most).unwrap_or(DIMS.len() - 1);
+    // Devices differ in how much shared memory a block may have.
+    if choose(params).min(*MOST) > Family::Any && MMA[size].shared_bytes <= device.shared_bytes {
+        MMA[size]
+    } else {
+        ANY[size]
+    }
+}
+
+/// f16 kernels come first.
+fn element(params: &BackwardParams) -> usize {
+    usize::from(params.attend.kv_type != element_type(DType::F16))
+}
+
+/// Runs one kernel on `tiles` tiles.
+///
+/// # Safety
+/// As for [`queries`] and [`keys`].
+unsafe fn run(queue: &Queue<'_>, params: &BackwardParams, name: &'static CStr, tiles: u32) -> Result<()> {
+    if tiles == 0 {
+        return Ok(());
+    }
+    let Launch { block, shared_bytes, .. } = launch(queue.device, params);
+    // SAFETY: next_tile is the workspace's, and the one parameter is BackwardParams; the rest is the caller's contract.
+    unsafe {
+        queue.zero(params.attend.next_tile.address(), 1)?;
+        queue.launch_persistent(name, tiles, block, shared_bytes, args![*params])
+    }
+}
+
+/// dq of the tiles of queries.
+///
+/// # Safety
+/// What `params` points to is there, for as many tiles as it says; the gradients and sums of the tiles' rows are this
+/// launch's to write; `next_tile` is one word of the workspace.
+pub(super) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
+    let name = launch(queue.device, params).queries[element(params)];
+    // SAFETY: the caller's contract.
+    unsafe { run(queue, params, name, params.attend.tile_count) }
+}
+
+/// dk and dv of the tiles of keys.
+///
+/// # Safety
+/// As for [`queries`].
+pub(super) unsafe fn keys(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
+    for name in launch(queue.device, params).keys[element(params)] {
+        // SAFETY: the caller's contract.
+        unsafe { run(queue, params, name, params.key_tile_count) }?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The compiler of the device code checks the numbers in entry.cu; this checks that they are the ones here, and that the
+    /// kernels' names are there.
+    #[test]
+    fn launches_are_those_that_the_device_code_states() {
+        let entry = include_str!("../../kernels/entry.cu");
+        for (family, space, launches) in [("mma", "backward_mma", MMA), ("any", "backward_simt", ANY)] {
+            for (dim, launch) in DIMS.iter().zip(launches) {
+                let line = format!(
+                    "static_assert(hyperattn::{space}::Shape<{dim}>::SHARED_BYTES == {}, \"backward_{family}\");",
+                    launch.shared_bytes
+                );
+                assert!(entry.contains(&line), "{line}");
+            }
+        }
+    }
+}
