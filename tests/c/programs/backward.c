@@ -1,5 +1,5 @@
-/* Gradients: against differences of the forward call, in every layout and dtype up to the last element before an unreadable
- * page, with a workspace of the size that was asked for, and old callers' structs. */
+/* Gradients: against differences of the forward call, in every layout and dtype up to the last element before an
+ * unreadable page, with a workspace of the size that was asked for, and old callers' structs. */
 #include <hyperattn/hyperattn.h>
 #include <stddef.h>
 #include <string.h>

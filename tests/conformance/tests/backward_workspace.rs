@@ -1,5 +1,5 @@
-//! The workspace of the backward pass, and calls that are refused. That bytes around the workspace stay as they are, and
-//! gradients on an error, is checked by every call of these tests.
+//! The workspace of the backward pass. That bytes around it stay as they are, and gradients on an error, is checked by
+//! every call of these tests.
 
 use hyperattn_conformance::backward::{Backward, Loss};
 use hyperattn_conformance::executors::{Order, Threads};
