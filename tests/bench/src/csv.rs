@@ -90,7 +90,7 @@ const MEASURES: [&str; 19] = [
 ];
 
 /// Columns that older records lack.
-const LATER: [&str; 5] = ["budget", "num_first_keys", "band", "target_error", "estimated_error"];
+const LATER: [&str; 6] = ["inputs", "budget", "num_first_keys", "band", "target_error", "estimated_error"];
 
 fn columns() -> impl Iterator<Item = &'static str> {
     PLACE.into_iter().chain(Problem::SETTINGS).chain(MEASURES)
@@ -278,7 +278,7 @@ pub(crate) mod tests {
     fn errors_name_the_line_and_the_column() {
         let good = record(&[], 1.0).to_line();
         let with = |line: &str| parse(&format!("{}\n{good}\n{line}", header())).unwrap_err();
-        assert_eq!(with("a,b"), "line 3: expected 46 fields, found 2");
+        assert_eq!(with("a,b"), "line 3: expected 47 fields, found 2");
         assert_eq!(with(&good.replace("123.45", "fast")), "line 3: gflops is not a number: \"fast\"");
         assert!(with(&good.replace("exact", "fast")).starts_with("line 3: method = \"fast\": the value"));
         assert_eq!(parse("list,speed\n").unwrap_err(), "line 1: unknown column \"speed\"");
