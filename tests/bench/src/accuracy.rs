@@ -164,7 +164,7 @@ mod tests {
         ] {
             problem.set(name, value).unwrap();
         }
-        let inputs = Inputs::new(problem.shape);
+        let inputs = Inputs::new(problem.shape).unwrap();
         let values = &inputs.tensors[2];
         let mut out = Tensor::new(DType::F32, [2, 4, 1, 3], MemoryOrder::Bshd);
         assert!(of_out(&problem, &inputs, &out).error.is_nan(), "what is not written is NaN");

@@ -90,7 +90,8 @@ const MEASURES: [&str; 19] = [
 ];
 
 /// Columns that older records lack.
-const LATER: [&str; 6] = ["pass", "budget", "num_first_keys", "band", "target_error", "estimated_error"];
+const LATER: [&str; 7] =
+    ["pass", "inputs", "budget", "num_first_keys", "band", "target_error", "estimated_error"];
 
 fn columns() -> impl Iterator<Item = &'static str> {
     PLACE.into_iter().chain(Problem::SETTINGS).chain(MEASURES)

@@ -108,7 +108,7 @@ pub fn measure(
     let mut inputs: Vec<Inputs> = Vec::new();
     for entry in group {
         if !inputs.iter().any(|inputs| inputs.shape == entry.problem.shape) {
-            inputs.push(Inputs::new(entry.problem.shape));
+            inputs.push(Inputs::new(entry.problem.shape)?);
         }
     }
     let inputs_of =

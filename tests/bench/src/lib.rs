@@ -13,6 +13,7 @@ pub mod group;
 pub mod inputs;
 pub mod load;
 pub mod memory;
+pub mod model;
 pub mod options;
 pub mod peak;
 pub mod peer;

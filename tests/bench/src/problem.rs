@@ -20,9 +20,20 @@ pub enum Pass {
     Backward,
 }
 
+/// Where the numbers of q, k and v come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Standard normal numbers.
+    Normal,
+    /// A real model's, from `tests/data`: the first tokens, and its heads again and again.
+    Model,
+}
+
 /// What decides the inputs. Problems with the same shape run on the same numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
+    /// Where the numbers come from.
+    pub source: Source,
     /// Element types of q, k and v.
     pub dtypes: [DType; 3],
     /// Order of all tensors.
@@ -66,6 +77,7 @@ const PASSES: [(&str, Pass); 2] = [("forward", Pass::Forward), ("backward", Pass
 const MASKS: [(&str, Mask); 2] = [("none", Mask::None), ("causal", Mask::CausalBottomRight)];
 const DTYPES: [(&str, DType); 3] = [("f32", DType::F32), ("f16", DType::F16), ("bf16", DType::BF16)];
 const ORDERS: [(&str, MemoryOrder); 2] = [("bhsd", MemoryOrder::Bhsd), ("bshd", MemoryOrder::Bshd)];
+const SOURCES: [(&str, Source); 2] = [("normal", Source::Normal), ("model", Source::Model)];
 const RESIDUALS: [(&str, Residual); 3] =
     [("uniform", Residual::Uniform), ("row_norm", Residual::RowNorm), ("none", Residual::None)];
 
@@ -73,6 +85,7 @@ impl Default for Problem {
     fn default() -> Self {
         Problem {
             shape: Shape {
+                source: Source::Normal,
                 dtypes: [DType::F32; 3],
                 layout: MemoryOrder::Bhsd,
                 batch: 1,
@@ -92,10 +105,11 @@ impl Default for Problem {
 
 impl Problem {
     /// The settings that together say everything, in the order of the CSV columns.
-    pub const SETTINGS: [&str; 23] = [
+    pub const SETTINGS: [&str; 24] = [
         "method",
         "pass",
         "mask",
+        "inputs",
         "dtype_q",
         "dtype_k",
         "dtype_v",
@@ -131,6 +145,7 @@ impl Problem {
             "method" => params.method = choose(&METHODS, value)?,
             "pass" => self.pass = choose(&PASSES, value)?,
             "mask" => params.mask = choose(&MASKS, value)?,
+            "inputs" => shape.source = choose(&SOURCES, value)?,
             "dtype" => {
                 self.dtype_out = choose(&DTYPES, value)?;
                 shape.dtypes = [self.dtype_out; 3];
@@ -172,6 +187,7 @@ impl Problem {
             "method" => name_of(&METHODS, params.method),
             "pass" => name_of(&PASSES, self.pass),
             "mask" => name_of(&MASKS, params.mask),
+            "inputs" => name_of(&SOURCES, shape.source),
             "dtype_q" => name_of(&DTYPES, shape.dtypes[0]),
             "dtype_k" => name_of(&DTYPES, shape.dtypes[1]),
             "dtype_v" => name_of(&DTYPES, shape.dtypes[2]),
@@ -243,7 +259,7 @@ impl Problem {
             label += &format!(" batch={batch}");
         }
         let of_estimators = Self::SETTINGS.iter().skip_while(|name| **name != "min_seq_len");
-        for name in ["layout"].iter().chain(of_estimators) {
+        for name in ["inputs", "layout"].iter().chain(of_estimators) {
             if self.looks_at(name) && self.get(name) != Problem::default().get(name) {
                 label += &format!(" {name}={}", self.get(name));
             }
@@ -329,8 +345,8 @@ mod tests {
     #[test]
     fn every_setting_is_read_as_it_is_written() {
         let values = [
-            "paper", "backward", "causal", "f32", "f16", "bf16", "f16", "bshd", "2", "8", "4", "100", "300",
-            "96", "3", "17", "128", "64", "row_norm", "500", "4", "256", "0.125",
+            "paper", "backward", "causal", "model", "f32", "f16", "bf16", "f16", "bshd", "2", "8", "4",
+            "100", "300", "96", "3", "17", "128", "64", "row_norm", "500", "4", "256", "0.125",
         ];
         assert_eq!(values.len(), Problem::SETTINGS.len());
         let mut problem = Problem::default();
