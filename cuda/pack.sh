@@ -65,6 +65,7 @@ for test in tests/*; do
 done
 # The kernels that other devices get.
 run HYPERATTN_CUDA_KERNELS=mma tests/exact
+run HYPERATTN_CUDA_KERNELS=mma tests/backward
 run HYPERATTN_CUDA_KERNELS=any tests/exact every_dimension_and_type lengths_around_tiles a_nan_stays
 if [ -d nvrtc ]; then
     run LD_LIBRARY_PATH="$PWD/nvrtc" HYPERATTN_CUDA_IMAGE=nvrtc tests/exact heads_share_keys captured_and_replayed

@@ -30,7 +30,9 @@
 #include "hyperattn/backward_any.cuh"
 #include "hyperattn/backward_exact_tiles.cuh"
 #include "hyperattn/backward_mma.cuh"
+#include "hyperattn/backward_paper_tiles.cuh"
 #include "hyperattn/backward_rows.cuh"
+#include "hyperattn/backward_wgmma.cuh"
 
 // The host's mirrors in cuda/src/abi.rs count on these.
 static_assert(sizeof(hyperattn::View) == 32, "View");
@@ -39,7 +41,7 @@ static_assert(sizeof(hyperattn::Tile) == 32, "Tile");
 static_assert(sizeof(hyperattn::AttendParams) == 304, "AttendParams");
 static_assert(sizeof(hyperattn::RowTerms) == 8, "RowTerms");
 static_assert(sizeof(hyperattn::KeyTile) == 48, "KeyTile");
-static_assert(sizeof(hyperattn::BackwardParams) == 472, "BackwardParams");
+static_assert(sizeof(hyperattn::BackwardParams) == 480, "BackwardParams");
 
 // The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::hopper::THREADS == 384, "attend_wgmma");
@@ -69,6 +71,9 @@ static_assert(hyperattn::simt::Shape<128>::SHARED_BYTES == 85152, "attend_any");
 static_assert(hyperattn::simt::Shape<256>::SHARED_BYTES == 48288, "attend_any");
 
 // The launches in cuda/src/backward/launch.rs count on these; a test there compares the numbers.
+static_assert(hyperattn::backward_hopper::THREADS == 384, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 214448, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<128>::SHARED_BYTES == 207216, "backward_wgmma");
 static_assert(hyperattn::backward_mma::Shape<64>::THREADS == 256, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<64>::SHARED_BYTES == 69296, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<128>::SHARED_BYTES == 134832, "backward_mma");
@@ -77,4 +82,5 @@ static_assert(hyperattn::backward_simt::THREADS == 256, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<64>::SHARED_BYTES == 72368, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<128>::SHARED_BYTES == 79536, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<256>::SHARED_BYTES == 71344, "backward_any");
+static_assert(hyperattn::BACKWARD_SAMPLES_COLUMNS * 32 == 512, "backward_paper_add_samples");
 static_assert(hyperattn::BACKWARD_ROWS_THREADS / hyperattn::BACKWARD_ROWS_LANES == 16, "backward_rows");

@@ -66,11 +66,12 @@ const ANY: [&CStr; 3] = [c"attend_any_64", c"attend_any_128", c"attend_any_256"]
 
 /// The environment variable HYPERATTN_CUDA_KERNELS = any or mma holds the choice down to a family, to compare them. Read
 /// once.
-pub(crate) static MOST: LazyLock<Family> = LazyLock::new(|| match std::env::var("HYPERATTN_CUDA_KERNELS").as_deref() {
-    Ok("any") => Family::Any,
-    Ok("mma") => Family::Mma,
-    _ => Family::Wgmma,
-});
+pub(crate) static MOST: LazyLock<Family> =
+    LazyLock::new(|| match std::env::var("HYPERATTN_CUDA_KERNELS").as_deref() {
+        Ok("any") => Family::Any,
+        Ok("mma") => Family::Mma,
+        _ => Family::Wgmma,
+    });
 
 /// Launches of a family's kernels, for each of [`DIMS`] or [`ANY_DIMS`]. entry.cu states the same numbers.
 const WGMMA_LAUNCHES: [Launch; 5] = [

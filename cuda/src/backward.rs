@@ -4,7 +4,7 @@
 //! owns a tile of keys, and walks the queries that meet them, for dk and dv. Every sum has one order.
 
 mod exact;
-mod launch;
+pub(crate) mod launch;
 
 use std::ffi::c_void;
 
@@ -18,6 +18,7 @@ use crate::forward::{Run, check_workspace, measured, with_workspace};
 use crate::gradients::DeviceGradients;
 use crate::image::loaded;
 use crate::launch::{Queue, args};
+use crate::paper;
 use crate::workspace::{Carver, Pointer, WORKSPACE_ALIGN};
 
 /// Size and alignment of the workspace that [`backward`] needs for these options and tensors. Needs no device, and no
@@ -135,6 +136,7 @@ struct Buffers {
 
 enum MethodBuffers {
     Exact(exact::Buffers),
+    Paper(paper::Buffers),
 }
 
 impl Buffers {
@@ -146,15 +148,16 @@ impl Buffers {
             next_tile: carver.take(1),
             method: match Run::of(call) {
                 Run::Exact => MethodBuffers::Exact(exact::Buffers::carve(call, carver)?),
-                Run::Paper => return Err(unsupported("PAPER")),
-                Run::Refined => return Err(unsupported("REFINED")),
+                Run::Paper => MethodBuffers::Paper(paper::carve_gradient(call, carver)?),
+                Run::Refined => {
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format_args!("METHOD_REFINED has no backward pass on CUDA where it estimates"),
+                    ));
+                }
             },
         })
     }
-}
-
-fn unsupported(method: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, format_args!("METHOD_{method} has no backward pass on CUDA"))
 }
 
 /// A call under way.
@@ -174,6 +177,10 @@ impl Backward<'_, '_> {
         match &self.buffers.method {
             // SAFETY: as above.
             MethodBuffers::Exact(buffers) => unsafe { self.exact(buffers) },
+            // SAFETY: as above.
+            MethodBuffers::Paper(buffers) => unsafe {
+                paper::run_gradient(self.queue, self.call, buffers, &self.params())
+            },
         }
     }
 
@@ -231,6 +238,7 @@ impl Backward<'_, '_> {
             hidden: Pointer::NULL,
             key_sums: Pointer::NULL,
             value_sums: Pointer::NULL,
+            key_stored: Pointer::NULL,
             dout_type: element_type(gradients.dout.layout.dtype),
             dk_type: element_type(gradients.dk.layout.dtype),
             dv_type: element_type(gradients.dv.layout.dtype),

@@ -26,8 +26,8 @@ mod workspace;
 
 pub use backward::{backward, backward_divided, backward_divided_workspace, backward_workspace};
 pub use call::{DeviceBlockMask, DeviceTensor, DeviceTensors};
-pub use gradients::DeviceGradients;
 pub use forward::{forward, forward_divided, forward_divided_workspace, forward_workspace, prepare};
+pub use gradients::DeviceGradients;
 
 /// Whether this build has device code that was compiled when it was built. Otherwise the first call in a process has NVRTC
 /// compile it.

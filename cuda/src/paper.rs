@@ -1,6 +1,7 @@
 //! PAPER: selection on the device, then one launch of the attention kernel for every pass of the recursion, over as
 //! many heads at once as there is workspace for.
 
+mod gradient;
 mod lists;
 mod mirror;
 mod row_norm;
@@ -19,6 +20,7 @@ use crate::launch::{Queue, args};
 use crate::refined::Probing;
 use crate::states::States;
 use crate::workspace::{Carver, Pointer};
+pub(crate) use gradient::run_gradient;
 use lists::{Lists, Step};
 
 /// Hyperplanes are stored in groups of this many (HYPERPLANE_GROUP).
@@ -90,6 +92,8 @@ pub(crate) struct Buffers {
     listed_rows: Pointer<u32>,
     counters: Pointer<u32>,
     next_tile: Pointer<u32>,
+    /// Of a backward call, which has no states.
+    gradient: Option<gradient::Buffers>,
 }
 
 fn unsupported(sentence: std::fmt::Arguments<'_>) -> Error {
@@ -112,6 +116,24 @@ fn projection_rows(call: &Call<'_>) -> usize {
 /// residual; orders and ranks 8 to 12 for every row that is sorted; lists less than that but for small blocks. Where
 /// all heads together would take more than k and v twice, they are worked on in sets.
 pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
+    carve_for(call, false, carver)
+}
+
+/// The part of the workspace of a backward call: the selection's lists, their inverse and the sums of gradients in place of
+/// states. A query row's sums take `4 head_dim` bytes under a causal mask, a key row's `4 (head_dim + value_dim + 1)`.
+pub(crate) fn carve_gradient(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
+    if effective_residual(call.params) == Residual::RowNorm {
+        return Err(unsupported(format_args!(
+            "METHOD_PAPER with RESIDUAL_ROW_NORM has no backward pass on CUDA; RESIDUAL_UNIFORM and RESIDUAL_NONE have"
+        )));
+    }
+    if call.tensors.block_mask.is_some() {
+        return Err(unsupported(format_args!("METHOD_PAPER with a block mask has no backward pass on CUDA")));
+    }
+    carve_for(call, true, carver)
+}
+
+fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<Buffers> {
     let (params, problem) = (call.params, &call.problem);
     if call.tensors.keys_per_query.is_some() && call.tensors.block_mask.is_some() {
         return Err(unsupported(format_args!(
@@ -131,14 +153,22 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     // Of one KV head.
     let query_rows = group.saturating_mul(problem.n_q);
     let states = usize::from(stateful) + usize::from(is_row_norm);
-    let state = query_rows.saturating_mul((problem.value_dim + 2) * size_of::<f32>() * states);
+    let state = if is_gradient {
+        gradient::bytes_of_sums(problem, stateful)
+    } else {
+        query_rows.saturating_mul((problem.value_dim + 2) * size_of::<f32>() * states)
+    };
     let row_words = if spare { 3 } else { 2 * usize::from(sorted) };
     let fixed = query_rows
         .saturating_add(problem.n_k)
         .saturating_mul(row_words * size_of::<u32>())
         .saturating_add(state);
     let lists: Vec<Lists> = steps.iter().map(|step| Lists::new(call, &plan, step)).collect();
-    let of_step = |(step, lists): (&Step, &Lists)| lists.bytes(group).saturating_mul(step.count);
+    let of_a_rectangle = |step: &Step, lists: &Lists| {
+        let inverse = if is_gradient { gradient::Lists::new(call, step, lists).bytes(problem) } else { 0 };
+        lists.bytes(group).saturating_add(inverse)
+    };
+    let of_step = |(step, lists): (&Step, &Lists)| of_a_rectangle(step, lists).saturating_mul(step.count);
     let most = steps.iter().zip(&lists).map(of_step).max().unwrap_or(0);
 
     let kv_bytes = all_heads
@@ -153,8 +183,8 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let (mut lens, mut rectangles) = ([0usize; 4], 0usize);
     let mut planned = Vec::new();
     for (step, lists) in steps.into_iter().zip(lists) {
-        let of_a_rectangle = heads.saturating_mul(lists.bytes(group)).max(1);
-        let at_once = (for_lists / of_a_rectangle).clamp(1, step.count);
+        let bytes = heads.saturating_mul(of_a_rectangle(&step, &lists)).max(1);
+        let at_once = (for_lists / bytes).clamp(1, step.count);
         for (most, len) in lens.iter_mut().zip(lists.lens(group)) {
             *most = len.saturating_mul(heads).saturating_mul(at_once).max(*most);
         }
@@ -170,15 +200,21 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     let rows = [query_rows.saturating_mul(heads), problem.n_k.saturating_mul(heads)];
     let when = |wanted: bool, len: usize| if wanted { len } else { 0 };
     let normals = problem.heads_kv.saturating_mul(projection_rows(call) * projection_width(params));
+    let gradient = if is_gradient {
+        Some(gradient::Buffers::carve(call, &plan, &planned, heads, stateful, carver)?)
+    } else {
+        None
+    };
     Ok(Buffers {
         plan,
+        gradient,
         steps: planned,
         heads,
         projections: carver.take(when(sorted, normals)),
         ranks: rows.map(|rows| carver.take(when(sorted, rows))),
         orders: rows.map(|rows| carver.take(when(sorted, rows))),
         spares: rows.map(|rows| carver.take(when(spare, rows))),
-        states: States::carve(when(stateful, rows[0]), problem.value_dim, carver),
+        states: States::carve(when(stateful && !is_gradient, rows[0]), problem.value_dim, carver),
         probing: match &call.tensors.error {
             Some(_) => {
                 let refined = RefinedPlan::new(params, problem, true);
@@ -206,30 +242,15 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
 /// The call's tensors and the buffers are there, see [`crate::forward`].
 pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) -> Result<()> {
     let paper = Paper { queue, call, buffers };
-    let sorted = paper.sorted();
-    if sorted {
-        // SAFETY: the caller's contract.
-        unsafe { paper.draw_projections() }?;
-    }
-    let all_heads = call.problem.batch * call.problem.heads_kv;
-    for first in (0..all_heads).step_by(buffers.heads) {
-        let heads = first..all_heads.min(first + buffers.heads);
-        if sorted {
-            // SAFETY: the caller's contract.
-            unsafe { paper.hash(&heads) }?;
-        }
-        if let Some(row_norm) = &buffers.row_norm {
-            // SAFETY: the caller's contract.
-            unsafe { paper.square_norms(&heads, row_norm) }?;
-        }
-        for (step, lists, at_once) in &buffers.steps {
-            for first in (0..step.count).step_by(*at_once) {
-                let rectangles = first..step.count.min(first + at_once);
-                // SAFETY: the caller's contract.
-                unsafe { paper.pass(&heads, step, lists, rectangles) }?;
+    // SAFETY: the caller's contract.
+    unsafe {
+        paper.for_each_set(&|heads| {
+            if let Some(row_norm) = &buffers.row_norm {
+                paper.square_norms(heads, row_norm)?;
             }
-        }
-    }
+            paper.for_each_launch(&|step, lists, rectangles| paper.pass(heads, step, lists, rectangles))
+        })
+    }?;
     if let Some(probing) = &buffers.probing {
         // SAFETY: the caller's contract; the output is complete.
         unsafe {
@@ -281,6 +302,38 @@ fn block_length(length: usize) -> u32 {
 impl Paper<'_, '_> {
     fn sorted(&self) -> bool {
         self.buffers.plan.sorted && self.buffers.steps.iter().any(|(step, ..)| step.estimated)
+    }
+
+    /// Calls `body` for every set of heads, after their rows' ranks.
+    ///
+    /// # Safety
+    /// As for [`run`].
+    unsafe fn for_each_set(&self, body: &dyn Fn(&Range<usize>) -> Result<()>) -> Result<()> {
+        let sorted = self.sorted();
+        if sorted {
+            // SAFETY: the caller's contract.
+            unsafe { self.draw_projections() }?;
+        }
+        let all_heads = self.call.problem.batch * self.call.problem.heads_kv;
+        for first in (0..all_heads).step_by(self.buffers.heads) {
+            let heads = first..all_heads.min(first + self.buffers.heads);
+            if sorted {
+                // SAFETY: the caller's contract.
+                unsafe { self.hash(&heads) }?;
+            }
+            body(&heads)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `body` for the rectangles of every pass that are worked on together, in order.
+    fn for_each_launch(&self, body: &dyn Fn(&Step, &Lists, Range<usize>) -> Result<()>) -> Result<()> {
+        for (step, lists, at_once) in &self.buffers.steps {
+            for first in (0..step.count).step_by(*at_once) {
+                body(step, lists, first..step.count.min(first + at_once))?;
+            }
+        }
+        Ok(())
     }
 
     /// The hyperplanes of every KV head of a batch item.
@@ -356,6 +409,27 @@ impl Paper<'_, '_> {
         lists: &Lists,
         rectangles: Range<usize>,
     ) -> Result<()> {
+        // SAFETY: the caller's contract.
+        let common = unsafe { self.sort_rectangles(heads, step, lists, rectangles) }?;
+        if let (true, Some(row_norm)) = (step.estimated, &self.buffers.row_norm) {
+            // SAFETY: the caller's contract.
+            return unsafe { self.row_norm_pass(heads, step, lists, common, row_norm) };
+        }
+        // SAFETY: the caller's contract; the tiles are written before they are read.
+        unsafe {
+            self.select(heads, step, lists, &common)?;
+            attend(self.queue, self.call, &self.attention(heads, &common, &self.buffers.states))
+        }
+    }
+
+    /// The orders of the rectangles' rows, and what all tiles have in common.
+    unsafe fn sort_rectangles(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        lists: &Lists,
+        rectangles: Range<usize>,
+    ) -> Result<mirror::PassTiles> {
         let one = step.one.as_ref().map_or(mirror::Rectangle::default(), |one| mirror::Rectangle {
             query_start: one.queries.start as u32,
             query_end: one.queries.end as u32,
@@ -383,18 +457,23 @@ impl Paper<'_, '_> {
             // SAFETY: the caller's contract.
             unsafe { self.sort(heads, lists, pass) }?;
         }
-        let common = self.common(heads, step, lists, pass);
-        if let (true, Some(row_norm)) = (step.estimated, &self.buffers.row_norm) {
-            // SAFETY: the caller's contract.
-            return unsafe { self.row_norm_pass(heads, step, lists, common, row_norm) };
-        }
-        // SAFETY: the caller's contract; the tiles are written before they are read.
+        Ok(self.common(heads, step, lists, pass))
+    }
+
+    /// The uniform samples and the tiles.
+    unsafe fn select(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        lists: &Lists,
+        common: &mirror::PassTiles,
+    ) -> Result<()> {
+        // SAFETY: the caller's contract.
         unsafe {
             if step.estimated && self.call.tensors.block_mask.is_none() {
-                self.samples(heads, &common)?;
+                self.samples(heads, common)?;
             }
-            self.tiles(step, lists, common)?;
-            attend(self.queue, self.call, &self.attention(heads, &common, &self.buffers.states))
+            self.tiles(step, lists, *common)
         }
     }
 

@@ -85,38 +85,6 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
     })
 }
 
-/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs. This version answers
-/// HYPERATTN_STATUS_UNSUPPORTED.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
-    params: *const hyperattn_params,
-    tensors: *const hyperattn_tensors,
-    out: *mut hyperattn_layout,
-) -> hyperattn_status {
-    let _ = (params, tensors, out);
-    guard(|| Err(no_backward("hyperattn_cuda_backward_workspace")))
-}
-
-/// hyperattn_backward() for tensors in device memory. This version answers HYPERATTN_STATUS_UNSUPPORTED.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hyperattn_cuda_backward(
-    params: *const hyperattn_params,
-    tensors: *const hyperattn_tensors,
-    grads: *const hyperattn_grads,
-    exec: *const hyperattn_cuda_exec,
-) -> hyperattn_status {
-    let _ = (params, tensors, grads, exec);
-    guard(|| Err(no_backward("hyperattn_cuda_backward")))
-}
-
-/// What the backward entry points answer.
-fn no_backward(entry: &str) -> Failure {
-    Failure::new(
-        HYPERATTN_STATUS_UNSUPPORTED,
-        format_args!("{entry}: this version has no backward pass on CUDA"),
-    )
-}
-
 /// Enqueues a call.
 ///
 /// # Safety
@@ -128,22 +96,29 @@ pub(crate) unsafe fn enqueue(
     exec: &hyperattn_cuda_exec,
 ) -> Result<()> {
     let params = &options.params;
-    let workspace = if !exec.workspace.data.is_null() {
-        Some((exec.workspace.data as u64, exec.workspace.size))
-    } else if options.may_allocate {
-        None
-    } else {
+    let workspace = given_workspace(exec);
+    if workspace.is_none() && !options.may_allocate {
         let need = hyperattn_cuda::forward_divided_workspace(params, division, tensors)?;
         return Err(no_workspace(need.size));
-    };
+    }
     // SAFETY: the caller's contract.
     unsafe { hyperattn_cuda::forward_divided(params, division, tensors, workspace, exec.stream.cast()) }?;
     Ok(())
 }
 
+/// The caller's workspace, if there is one.
+pub(crate) fn given_workspace(exec: &hyperattn_cuda_exec) -> Option<(u64, usize)> {
+    (!exec.workspace.data.is_null()).then_some((exec.workspace.data as u64, exec.workspace.size))
+}
+
 /// The address and layout of a tensor with elements.
-fn check_data(name: &str, from: &hyperattn_tensor) -> Result<()> {
+pub(crate) fn check_data(name: &str, from: &hyperattn_tensor) -> Result<()> {
     tensor::check_data(name, from, &tensor::layout(name, from)?)
+}
+
+/// A tensor; its data are not looked at.
+pub(crate) fn device_tensor(name: &str, from: &hyperattn_tensor) -> Result<DeviceTensor> {
+    Ok(DeviceTensor { address: from.data as u64, layout: tensor::layout(name, from)? })
 }
 
 /// The tensors of a call that looks at their data.
@@ -165,9 +140,9 @@ pub(crate) unsafe fn device_tensors(
     check: &dyn Fn(&str, &hyperattn_tensor) -> Result<()>,
 ) -> Result<DeviceTensors> {
     let required = |name: &str, from: &hyperattn_tensor| -> Result<DeviceTensor> {
-        let layout = tensor::layout(name, from)?;
+        let tensor = device_tensor(name, from)?;
         check(name, from)?;
-        Ok(DeviceTensor { address: from.data as u64, layout })
+        Ok(tensor)
     };
     let optional =
         |name: &str, from: &hyperattn_tensor| wanted(from).then(|| required(name, from)).transpose();

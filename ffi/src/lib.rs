@@ -13,6 +13,7 @@ mod boundary;
 mod call;
 mod cpu;
 mod cuda;
+mod cuda_backward;
 mod cuda_plan;
 mod diagnose;
 mod error;

@@ -23,6 +23,7 @@ fn the_header_in_the_tree_is_up_to_date() {
         "plan",
         "diagnose",
         "cuda",
+        "cuda_backward",
         "cuda_plan",
     ] {
         builder = builder.with_src(ffi.join("src").join(file).with_extension("rs"));

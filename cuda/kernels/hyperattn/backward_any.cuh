@@ -294,10 +294,10 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
 
     while (query_stream::claim_tile<COLUMNS>(params, memory)) {
         const KeyTile &tile = memory.tile;
-        const u64 head_row = (u64)(tile.batch * p.heads_kv() + tile.kv_head) * p.n_k;
         // Where the sums of key i of the tile are stored.
         auto sums_row = [&](u32 i) {
-            return tile.flags & KEY_TILE_COMPACT ? (u64)tile.first_output + i : head_row + memory.key_rows[i];
+            return tile.flags & KEY_TILE_COMPACT ? (u64)tile.first_output + i
+                                                 : params.sums_row(tile, memory.key_rows[i]);
         };
         for (u32 first_row = 0; first_row < tile.rows; first_row += S::ROWS) {
             copy_rows<DIM, S::ROWS>(shared.first_rows, vectors(p.k, tile.batch, tile.kv_head, p.head_dim, p.kv_type),
@@ -311,6 +311,8 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                     if (first_row + own_row + i >= tile.rows)
                         continue;
                     u64 row = sums_row(first_row + own_row + i);
+                    if (params.key_stored[row] == 0)
+                        continue;
                     load_sums(key_sums[i], params.key_sums + row * p.head_dim, own_column, p.head_dim);
                     load_sums(value_sums[i], params.value_sums + row * p.value_dim, own_column, p.value_dim);
                 }
@@ -319,7 +321,7 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                 put_query<COLUMNS>(memory, 0, find_block<COLUMNS>(params, memory, 0, true));
             __syncthreads();
             for (u32 slot = 0; memory.blocks[slot].count; slot ^= 1) {
-                u32 head = query_head<COLUMNS>(params, memory, slot);
+                u32 head = query_head(params, memory.tile, memory.blocks[slot]);
                 copy_rows<DIM, COLUMNS>(shared.first_columns, vectors(p.q, tile.batch, head, p.head_dim, p.q_type),
                                         memory.query_rows[slot]);
                 copy_rows<DIM, COLUMNS>(shared.second_columns,
@@ -366,6 +368,8 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                     u64 row = sums_row(first_row + own_row + i);
                     write_sums(params.key_sums + row * p.head_dim, own_column, p.head_dim, key_sums[i]);
                     write_sums(params.value_sums + row * p.value_dim, own_column, p.value_dim, value_sums[i]);
+                    if (own_column == 0 && !(tile.flags & KEY_TILE_COMPACT))
+                        params.key_stored[row] = 1;
                     continue;
                 }
                 u32 row = memory.key_rows[first_row + own_row + i];

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attend_mma.cuh"
+#include "backward_pairs.cuh"
 #include "query_stream.cuh"
 
 namespace hyperattn {
@@ -127,35 +128,22 @@ __device__ __forceinline__ void take_out_not_finite(float (&sums)[DIM / 8][4], c
     __syncthreads();
 }
 
-// The elements of one of a lane's two rows, which are pairs.
-template <u32 DIM> __device__ __forceinline__ void load_sums(float (&sums)[DIM / 8][4], u32 half, const float *from, u32 dim)
+// The elements of one of a lane's two rows.
+template <u32 DIM>
+__device__ __forceinline__ void load_sums(float (&sums)[DIM / 8][4], u32 half, const float *from, u32 dim)
 {
-#pragma unroll
-    for (u32 n = 0; n < DIM / 8; ++n) {
-        u32 column = n * 8 + threadIdx.x % 4 * 2;
-        if (column < dim) {
-            float2 pair = *(const float2 *)(from + column);
-            sums[n][2 * half] = pair.x;
-            sums[n][2 * half + 1] = pair.y;
-        }
-    }
+    load_pairs<DIM>(from, dim, [&](u32 n, float first, float second) {
+        sums[n][2 * half] = first;
+        sums[n][2 * half + 1] = second;
+    });
 }
 
 template <u32 TYPE, u32 DIM>
 __device__ __forceinline__ void write_row(const float (&sums)[DIM / 8][4], u32 half, char *to, u32 type, u32 dim,
                                           float factor)
 {
-#pragma unroll
-    for (u32 n = 0; n < DIM / 8; ++n) {
-        u32 column = n * 8 + threadIdx.x % 4 * 2;
-        if (column >= dim)
-            continue;
-        float first = sums[n][2 * half] * factor, second = sums[n][2 * half + 1] * factor;
-        if (type == F32)
-            *(float2 *)((float *)to + column) = make_float2(first, second);
-        else
-            *(u32 *)((u16 *)to + column) = f32_to_16x2<TYPE>(first, second);
-    }
+    write_pairs<TYPE, DIM>(to, type, dim, factor,
+                           [&](u32 n) { return make_float2(sums[n][2 * half], sums[n][2 * half + 1]); });
 }
 
 template <u32 COUNT> __device__ __forceinline__ void clear(float (&sums)[COUNT][4])
@@ -315,7 +303,7 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
     query_stream::TileMemory<COLUMNS> &memory = *(query_stream::TileMemory<COLUMNS> *)(mma_shared + S::MEMORY_AT);
 
     auto copy_block = [&](u32 slot) {
-        u32 head = query_head<COLUMNS>(params, memory, slot), batch = memory.tile.batch;
+        u32 head = query_head(params, memory.tile, memory.blocks[slot]), batch = memory.tile.batch;
         u32 to = at.start + S::COLUMNS_AT + at.stage(slot);
         copy_rows<S, COLUMNS>(to, p.q.row(batch, head, 0), p.q.row_stride, memory.query_rows[slot], p.head_dim);
         copy_rows<S, COLUMNS>(to + S::BLOCK_BYTES, params.dout.row(batch, head, 0), params.dout.row_stride,
@@ -332,10 +320,10 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                                 memory.key_rows, p.value_dim);
         if (threadIdx.x < COLUMNS)
             put_query<COLUMNS>(memory, 0, find_block<COLUMNS>(params, memory, 0, true));
-        const u64 head_row = (u64)(tile.batch * p.heads_kv() + tile.kv_head) * p.n_k;
         // Where the sums of key i of the tile are stored.
         auto sums_row = [&](u32 i) {
-            return tile.flags & KEY_TILE_COMPACT ? (u64)tile.first_output + i : head_row + memory.key_rows[i];
+            return tile.flags & KEY_TILE_COMPACT ? (u64)tile.first_output + i
+                                                 : params.sums_row(tile, memory.key_rows[i]);
         };
         float key_sums[KEYS ? DIM / 8 : 1][4], value_sums[VALUES ? DIM / 8 : 1][4];
         clear(key_sums);
@@ -346,6 +334,8 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                 if (at.row(half) >= tile.rows)
                     continue;
                 u64 row = sums_row(at.row(half));
+                if (params.key_stored[row] == 0)
+                    continue;
                 if constexpr (KEYS)
                     load_sums<DIM>(key_sums, half, params.key_sums + row * p.head_dim, p.head_dim);
                 if constexpr (VALUES)
@@ -438,6 +428,9 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                 if constexpr (VALUES)
                     write_row<TYPE, DIM>(value_sums, half, (char *)(params.value_sums + row * p.value_dim), F32,
                                          p.value_dim, 1.0f);
+                // The last of the kernels that store them tells of it.
+                if (VALUES && at.lane % 4 == 0 && !(tile.flags & KEY_TILE_COMPACT))
+                    params.key_stored[row] = 1;
                 continue;
             }
             u32 row = memory.key_rows[at.row(half)];

@@ -45,7 +45,7 @@ struct KeyTile {
 
 enum KeyTileFlags : u32 {
     KEY_TILE_SORTED = 1,
-    // The sums go on from those that are stored.
+    // The sums go on from those that are stored, of keys that have any.
     KEY_TILE_RESUME = 2,
     // The sums are stored; without it the gradients are written.
     KEY_TILE_STORE = 4,
@@ -76,6 +76,8 @@ struct BackwardParams {
     // [batch][heads_kv][n_k][head_dim] and [batch][heads_kv][n_k][value_dim].
     float *key_sums;
     float *value_sums;
+    // [batch][heads_kv][n_k]: not 0 for a key whose sums are stored.
+    u32 *key_stored;
     u32 dout_type;
     u32 dk_type;
     u32 dv_type;
@@ -96,6 +98,12 @@ struct BackwardParams {
         if (tile.flags & KEY_TILE_LISTED)
             return attend.listed_rows[tile.first_key + i];
         return attend.key_order[(u64)(tile.batch * attend.heads_kv() + tile.kv_head) * attend.n_k + position];
+    }
+
+    // Number of a key's row among all that have sums.
+    __device__ __forceinline__ u64 sums_row(const KeyTile &tile, u32 row) const
+    {
+        return (u64)(tile.batch * attend.heads_kv() + tile.kv_head) * attend.n_k + row;
     }
 
     // The first row whose limit is above a position.

@@ -47,6 +47,19 @@ template <u32 QUERIES> struct alignas(16) TileMemory {
     u32 number;
 };
 
+// From which positions of queries key i of a tile, which has a position itself, is hidden: [start, end).
+__device__ __forceinline__ void hidden_queries(const BackwardParams &p, const KeyTile &tile, u32 i, u32 position,
+                                               u32 &start, u32 &end)
+{
+    start = end = 0;
+    if (tile.flags & KEY_TILE_LIMITED) {
+        end = p.first_row_seeing(position);
+    } else if (tile.flags & KEY_TILE_HIDING) {
+        start = p.hidden[2 * ((u64)tile.first_key + i)];
+        end = p.hidden[2 * ((u64)tile.first_key + i) + 1];
+    }
+}
+
 // Takes the next tile and fills in what is known of its keys; false when there is none. Called by all threads, at least
 // TILE_ROWS of them. Barriers before and after: memory of the tile before may be reused.
 template <u32 QUERIES> __device__ __forceinline__ bool claim_tile(const BackwardParams &p, TileMemory<QUERIES> &memory)
@@ -67,12 +80,7 @@ template <u32 QUERIES> __device__ __forceinline__ bool claim_tile(const Backward
         if (i < tile.rows) {
             u32 position = p.key_position(tile, i);
             row = p.key_row(tile, i, position);
-            if (tile.flags & KEY_TILE_LIMITED) {
-                end = p.first_row_seeing(position);
-            } else if (tile.flags & KEY_TILE_HIDING) {
-                start = p.hidden[2 * ((u64)tile.first_key + i)];
-                end = p.hidden[2 * ((u64)tile.first_key + i) + 1];
-            }
+            hidden_queries(p, tile, i, position, start, end);
         }
         memory.key_rows[i] = row;
         memory.hidden_start[i] = start;
@@ -88,18 +96,12 @@ template <u32 QUERIES> __device__ __forceinline__ bool claim_tile(const Backward
     return true;
 }
 
-// Finds the block after the one in the other slot, the tile's first one if `first`, and its query number threadIdx.x. For
-// the first QUERIES threads, with the other slot's block visible to them; thread 0 writes the block to the slot, whose
-// readers must be through. The caller stores the place by put_query when it likes.
+// Moves to the block after `block`, of QUERIES queries at most; one without queries when there is none. `lowest` and
+// `highest` bound the positions that are hidden from some key.
 template <u32 QUERIES>
-__device__ __forceinline__ QueryPlace find_block(const BackwardParams &p, TileMemory<QUERIES> &memory, u32 slot,
-                                                 bool first)
+__device__ __forceinline__ void advance(const BackwardParams &p, const KeyTile &tile, u32 lowest, u32 highest,
+                                        QueryBlock &block)
 {
-    const KeyTile &tile = memory.tile;
-    QueryBlock block = {};
-    block.number = NO_KEY;
-    if (!first)
-        block = memory.blocks[slot ^ 1];
     block.offset += block.count;
     block.count = 0;
     block.flags = 0;
@@ -110,38 +112,66 @@ __device__ __forceinline__ QueryPlace find_block(const BackwardParams &p, TileMe
             ++block.member;
         }
         if (block.member >= tile.members || tile.segments == 0)
-            break;
+            return;
         u32 member = tile.first_member + block.member;
         block.segment = p.query_segments[tile.first_segment + member * tile.member_stride + block.number];
         block.offset = 0;
     }
-    const Segment &segment = block.segment;
-    if (block.member < tile.members && tile.segments != 0) {
-        u32 left = segment.count - block.offset;
-        block.count = left < QUERIES ? left : QUERIES;
-        u32 lowest = NO_KEY, highest = 0;
-        for (u32 i = 0; i < TILE_ROWS / 32; ++i) {
-            lowest = memory.lowest_hidden[i] < lowest ? memory.lowest_hidden[i] : lowest;
-            highest = memory.highest_hidden[i] > highest ? memory.highest_hidden[i] : highest;
-        }
-        u32 start = segment.first + block.offset;
-        if (block.count < QUERIES)
-            block.flags |= BLOCK_MASKED;
-        if (start < highest && start + block.count > lowest) {
-            block.flags |= BLOCK_MASKED;
-            if (tile.flags & KEY_TILE_LIMITED)
-                block.flags |= BLOCK_STRADDLES;
-        }
+    u32 left = block.segment.count - block.offset;
+    block.count = left < QUERIES ? left : QUERIES;
+    u32 start = block.segment.first + block.offset;
+    if (block.count < QUERIES)
+        block.flags |= BLOCK_MASKED;
+    if (start < highest && start + block.count > lowest) {
+        block.flags |= BLOCK_MASKED;
+        if (tile.flags & KEY_TILE_LIMITED)
+            block.flags |= BLOCK_STRADDLES;
     }
+}
+
+// What the walk of a tile begins with.
+__device__ __forceinline__ QueryBlock before_first()
+{
+    QueryBlock block = {};
+    // Number 0 comes next, of member 0.
+    block.number = NO_KEY;
+    return block;
+}
+
+// Query head that a block is of.
+__device__ __forceinline__ u32 query_head(const BackwardParams &p, const KeyTile &tile, const QueryBlock &block)
+{
+    return tile.kv_head * p.attend.group + tile.first_member + block.member;
+}
+
+// Place of the block's query j.
+__device__ __forceinline__ QueryPlace place(const BackwardParams &p, const KeyTile &tile, const QueryBlock &block, u32 j)
+{
+    if (j >= block.count)
+        return {NO_KEY, NO_KEY, {__uint_as_float(0x7f800000u), 0.0f}};
+    u64 first_row = (u64)(tile.batch * p.attend.heads_q + query_head(p, tile, block)) * p.attend.n_q;
+    u32 position = block.segment.first + block.offset + j;
+    u32 row = block.segment.flags & SEGMENT_SORTED ? p.attend.query_order[first_row + position] : position;
+    return {row, position, p.row_terms[first_row + row]};
+}
+
+// Finds the block after the one in the other slot, the tile's first one if `first`, and its query number threadIdx.x. For
+// the first QUERIES threads, with the other slot's block visible to them; thread 0 writes the block to the slot, whose
+// readers must be through. The caller stores the place by put_query when it likes.
+template <u32 QUERIES>
+__device__ __forceinline__ QueryPlace find_block(const BackwardParams &p, TileMemory<QUERIES> &memory, u32 slot,
+                                                 bool first)
+{
+    QueryBlock block = first ? before_first() : memory.blocks[slot ^ 1];
+    u32 lowest = NO_KEY, highest = 0;
+    for (u32 i = 0; i < TILE_ROWS / 32; ++i) {
+        lowest = memory.lowest_hidden[i] < lowest ? memory.lowest_hidden[i] : lowest;
+        highest = memory.highest_hidden[i] > highest ? memory.highest_hidden[i] : highest;
+    }
+    advance<QUERIES>(p, memory.tile, lowest, highest, block);
     if (threadIdx.x == 0)
         memory.blocks[slot] = block;
-    if (threadIdx.x >= block.count)
-        return {NO_KEY, NO_KEY, {__uint_as_float(0x7f800000u), 0.0f}};
-    u32 head = tile.kv_head * p.attend.group + tile.first_member + block.member;
-    u64 first_row = (u64)(tile.batch * p.attend.heads_q + head) * p.attend.n_q;
-    u32 position = segment.first + block.offset + threadIdx.x;
-    u32 row = segment.flags & SEGMENT_SORTED ? p.attend.query_order[first_row + position] : position;
-    return {row, position, p.row_terms[first_row + row]};
+    return place(p, memory.tile, block, threadIdx.x);
 }
 
 template <u32 QUERIES>
@@ -150,13 +180,6 @@ __device__ __forceinline__ void put_query(TileMemory<QUERIES> &memory, u32 slot,
     memory.query_rows[slot][threadIdx.x] = query.row;
     memory.query_positions[slot][threadIdx.x] = query.position;
     memory.terms[slot][threadIdx.x] = query.terms;
-}
-
-// Query head of the block in a slot.
-template <u32 QUERIES>
-__device__ __forceinline__ u32 query_head(const BackwardParams &p, const TileMemory<QUERIES> &memory, u32 slot)
-{
-    return memory.tile.kv_head * p.attend.group + memory.tile.first_member + memory.blocks[slot].member;
 }
 
 // Whether the query at a position of a masked block counts for key i of the tile.

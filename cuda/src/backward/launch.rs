@@ -23,7 +23,21 @@ struct Launch {
 /// Sizes of head_dim and value_dim that kernels are made for; each serves the smaller ones too.
 const DIMS: [usize; 3] = [64, 128, 256];
 
-/// Launches of a family's kernels, for each of [`DIMS`]. entry.cu states the same numbers.
+/// Launches of a family's kernels, for each of [`DIMS`], or those of them that it has. entry.cu states the same numbers.
+const WGMMA: [Launch; 2] = [
+    Launch {
+        block: 384,
+        shared_bytes: 214_448,
+        queries: [c"backward_wgmma_queries_f16_64", c"backward_wgmma_queries_bf16_64"],
+        keys: [&[c"backward_wgmma_keys_f16_64"], &[c"backward_wgmma_keys_bf16_64"]],
+    },
+    Launch {
+        block: 384,
+        shared_bytes: 207_216,
+        queries: [c"backward_wgmma_queries_f16_128", c"backward_wgmma_queries_bf16_128"],
+        keys: [&[c"backward_wgmma_keys_f16_128"], &[c"backward_wgmma_keys_bf16_128"]],
+    },
+];
 const MMA: [Launch; 3] = [
     Launch {
         block: 256,
@@ -68,26 +82,32 @@ const ANY: [Launch; 3] = [
     },
 ];
 
-/// The fastest family that can run these tensors.
-fn choose(params: &BackwardParams) -> Family {
+/// The fastest family that can run these tensors on this device.
+fn choose(device: &Device, params: &BackwardParams) -> Family {
     let attend = &params.attend;
     let kv = attend.kv_type;
     let sixteen_bits = kv != element_type(DType::F32) && attend.q_type == kv && params.dout_type == kv;
     let whole = attend.head_dim.is_multiple_of(8) && attend.value_dim.is_multiple_of(8);
     let views = [&attend.q, &attend.k, &attend.v, &attend.out, &params.dout, &params.dk, &params.dv];
-    if sixteen_bits && whole && views.into_iter().all(aligned) { Family::Mma } else { Family::Any }
+    if !(sixteen_bits && whole && views.into_iter().all(aligned)) {
+        return Family::Any;
+    }
+    if (device.major, device.minor) == (9, 0) { Family::Wgmma } else { Family::Mma }
 }
 
 /// The launch for these tensors on this device.
 fn launch(device: &Device, params: &BackwardParams) -> Launch {
     let dim = params.attend.head_dim.max(params.attend.value_dim) as usize;
     let size = DIMS.iter().position(|&most| dim <= most).unwrap_or(DIMS.len() - 1);
+    let most = choose(device, params).min(*MOST);
+    let families = [(Family::Wgmma, WGMMA.get(size)), (Family::Mma, MMA.get(size))];
     // Devices differ in how much shared memory a block may have.
-    if choose(params).min(*MOST) > Family::Any && MMA[size].shared_bytes <= device.shared_bytes {
-        MMA[size]
-    } else {
-        ANY[size]
-    }
+    families
+        .into_iter()
+        .filter(|(family, _)| *family <= most)
+        .filter_map(|(_, launch)| launch.copied())
+        .find(|launch| launch.shared_bytes <= device.shared_bytes)
+        .unwrap_or(ANY[size])
 }
 
 /// f16 kernels come first.
@@ -116,7 +136,7 @@ unsafe fn run(queue: &Queue<'_>, params: &BackwardParams, name: &'static CStr, t
 /// # Safety
 /// What `params` points to is there, for as many tiles as it says; the gradients and sums of the tiles' rows are this
 /// launch's to write; `next_tile` is one word of the workspace.
-pub(super) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
+pub(crate) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
     let name = launch(queue.device, params).queries[element(params)];
     // SAFETY: the caller's contract.
     unsafe { run(queue, params, name, params.attend.tile_count) }
@@ -126,7 +146,7 @@ pub(super) unsafe fn queries(queue: &Queue<'_>, params: &BackwardParams) -> Resu
 ///
 /// # Safety
 /// As for [`queries`].
-pub(super) unsafe fn keys(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
+pub(crate) unsafe fn keys(queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
     for name in launch(queue.device, params).keys[element(params)] {
         // SAFETY: the caller's contract.
         unsafe { run(queue, params, name, params.key_tile_count) }?;
@@ -143,7 +163,11 @@ mod tests {
     #[test]
     fn launches_are_those_that_the_device_code_states() {
         let entry = include_str!("../../kernels/entry.cu");
-        for (family, space, launches) in [("mma", "backward_mma", MMA), ("any", "backward_simt", ANY)] {
+        for (family, space, launches) in [
+            ("wgmma", "backward_hopper", &WGMMA[..]),
+            ("mma", "backward_mma", &MMA),
+            ("any", "backward_simt", &ANY),
+        ] {
             for (dim, launch) in DIMS.iter().zip(launches) {
                 let line = format!(
                     "static_assert(hyperattn::{space}::Shape<{dim}>::SHARED_BYTES == {}, \"backward_{family}\");",

@@ -1,7 +1,7 @@
-//! Mirrors of the structs in the kernels' levels, projections, hash, bucket_sort, sample, paper_tiles, block_mask_tiles
-//! and row_norm.cuh, which say what the fields mean.
+//! Mirrors of the structs in the kernels' levels, projections, hash, bucket_sort, sample, paper_tiles, block_mask_tiles,
+//! backward_paper_tiles and row_norm.cuh, which say what the fields mean.
 
-use crate::abi::{AttendParams, Segment, Tile, View};
+use crate::abi::{AttendParams, KeyTile, Segment, Tile, View};
 use crate::launch::Argument;
 use crate::workspace::Pointer;
 
@@ -192,7 +192,38 @@ pub(crate) struct RowNormParams {
     pub(crate) first_stream_kv_head: u32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct BackwardPaperParams {
+    pub(crate) common: PassTiles,
+    pub(crate) tiles: Pointer<KeyTile>,
+    pub(crate) segments: Pointer<Segment>,
+    pub(crate) hidden: Pointer<u32>,
+    pub(crate) positions: Pointer<u32>,
+    pub(crate) listed_rows: Pointer<u32>,
+    pub(crate) key_partials: Pointer<f32>,
+    pub(crate) value_partials: Pointer<f32>,
+    pub(crate) key_sums: Pointer<f32>,
+    pub(crate) value_sums: Pointer<f32>,
+    pub(crate) key_stored: Pointer<u32>,
+    pub(crate) exact: u32,
+    pub(crate) limited: u32,
+    pub(crate) visible: i32,
+    pub(crate) block_size: u32,
+    pub(crate) sorted: u32,
+    pub(crate) flags: u32,
+    pub(crate) key_tiles: u32,
+    pub(crate) sample_tiles: u32,
+    pub(crate) chunks: u32,
+    pub(crate) chunk_queries: u32,
+    pub(crate) n_k: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) value_dim: u32,
+    pub(crate) reserved: u32,
+}
+
 // What the .cuh files state too.
+const _: () = assert!(size_of::<BackwardPaperParams>() == 248);
 const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 48);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
 const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 112);
@@ -214,3 +245,5 @@ unsafe impl Argument for PaperTileParams {}
 unsafe impl Argument for BlockMaskTileParams {}
 // SAFETY: as above.
 unsafe impl Argument for RowNormParams {}
+// SAFETY: as above.
+unsafe impl Argument for BackwardPaperParams {}

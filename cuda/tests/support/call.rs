@@ -150,6 +150,11 @@ impl Prepared {
         }
     }
 
+    /// The options.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
     /// Other inputs of the same shape in the same places.
     pub fn write(&self, inputs: &Inputs) {
         self.q.write(&inputs.q);

@@ -206,6 +206,20 @@ impl Stream {
         self.0
     }
 
+    /// Milliseconds that what `body` enqueues takes.
+    pub fn time(&self, body: &dyn Fn()) -> f32 {
+        let mut events = [std::ptr::null_mut(); 2];
+        events.iter_mut().for_each(|event| cuda!(cuEventCreate(event, 0)));
+        cuda!(cuEventRecord(events[0], self.0));
+        body();
+        cuda!(cuEventRecord(events[1], self.0));
+        self.synchronize();
+        let mut milliseconds = 0.0;
+        cuda!(cuEventElapsedTime_v2(&mut milliseconds, events[0], events[1]));
+        events.iter().for_each(|&event| cuda!(cuEventDestroy_v2(event)));
+        milliseconds
+    }
+
     /// Waits until it is empty.
     pub fn synchronize(&self) {
         cuda!(cuStreamSynchronize(self.0));

@@ -6,6 +6,7 @@
 pub mod call;
 pub mod device;
 pub mod expect;
+pub mod gradients;
 pub mod graph;
 pub mod problem;
 pub mod tensor;

@@ -1,0 +1,436 @@
+// Gradients on Hopper for queries, keys, values and output gradients of one 16-bit type.
+//
+// As in backward_mma.cuh the rows of a tile meet blocks of columns. Products of rows and columns read both from shared memory;
+// shares and slopes are operands in registers of the products that sum up. The products of the two computing warpgroups
+// overlap with each other's exponentials.
+//
+// Launched with one block of THREADS threads per multiprocessor and Shape<DIM>::SHARED_BYTES of dynamic shared memory.
+// DIM is at least head_dim and value_dim, which are multiples of 8; all rows are aligned to 16 bytes.
+#pragma once
+
+#include "attend_mma.cuh"
+#include "backward_pairs.cuh"
+#include "backward_wgmma_load.cuh"
+
+namespace hyperattn {
+namespace backward_hopper {
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+
+using hopper::async_proxy_fence;
+using hopper::multiply_registers;
+using hopper::multiply_shared;
+using hopper::opaque;
+using hopper::operand;
+using hopper::pin;
+using hopper::products_begin;
+using hopper::products_commit;
+using hopper::products_wait;
+using online_softmax::exp2_approximate;
+
+// A computing warpgroup: 64 rows of each tile, of keys or of queries.
+template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
+    using S = Shape<DIM>;
+    static constexpr u32 COLUMNS = S::COLUMNS;
+    const BackwardParams &params;
+    const AttendParams &p;
+    typename S::Control &control;
+    const u32 data;
+    const u32 group;
+    const u32 lane;
+    Ring<ROW_SLOTS> slots;
+    Ring<S::STAGES> ring;
+    // This thread's first row of the tile; the second is 8 behind.
+    u32 first_row;
+    // Of queries.
+    RowTerms terms[2];
+    // Of dq or dk, and of dv.
+    float sums[DIM / 2];
+    float value_sums[OF_KEYS ? DIM / 2 : 1];
+    float s[COLUMNS / 2];
+    float dp[COLUMNS / 2];
+    u32 slopes[COLUMNS / 4];
+    u32 shares[OF_KEYS ? COLUMNS / 4 : 1];
+
+    __device__ __forceinline__ Consumer(const BackwardParams &backward, typename S::Control &shared_control,
+                                        u32 shared_data, u32 number)
+        : params(backward), p(backward.attend), control(shared_control), data(shared_data), group(number),
+          lane(threadIdx.x % 32), first_row(number * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4)
+    {
+    }
+
+    // The warp is done with a slot or stage.
+    __device__ __forceinline__ void release(const u64 &barrier) const
+    {
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(shared_address(&barrier));
+    }
+
+    // A barrier of the computing threads.
+    __device__ __forceinline__ static bool consumers_or(bool found)
+    {
+        return barrier_or<CONSUMER_BARRIER, CONSUMERS * WARPGROUP>(found);
+    }
+
+    __device__ __forceinline__ void wait(const u64 &barrier, u32 phase) const
+    {
+        barrier_wait(shared_address(&barrier), phase);
+        // Threads have copied what the products read.
+        async_proxy_fence();
+    }
+
+    // The first or second vectors of the block.
+    __device__ __forceinline__ u32 columns_at(u32 which) const
+    {
+        return data + S::COLUMNS_AT + (ring.stage * 2 + which) * S::COLUMNS_BYTES;
+    }
+
+    __device__ __forceinline__ void multiply(float (&products)[COLUMNS / 2], u32 which)
+    {
+        u32 rows = opaque(data + (slots.stage * 2 + which) * S::ROWS_BYTES + group * 64 * ROW_BYTES);
+        u32 columns = opaque(columns_at(which));
+#pragma unroll
+        for (u32 k = 0; k < DIM / 16; ++k) {
+            u32 within = k % 4 * 32;
+            multiply_shared<TYPE, COLUMNS>(products, operand<16>(rows + k / 4 * S::ROW_CHUNK_BYTES + within),
+                                           operand<16>(columns + k / 4 * S::COLUMN_CHUNK_BYTES + within), k != 0);
+        }
+        products_commit();
+    }
+
+    __device__ __forceinline__ void accumulate(float (&to)[DIM / 2], const u32 (&weights)[COLUMNS / 4], u32 which)
+    {
+        u32 columns = opaque(columns_at(which));
+#pragma unroll
+        for (u32 k = 0; k < COLUMNS / 16; ++k)
+            multiply_registers<TYPE, DIM>(to, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
+                                          weights[4 * k + 3],
+                                          operand<S::COLUMN_CHUNK_BYTES>(columns + k * 16 * ROW_BYTES));
+        products_commit();
+    }
+
+    // Whether column j counts for one of this thread's rows, in a masked block.
+    __device__ __forceinline__ bool seen(u32 flags, u32 half, u32 j) const
+    {
+        const RowSlot &rows = control.rows[slots.stage];
+        u32 position = control.columns[ring.stage].position[j], row = first_row + 8 * half;
+        if constexpr (OF_KEYS)
+            return position != NO_KEY && position - rows.hidden_start[row] >= rows.hidden_count[row];
+        else
+            return position < (flags & STAGE_STRADDLES ? rows.hidden_start[row] : NO_KEY);
+    }
+
+    // Column of elements 4 j and 4 j + 2 of the products; the next one is that of elements 4 j + 1 and 4 j + 3.
+    __device__ __forceinline__ u32 column(u32 j) const { return 8 * j + 2 * (lane & 3); }
+
+    // Shares in place of the products of first vectors.
+    template <bool MASKED> __device__ __forceinline__ void weigh(u32 flags)
+    {
+        const ColumnStage<COLUMNS> &columns = control.columns[ring.stage];
+        float slope = p.scale_log2;
+        float shift[2] = {};
+        if constexpr (!OF_KEYS) {
+            shift[0] = columns.log_weight - terms[0].lse;
+            shift[1] = columns.log_weight - terms[1].lse;
+        }
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; ++j) {
+            float4 of_columns = {};
+            if constexpr (OF_KEYS)
+                of_columns = *(const float4 *)&columns.terms[column(j)];
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) {
+                float offset = !OF_KEYS ? shift[e / 2] : e % 2 ? of_columns.z : of_columns.x;
+                float share = exp2_approximate(fmaf(s[4 * j + e], slope, offset));
+                if (MASKED)
+                    share = seen(flags, e / 2, column(j) + e % 2) ? share : 0.0f;
+                s[4 * j + e] = share;
+            }
+        }
+    }
+
+    // Slopes from shares and the products of second vectors. Both take the place of what they are made of, for there are no
+    // registers for more.
+    template <bool MASKED> __device__ __forceinline__ void differentiate(u32 flags)
+    {
+        const ColumnStage<COLUMNS> &columns = control.columns[ring.stage];
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; ++j) {
+            float4 of_columns = {};
+            if constexpr (OF_KEYS)
+                of_columns = *(const float4 *)&columns.terms[column(j)];
+            float slope[4];
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) {
+                float delta = !OF_KEYS ? terms[e / 2].delta : e % 2 ? of_columns.w : of_columns.y;
+                slope[e] = s[4 * j + e] * (dp[4 * j + e] - delta);
+                if (MASKED)
+                    slope[e] = seen(flags, e / 2, column(j) + e % 2) ? slope[e] : 0.0f;
+            }
+            slopes[2 * j] = f32_to_16x2<TYPE>(slope[0], slope[1]);
+            slopes[2 * j + 1] = f32_to_16x2<TYPE>(slope[2], slope[3]);
+            if constexpr (OF_KEYS) {
+                shares[2 * j] = f32_to_16x2<TYPE>(s[4 * j], s[4 * j + 1]);
+                shares[2 * j + 1] = f32_to_16x2<TYPE>(s[4 * j + 2], s[4 * j + 3]);
+            }
+        }
+    }
+
+    // Takes what is not finite out of a block's vectors and adds it to the rows that see its column; all computing threads
+    // call it.
+    __device__ __forceinline__ void take_out_not_finite(float (&to)[DIM / 2], u32 flags, u32 which)
+    {
+        u32 columns = columns_at(which), thread = threadIdx.x - WARPGROUP;
+        bool found = false;
+        for (u32 word = thread; word < S::COLUMNS_BYTES / 4; word += CONSUMERS * WARPGROUP) {
+            u32 pair = load_shared(columns + word * 4);
+            found |= mma::finite_part<TYPE>(pair) != pair;
+        }
+        if (!consumers_or(found))
+            return;
+#pragma unroll 1
+        for (u32 j = 0; j < COLUMNS; ++j) {
+            const bool counts[2] = {seen(flags, 0, j), seen(flags, 1, j)};
+#pragma unroll
+            for (u32 n = 0; n < DIM / 8; ++n) {
+                u32 pair =
+                    load_shared(swizzled(columns + n / 8 * S::COLUMN_CHUNK_BYTES, j, n % 8) + (lane & 3) * 4);
+                pair ^= mma::finite_part<TYPE>(pair);
+#pragma unroll
+                for (u32 half = 0; half < 2; ++half) {
+                    if (pair != 0 && counts[half]) {
+                        to[4 * n + 2 * half] += f32_from_16<TYPE>((u16)pair);
+                        to[4 * n + 2 * half + 1] += f32_from_16<TYPE>((u16)(pair >> 16));
+                    }
+                }
+            }
+        }
+        consumers_or(false);
+        for (u32 word = thread; word < S::COLUMNS_BYTES / 4; word += CONSUMERS * WARPGROUP) {
+            u32 pair = load_shared(columns + word * 4);
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(columns + word * 4), "r"(mma::finite_part<TYPE>(pair))
+                         : "memory");
+        }
+        async_proxy_fence();
+        consumers_or(false);
+    }
+
+    __device__ __forceinline__ static u32 load_shared(u32 address)
+    {
+        u32 word;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+        return word;
+    }
+
+    // One block. The products of second vectors go on while shares are computed.
+    template <bool MASKED> __device__ __forceinline__ void step(u32 flags)
+    {
+        products_begin();
+        multiply(s, 0);
+        multiply(dp, 1);
+        products_wait<1>();
+        pin(s);
+        weigh<MASKED>(flags);
+        products_wait<0>();
+        pin(dp);
+        differentiate<MASKED>(flags);
+        if constexpr (MASKED) {
+            if (flags & STAGE_STRADDLES) {
+                take_out_not_finite(sums, flags, 0);
+                if constexpr (OF_KEYS)
+                    take_out_not_finite(value_sums, flags, 1);
+            }
+        }
+        pin(slopes);
+        pin(sums);
+        if constexpr (OF_KEYS) {
+            pin(shares);
+            pin(value_sums);
+        }
+        products_begin();
+        if constexpr (OF_KEYS)
+            accumulate(value_sums, shares, 1);
+        accumulate(sums, slopes, 0);
+        products_wait<0>();
+        pin(sums);
+        pin(slopes);
+        if constexpr (OF_KEYS) {
+            pin(value_sums);
+            pin(shares);
+        }
+        release(control.barriers[S::COLUMNS_EMPTY + ring.stage]);
+        ring.advance();
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        for (;;) {
+            wait(control.barriers[S::ROWS_FULL + slots.stage], slots.phase);
+            const RowSlot &rows = control.rows[slots.stage];
+            if (rows.rows == 0)
+                return;
+            const u32 batch = rows.batch, head = rows.head, flags = rows.flags, first_output = rows.first_output;
+            const u32 row[2] = {rows.row[first_row], rows.row[first_row + 8]};
+            if constexpr (!OF_KEYS) {
+                terms[0] = rows.terms[first_row];
+                terms[1] = rows.terms[first_row + 8];
+            }
+            begin(batch, head, flags, row);
+            bool more = rows.has_columns != 0;
+            while (more) {
+                wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
+                u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
+                more = !(block_flags & STAGE_LAST);
+                if (block_flags & STAGE_MASKED)
+                    step<true>(block_flags);
+                else
+                    step<false>(block_flags);
+            }
+            release(control.barriers[S::ROWS_EMPTY + slots.stage]);
+            slots.advance();
+            end<0>(batch, head, flags, row[0], first_output);
+            end<1>(batch, head, flags, row[1], first_output);
+        }
+    }
+
+    // Number of a row among all of its kind.
+    __device__ __forceinline__ u64 number(u32 batch, u32 head, u32 row) const
+    {
+        if constexpr (OF_KEYS)
+            return (u64)(batch * p.heads_kv() + head) * p.n_k + row;
+        else
+            return (u64)(batch * p.heads_q + head) * p.n_q + row;
+    }
+
+    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2])
+    {
+#pragma unroll
+        for (u32 i = 0; i < DIM / 2; ++i)
+            sums[i] = 0.0f;
+        if constexpr (OF_KEYS) {
+#pragma unroll
+            for (u32 i = 0; i < DIM / 2; ++i)
+                value_sums[i] = 0.0f;
+        }
+        if (!(flags & (OF_KEYS ? (u32)KEY_TILE_RESUME : (u32)TILE_RESUME)))
+            return;
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            if (row[half] == NO_KEY)
+                continue;
+            u64 at = number(batch, head, row[half]);
+            auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
+                load_pairs<DIM>(from + at * dim, dim, [&](u32 n, float first, float second) {
+                    to[4 * n + 2 * half] = first;
+                    to[4 * n + 2 * half + 1] = second;
+                });
+            };
+            if constexpr (OF_KEYS) {
+                if (params.key_stored[at] == 0)
+                    continue;
+                load(sums, params.key_sums, p.head_dim);
+                load(value_sums, params.value_sums, p.value_dim);
+            } else {
+                load(sums, p.state_accumulated, p.head_dim);
+            }
+        }
+    }
+
+    template <u32 HALF>
+    __device__ __forceinline__ void end(u32 batch, u32 head, u32 flags, u32 row, u32 first_output)
+    {
+        if (row == NO_KEY)
+            return;
+        auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float factor) {
+            write_pairs<TYPE, DIM>(to, type, dim, factor, [&](u32 n) {
+                return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
+            });
+        };
+        if constexpr (OF_KEYS) {
+            if (flags & KEY_TILE_STORE) {
+                bool compact = flags & KEY_TILE_COMPACT;
+                u64 at = compact ? (u64)first_output + first_row + 8 * HALF : number(batch, head, row);
+                write(sums, (char *)(params.key_sums + at * p.head_dim), F32, p.head_dim, 1.0f);
+                write(value_sums, (char *)(params.value_sums + at * p.value_dim), F32, p.value_dim, 1.0f);
+                if (!compact && lane % 4 == 0)
+                    params.key_stored[at] = 1;
+                return;
+            }
+            write(sums, params.dk.row(batch, head, row), params.dk_type, p.head_dim, params.scale);
+            write(value_sums, params.dv.row(batch, head, row), params.dv_type, p.value_dim, 1.0f);
+        } else if (flags & TILE_STORE) {
+            u64 at = number(batch, head, row);
+            write(sums, (char *)(p.state_accumulated + at * p.head_dim), F32, p.head_dim, 1.0f);
+        } else {
+            write(sums, p.out.row(batch, head, row), p.out_type, p.head_dim, params.scale);
+        }
+    }
+};
+
+template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(const BackwardParams &params)
+{
+    using S = Shape<DIM>;
+    extern __shared__ __align__(1024) char shared[];
+    u32 start = shared_address(shared);
+    u32 data = (start + 1023) & ~1023u;
+    typename S::Control &control = *(typename S::Control *)(shared + (data - start) + S::CONTROL_AT);
+
+    if (threadIdx.x == 0) {
+        auto initialize = [&](u32 first, u32 count, u32 arrivals) {
+            for (u32 i = first; i < first + count; ++i)
+                hopper::barrier_init(shared_address(&control.barriers[i]), arrivals);
+        };
+        initialize(S::ROWS_FULL, ROW_SLOTS, LOADER_ARRIVALS);
+        initialize(S::ROWS_EMPTY, ROW_SLOTS, CONSUMER_WARPS);
+        initialize(S::COLUMNS_FULL, S::STAGES, LOADER_ARRIVALS);
+        initialize(S::COLUMNS_EMPTY, S::STAGES, CONSUMER_WARPS);
+        hopper::barrier_init_fence();
+    }
+    __syncthreads();
+
+    u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
+    if (warpgroup == 0) {
+        hopper::registers_decrease<LOADER_REGISTERS>();
+        Loader<DIM> loader(params, control, data);
+        if constexpr (OF_KEYS)
+            loader.of_keys();
+        else
+            loader.of_queries();
+    } else {
+        hopper::registers_increase<CONSUMER_REGISTERS>();
+        Consumer<TYPE, DIM, OF_KEYS>(params, control, data, warpgroup - 1).run();
+    }
+}
+
+#endif
+
+} // namespace backward_hopper
+} // namespace hyperattn
+
+// Other targets have the names only.
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#define HYPERATTN_BACKWARD(TYPE, DIM, OF_KEYS) hyperattn::backward_hopper::run<hyperattn::TYPE, DIM, OF_KEYS>(p)
+#else
+#define HYPERATTN_BACKWARD(TYPE, DIM, OF_KEYS) __trap()
+#endif
+
+#define HYPERATTN_BACKWARD_WGMMA(NAME, TYPE, DIM) \
+    extern "C" __global__ void __launch_bounds__(hyperattn::backward_hopper::THREADS, 1) \
+        backward_wgmma_queries_##NAME##_##DIM(const __grid_constant__ hyperattn::BackwardParams p) \
+    { \
+        HYPERATTN_BACKWARD(TYPE, DIM, false); \
+    } \
+    extern "C" __global__ void __launch_bounds__(hyperattn::backward_hopper::THREADS, 1) \
+        backward_wgmma_keys_##NAME##_##DIM(const __grid_constant__ hyperattn::BackwardParams p) \
+    { \
+        HYPERATTN_BACKWARD(TYPE, DIM, true); \
+    }
+
+HYPERATTN_BACKWARD_WGMMA(bf16, BF16, 64)
+HYPERATTN_BACKWARD_WGMMA(bf16, BF16, 128)
+HYPERATTN_BACKWARD_WGMMA(f16, F16, 64)
+HYPERATTN_BACKWARD_WGMMA(f16, F16, 128)
+
+#undef HYPERATTN_BACKWARD
+#undef HYPERATTN_BACKWARD_WGMMA

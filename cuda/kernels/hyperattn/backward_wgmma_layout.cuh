@@ -1,0 +1,123 @@
+// Shared memory of the Hopper backward kernels, and what their loading warps tell the computing ones.
+//
+// The rows of a tile, with two vectors each, lie in one of two places; the columns that they meet, with two vectors each,
+// stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all rows, swizzled by 128 bytes;
+// elements past the tensors' dimensions are 0.
+#pragma once
+
+#include "attend_wgmma_copy.cuh"
+#include "query_stream.cuh"
+
+namespace hyperattn {
+namespace backward_hopper {
+
+using hopper::ALL_LANES;
+using hopper::ROW_BYTES;
+using hopper::ROW_ELEMENTS;
+using hopper::WARPGROUP;
+constexpr u32 NO_KEY = key_stream::NO_KEY;
+
+// A warpgroup that loads, and two that compute 64 rows of the tile each.
+constexpr u32 CONSUMERS = 2;
+constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
+constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
+// Of the loading threads for what they write, a warp's at once, and of each for its copies.
+constexpr u32 LOADER_ARRIVALS = WARPGROUP / 32 + WARPGROUP;
+// Of a thread; together no more than the block starts with, 168 for each.
+constexpr u32 LOADER_REGISTERS = 56;
+constexpr u32 CONSUMER_REGISTERS = 224;
+
+// Named barriers: of the loading threads, and of the computing ones.
+constexpr u32 LOADER_BARRIER = 1;
+constexpr u32 CONSUMER_BARRIER = 2;
+
+constexpr u32 ROW_SLOTS = 2;
+
+// A tile's rows. `rows` is 0 when there are no more tiles.
+struct alignas(16) RowSlot {
+    u32 batch;
+    u32 head;
+    u32 rows;
+    u32 flags;
+    u32 has_columns;
+    u32 first_output;
+    u32 row[TILE_ROWS];
+    // Of queries.
+    RowTerms terms[TILE_ROWS];
+    // A query sees positions below `hidden_start`; a key is hidden from positions [hidden_start, hidden_start + count).
+    u32 hidden_start[TILE_ROWS];
+    u32 hidden_count[TILE_ROWS];
+};
+
+enum StageFlags : u32 {
+    // Of key_stream.cuh.
+    STAGE_MASKED = key_stream::BLOCK_MASKED,
+    STAGE_STRADDLES = key_stream::BLOCK_STRADDLES,
+    // The tile's last block.
+    STAGE_LAST = 4,
+};
+
+template <u32 COLUMNS> struct alignas(16) ColumnStage {
+    // Of queries: log weight less lse, and delta.
+    float2 terms[COLUMNS];
+    u32 row[COLUMNS];
+    u32 position[COLUMNS];
+    u32 flags;
+    float log_weight;
+};
+
+template <u32 DIM> struct Shape {
+    static constexpr u32 COLUMNS = DIM <= 64 ? 128 : 64;
+    static constexpr u32 STAGES = DIM <= 64 ? 4 : 2;
+    static constexpr u32 CHUNKS = DIM / ROW_ELEMENTS;
+    static constexpr u32 ROW_CHUNK_BYTES = TILE_ROWS * ROW_BYTES;
+    static constexpr u32 ROWS_BYTES = CHUNKS * ROW_CHUNK_BYTES;
+    static constexpr u32 COLUMN_CHUNK_BYTES = COLUMNS * ROW_BYTES;
+    static constexpr u32 COLUMNS_BYTES = CHUNKS * COLUMN_CHUNK_BYTES;
+    // Both vectors of a slot or stage lie behind each other.
+    static constexpr u32 COLUMNS_AT = ROW_SLOTS * 2 * ROWS_BYTES;
+    static constexpr u32 CONTROL_AT = COLUMNS_AT + STAGES * 2 * COLUMNS_BYTES;
+
+    // Numbers of the first barriers of each kind: "full" for the computing warps, "empty" for the loading ones.
+    static constexpr u32 ROWS_FULL = 0;
+    static constexpr u32 ROWS_EMPTY = ROWS_FULL + ROW_SLOTS;
+    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + ROW_SLOTS;
+    static constexpr u32 COLUMNS_EMPTY = COLUMNS_FULL + STAGES;
+    static constexpr u32 BARRIERS = COLUMNS_EMPTY + STAGES;
+
+    struct Control {
+        u64 barriers[BARRIERS];
+        u32 number;
+        // Of each loading warp's rows.
+        u32 lowest[WARPGROUP / 32];
+        u32 highest[WARPGROUP / 32];
+        RowSlot rows[ROW_SLOTS];
+        ColumnStage<COLUMNS> columns[STAGES];
+        // The tile that is loaded.
+        union {
+            key_stream::TileMemory<COLUMNS> queries;
+            KeyTile keys;
+        };
+    };
+
+    // Swizzled rows repeat every 1024 bytes, to which the launch's shared memory is not aligned.
+    static constexpr u32 SHARED_BYTES = 1024 + CONTROL_AT + sizeof(Control);
+    static_assert(SHARED_BYTES <= 227 * 1024, "shared memory of a block");
+};
+
+// A place in a ring.
+template <u32 STAGES> struct Ring {
+    u32 stage = 0;
+    u32 phase = 0;
+
+    __device__ __forceinline__ void advance()
+    {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+} // namespace backward_hopper
+} // namespace hyperattn

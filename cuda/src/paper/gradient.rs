@@ -1,0 +1,362 @@
+//! The gradients of PAPER: the passes of the forward in the same order. Their tiles of queries give dq; their inverse, tiles
+//! of keys, give dk and dv.
+
+use std::ops::Range;
+
+use hyperattn_core::device::{PaperParts, Problem};
+use hyperattn_core::{Mask, Result};
+
+use super::lists::{Lists as ForwardLists, Step};
+use super::{Paper, SEGMENT_SORTED, THREADS, blocks_of, mirror, sample_size, tile_count, unsupported};
+use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS};
+use crate::backward::launch::{keys, queries};
+use crate::call::Call;
+use crate::launch::{Queue, args};
+use crate::workspace::{Carver, Pointer};
+
+/// Queries that a sampled key meets before its sums are stored.
+const CHUNK_QUERIES: usize = 4096;
+/// Threads of the blocks that add the samples' sums, a warp for each (BACKWARD_SAMPLES_THREADS).
+const ADD_THREADS: u32 = 128;
+
+const KEY_TILE_STORE: u32 = 4;
+
+/// What the sums of one KV head and its query heads take, with those of queries where several passes meet them.
+pub(super) fn bytes_of_sums(problem: &Problem, stateful: bool) -> usize {
+    let of_queries = problem.group.saturating_mul(problem.n_q).saturating_mul(problem.head_dim);
+    let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
+    of_keys.saturating_add(if stateful { of_queries } else { 0 }).saturating_mul(size_of::<f32>())
+}
+
+/// How long the inverse lists of one rectangle of a pass are, for one KV head.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lists {
+    /// Tiles of all keys.
+    key_tiles: usize,
+    /// Tiles of the samples, for each chunk of queries.
+    sample_tiles: usize,
+    chunks: usize,
+    samples: usize,
+}
+
+impl Lists {
+    pub(super) fn new(call: &Call<'_>, step: &Step, lists: &ForwardLists) -> Self {
+        let block_size = call.params.block_size as usize;
+        let key_tiles = match block_size {
+            block_size if step.estimated && block_size > 0 => {
+                lists.blocks.saturating_mul(block_size.min(step.keys.max(1)).div_ceil(TILE_ROWS))
+            }
+            _ => step.keys.div_ceil(TILE_ROWS),
+        };
+        let samples = if step.estimated { sample_size(call.params) } else { 0 };
+        Lists {
+            key_tiles,
+            sample_tiles: samples.div_ceil(TILE_ROWS),
+            chunks: step.queries.div_ceil(CHUNK_QUERIES),
+            samples,
+        }
+    }
+
+    /// [tiles, hidden, rows of partial sums] of one rectangle.
+    fn lens(&self) -> [usize; 3] {
+        let tiles = self.key_tiles.max(self.sample_tiles.saturating_mul(self.chunks));
+        [tiles, 2 * self.samples, self.samples.saturating_mul(self.chunks)]
+    }
+
+    pub(super) fn bytes(&self, problem: &Problem) -> usize {
+        let of_a_row = (problem.head_dim + problem.value_dim) * size_of::<f32>();
+        let sizes = [size_of::<KeyTile>() + size_of::<Segment>(), size_of::<u32>(), of_a_row];
+        let bytes = self.lens().into_iter().zip(sizes).map(|(len, size)| len.saturating_mul(size));
+        bytes.fold(0, usize::saturating_add)
+    }
+}
+
+/// The part of the workspace.
+pub(super) struct Buffers {
+    tiles: Pointer<KeyTile>,
+    segments: Pointer<Segment>,
+    hidden: Pointer<u32>,
+    key_partials: Pointer<f32>,
+    value_partials: Pointer<f32>,
+    query_sums: Pointer<f32>,
+    key_sums: Pointer<f32>,
+    value_sums: Pointer<f32>,
+    key_stored: Pointer<u32>,
+    /// Keys that no pass finishes, as tiles without queries.
+    rest: Vec<Range<usize>>,
+}
+
+impl Buffers {
+    /// For passes with as many rectangles at once as `steps` says, over `heads` KV heads.
+    pub(super) fn carve(
+        call: &Call<'_>,
+        plan: &PaperParts,
+        steps: &[(Step, ForwardLists, usize)],
+        heads: usize,
+        stateful: bool,
+        carver: &mut Carver,
+    ) -> Result<Self> {
+        let problem = &call.problem;
+        let mut lens = [problem.n_k.div_ceil(TILE_ROWS).saturating_mul(heads), 0, 0];
+        for (step, lists, at_once) in steps {
+            for (most, len) in lens.iter_mut().zip(Lists::new(call, step, lists).lens()) {
+                *most = len.saturating_mul(heads).saturating_mul(*at_once).max(*most);
+            }
+        }
+        if let Some(len) = lens.into_iter().find(|&len| u32::try_from(len).is_err()) {
+            return Err(unsupported(format_args!(
+                "params.block_size or params.sample_size make a head's lists {len} long; 2^32 is too much"
+            )));
+        }
+        let [tiles, hidden, partials] = lens;
+        let queries = problem.group.saturating_mul(problem.n_q).saturating_mul(heads);
+        let keys = problem.n_k.saturating_mul(heads);
+        Ok(Buffers {
+            tiles: carver.take(tiles),
+            segments: carver.take(tiles),
+            hidden: carver.take(hidden),
+            key_partials: carver.take(partials.saturating_mul(problem.head_dim)),
+            value_partials: carver.take(partials.saturating_mul(problem.value_dim)),
+            query_sums: carver.take(if stateful { queries.saturating_mul(problem.head_dim) } else { 0 }),
+            key_sums: carver.take(keys.saturating_mul(problem.head_dim)),
+            value_sums: carver.take(keys.saturating_mul(problem.value_dim)),
+            key_stored: carver.take(keys),
+            rest: rest(plan, steps, problem.n_k),
+        })
+    }
+}
+
+/// Whether no later pass meets the keys of a pass: the leaves come last, and only the keys of a dense past are not theirs.
+fn finishes(plan: &PaperParts, step: &Step) -> bool {
+    match (&step.one, plan.parts.square) {
+        (Some(one), Some(square)) => {
+            one.keys.end <= square.key_start || one.keys.start >= square.key_start + square.len
+        }
+        (Some(_), None) => true,
+        (None, _) => !step.estimated,
+    }
+}
+
+/// Keys that no pass finishes.
+fn rest(plan: &PaperParts, steps: &[(Step, ForwardLists, usize)], n_k: usize) -> Vec<Range<usize>> {
+    let mut finished: Vec<Range<usize>> = steps
+        .iter()
+        .filter(|(step, ..)| finishes(plan, step))
+        .filter_map(|(step, ..)| match (&step.one, plan.parts.square) {
+            (Some(one), _) => Some(one.keys.clone()),
+            (None, square) => square.map(|square| square.key_start..square.key_start + square.len),
+        })
+        .filter(|keys| !keys.is_empty())
+        .collect();
+    finished.sort_by_key(|keys| keys.start);
+    let mut rest = Vec::new();
+    let mut at = 0;
+    for keys in finished.into_iter().chain([n_k..n_k]) {
+        if at < keys.start {
+            rest.push(at..keys.start);
+        }
+        at = at.max(keys.end);
+    }
+    rest
+}
+
+/// The gradients of the whole call. `params` has everything but lists, orders and sums.
+///
+/// # Safety
+/// The call's tensors, the gradients and the buffers are there, see [`crate::backward()`].
+pub(crate) unsafe fn run_gradient(
+    queue: &Queue<'_>,
+    call: &Call<'_>,
+    buffers: &super::Buffers,
+    params: &BackwardParams,
+) -> Result<()> {
+    let Some(own) = &buffers.gradient else { return Ok(()) };
+    let paper = Paper { queue, call, buffers };
+    // SAFETY: the caller's contract.
+    unsafe {
+        paper.for_each_set(&|heads| {
+            queue.zero(own.key_stored.address(), heads.len() * call.problem.n_k)?;
+            paper.for_each_launch(&|step, lists, rectangles| {
+                paper.gradient_pass(heads, step, lists, rectangles, own, params)
+            })?;
+            own.rest.iter().try_for_each(|keys| paper.finish_keys(heads, keys, own, params))
+        })
+    }
+}
+
+impl Paper<'_, '_> {
+    /// Rectangles `rectangles` of one pass, for `heads`.
+    ///
+    /// # Safety
+    /// As for [`run_gradient`], like what follows.
+    unsafe fn gradient_pass(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        lists: &ForwardLists,
+        rectangles: Range<usize>,
+        buffers: &Buffers,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        // SAFETY: the caller's contract; all lists are written before they are read.
+        unsafe {
+            let common = self.sort_rectangles(heads, step, lists, rectangles)?;
+            self.select(heads, step, lists, &common)?;
+            let mut params = self.gradient_params(heads, &common, buffers, params);
+            queries(self.queue, &params)?;
+            let inverse = Lists::new(self.call, step, lists);
+            let arguments = self.inverse(step, &common, &inverse, buffers);
+            if common.sample_size > 0 {
+                self.samples_gradient(&arguments, &mut params, buffers)?;
+            }
+            self.keys_gradient(&arguments, &mut params)
+        }
+    }
+
+    /// dk and dv of the samples, which are added to the sums.
+    unsafe fn samples_gradient(
+        &self,
+        arguments: &mirror::BackwardPaperParams,
+        params: &mut BackwardParams,
+        buffers: &Buffers,
+    ) -> Result<()> {
+        let common = &arguments.common;
+        let rectangles = common.kv_heads as usize * common.pass.count as usize;
+        let samples = rectangles * common.sample_size as usize;
+        let tiles = rectangles * (arguments.chunks * arguments.sample_tiles) as usize;
+        let mut partial = *params;
+        partial.key_tile_count = tiles as u32;
+        partial.key_sums = buffers.key_partials;
+        partial.value_sums = buffers.value_partials;
+        let grid = |items| blocks_of(items, THREADS);
+        let add_grid = blocks_of(samples, ADD_THREADS as usize / 32);
+        let (queue, threads) = (self.queue, THREADS as u32);
+        // SAFETY: this is the kernels' parameter; every buffer is written before it is read.
+        unsafe {
+            if arguments.block_size > 0 {
+                queue.launch(c"backward_paper_hidden", grid(samples), threads, 0, args![*arguments])?;
+            }
+            queue.launch(c"backward_paper_sample_tiles", grid(tiles), threads, 0, args![*arguments])?;
+            keys(queue, &partial)?;
+            queue.launch(c"backward_paper_add_samples", add_grid, ADD_THREADS, 0, args![*arguments])
+        }
+    }
+
+    /// dk and dv of all keys of the rectangles.
+    unsafe fn keys_gradient(
+        &self,
+        arguments: &mirror::BackwardPaperParams,
+        params: &mut BackwardParams,
+    ) -> Result<()> {
+        let common = &arguments.common;
+        let tiles = (common.kv_heads * common.pass.count) as usize * arguments.key_tiles as usize;
+        params.key_tile_count = tiles as u32;
+        let grid = blocks_of(tiles, THREADS);
+        // SAFETY: this is the kernel's parameter; the lists are written before they are read.
+        unsafe {
+            self.queue.launch(c"backward_paper_key_tiles", grid, THREADS as u32, 0, args![*arguments])?;
+            keys(self.queue, params)
+        }
+    }
+
+    /// Gradients of keys that no further query meets.
+    unsafe fn finish_keys(
+        &self,
+        heads: &Range<usize>,
+        keys: &Range<usize>,
+        buffers: &Buffers,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        let step = Step {
+            kind: super::PASS_ONE,
+            level: 0,
+            count: 1,
+            one: None,
+            estimated: false,
+            stores: false,
+            queries: 0,
+            keys: keys.len(),
+        };
+        let lists = ForwardLists::default();
+        let one = mirror::Rectangle {
+            query_start: 0,
+            query_end: 0,
+            key_start: keys.start as u32,
+            key_end: keys.end as u32,
+        };
+        let pass = mirror::Pass { count: 1, one, ..mirror::Pass::default() };
+        let common = self.common(heads, &step, &lists, pass);
+        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers);
+        arguments.flags = 0;
+        let mut params = self.gradient_params(heads, &common, buffers, params);
+        // SAFETY: the caller's contract.
+        unsafe { self.keys_gradient(&arguments, &mut params) }
+    }
+
+    /// What a backward kernel needs besides the tiles of keys. Orders and sums are those of `heads` only, while it counts
+    /// heads from the first.
+    fn gradient_params(
+        &self,
+        heads: &Range<usize>,
+        common: &mirror::PassTiles,
+        buffers: &Buffers,
+        params: &BackwardParams,
+    ) -> BackwardParams {
+        let problem = &self.call.problem;
+        let earlier = [heads.start * problem.group * problem.n_q, heads.start * problem.n_k];
+        let mut own = *params;
+        own.attend.tile_count = tile_count(common) as u32;
+        own.attend.tiles = self.buffers.tiles;
+        own.attend.segments = self.buffers.segments;
+        own.attend.positions = self.buffers.positions;
+        own.attend.query_order = self.buffers.orders[0].before(earlier[0]);
+        own.attend.key_order = self.buffers.orders[1].before(earlier[1]);
+        own.attend.listed_rows = self.buffers.listed_rows;
+        own.attend.state_accumulated = buffers.query_sums.before(earlier[0] * problem.head_dim);
+        own.key_tiles = buffers.tiles;
+        own.query_segments = buffers.segments;
+        own.hidden = buffers.hidden;
+        own.key_sums = buffers.key_sums.before(earlier[1] * problem.head_dim);
+        own.value_sums = buffers.value_sums.before(earlier[1] * problem.value_dim);
+        own.key_stored = buffers.key_stored.before(earlier[1]);
+        own
+    }
+
+    /// What the kernels that write the inverse lists need.
+    fn inverse(
+        &self,
+        step: &Step,
+        common: &mirror::PassTiles,
+        lists: &Lists,
+        buffers: &Buffers,
+    ) -> mirror::BackwardPaperParams {
+        let (plan, problem) = (&self.buffers.plan, &self.call.problem);
+        mirror::BackwardPaperParams {
+            common: *common,
+            tiles: buffers.tiles,
+            segments: buffers.segments,
+            hidden: buffers.hidden,
+            positions: self.buffers.positions,
+            listed_rows: self.buffers.listed_rows,
+            key_partials: buffers.key_partials,
+            value_partials: buffers.value_partials,
+            key_sums: buffers.key_sums,
+            value_sums: buffers.value_sums,
+            key_stored: buffers.key_stored,
+            exact: u32::from(!step.estimated),
+            limited: u32::from(problem.mask != Mask::None),
+            visible: self.call.visible(),
+            block_size: self.call.params.block_size,
+            sorted: if step.estimated && plan.sorted { SEGMENT_SORTED } else { 0 },
+            flags: if finishes(plan, step) { 0 } else { KEY_TILE_STORE },
+            key_tiles: lists.key_tiles as u32,
+            sample_tiles: lists.sample_tiles as u32,
+            chunks: lists.chunks as u32,
+            chunk_queries: CHUNK_QUERIES as u32,
+            n_k: problem.n_k as u32,
+            head_dim: problem.head_dim as u32,
+            value_dim: problem.value_dim as u32,
+            reserved: 0,
+        }
+    }
+}

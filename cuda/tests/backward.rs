@@ -1,0 +1,410 @@
+//! Gradients on a device against the CPU, which selects the same. Skips itself where there is no device.
+
+mod support;
+
+use hyperattn_conformance::inputs::{DTypes, Inputs, Shape, UNEVEN_LENGTHS};
+use hyperattn_core::{DType, Division, ErrorKind, Mask, Method, Params, Residual, Sequences};
+use hyperattn_cuda::{DeviceGradients, DeviceTensor, DeviceTensors};
+use hyperattn_reference::Generator;
+
+use support::call::Call;
+use support::device::{Device, Memory, Stream, cuda};
+use support::gradients::BackwardCall;
+use support::graph::Graph;
+use support::tensor::Arrangement;
+
+const MASKS: [Mask; 3] = [Mask::None, Mask::CausalBottomRight, Mask::CausalTopLeft];
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+
+fn exact(mask: Mask) -> Params {
+    Params { method: Method::Exact, mask, ..Params::default() }
+}
+
+/// One head.
+fn shape(n_q: usize, n_k: usize, head_dim: usize, value_dim: usize) -> Shape {
+    Shape { head_dim, value_dim, ..Shape::single(n_q, n_k) }
+}
+
+/// The gradients of one call with normal inputs.
+fn check(params: &Params, shape: Shape, dtypes: impl Into<DTypes>, seed: u64) {
+    let inputs = Inputs::normal(shape, seed).rounded(dtypes);
+    BackwardCall::new(Call::new(params, &inputs), seed + 1).check();
+}
+
+#[test]
+fn every_dimension_and_type() {
+    let Some(_device) = Device::first() else { return };
+    for dtype in DTYPES {
+        for dim in [64, 96, 128, 256] {
+            for mask in MASKS {
+                check(&exact(mask), shape(300, 333, dim, dim), dtype, 10);
+            }
+        }
+        for (head_dim, value_dim) in [(1, 7), (8, 24), (57, 100), (40, 256), (64, 128), (192, 64), (250, 3)] {
+            check(&exact(Mask::CausalTopLeft), shape(150, 260, head_dim, value_dim), dtype, 11);
+        }
+    }
+}
+
+#[test]
+fn lengths_around_tiles() {
+    let Some(_device) = Device::first() else { return };
+    for (n_q, n_k) in [
+        (1, 1),
+        (1, 700),
+        (2, 1),
+        (63, 64),
+        (64, 65),
+        (127, 128),
+        (129, 129),
+        (257, 31),
+        (500, 1025),
+        (1025, 500),
+    ] {
+        for mask in MASKS {
+            for dtype in DTYPES {
+                check(&exact(mask), shape(n_q, n_k, 64, 64), dtype, 20);
+            }
+            check(&exact(mask), shape(n_q, n_k, 128, 128), DType::BF16, 21);
+            check(&exact(mask), shape(n_q, n_k, 200, 200), DType::BF16, 22);
+        }
+    }
+    for (n_q, n_k) in [(0, 50), (50, 0), (0, 0)] {
+        for dtype in DTYPES {
+            check(&exact(Mask::CausalBottomRight), shape(n_q, n_k, 64, 64), dtype, 23);
+        }
+    }
+}
+
+#[test]
+fn heads_share_keys() {
+    let Some(_device) = Device::first() else { return };
+    for (batch, heads_q, heads_kv) in [(1, 4, 4), (2, 4, 2), (3, 6, 1), (1, 7, 7)] {
+        for mask in MASKS {
+            for dtype in DTYPES {
+                let shape = Shape { batch, heads_q, heads_kv, ..shape(290, 290, 64, 64) };
+                check(&exact(mask), shape, dtype, 30);
+            }
+        }
+    }
+}
+
+#[test]
+fn types_and_arrangements() {
+    let Some(_device) = Device::first() else { return };
+    use Arrangement::*;
+    let params = exact(Mask::CausalBottomRight);
+    let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..shape(140, 200, 64, 64) };
+    for dtypes in DTypes::ALL {
+        let inputs = Inputs::normal(shape, 40).rounded(dtypes);
+        for (of_inputs, of_outputs) in
+            [(TokensFirst, PaddedBy8), (PaddedBy8, TokensFirst), (PaddedBy3, Reversed), (Reversed, PaddedBy3)]
+        {
+            let forward = Call { arrangements: [of_inputs, of_outputs], ..Call::new(&params, &inputs) };
+            BackwardCall { arrangement: of_outputs, ..BackwardCall::new(forward, 41) }.check();
+        }
+        let forward = Call { out: DType::F32, ..Call::new(&params, &inputs) };
+        let call = BackwardCall::new(forward, 42);
+        BackwardCall { dout: DType::F32, ..call }.check();
+        BackwardCall { gradients: [DType::F32; 2], ..call }.check();
+        BackwardCall { of_lse: false, ..call }.check();
+    }
+    let negative = Params { scale: -0.2, ..params };
+    check(&negative, shape, DType::BF16, 43);
+    check(&negative, shape, DType::F32, 44);
+}
+
+/// What is not finite stays with the queries and keys that see it.
+#[test]
+fn not_finite_beyond_the_limit() {
+    let Some(_device) = Device::first() else { return };
+    let (n, dim) = (300, 64);
+    let params = exact(Mask::CausalTopLeft);
+    for dtype in DTYPES {
+        let clean = Inputs::normal(shape(n, n, dim, dim), 50).rounded(dtype);
+        let call = BackwardCall::new(Call::new(&params, &clean), 51);
+        let expected = call.prepare().run();
+        for at in [0, 70, 129, n - 1] {
+            for tensor in 0..3 {
+                let mut dirty = clean.clone();
+                [&mut dirty.q, &mut dirty.k, &mut dirty.v][tensor][at * dim + 3] = f32::NAN;
+                let found = BackwardCall { forward: Call::new(&params, &dirty), ..call }.prepare().run();
+                for row in 0..n {
+                    let same = |of: usize| {
+                        let (a, b) = (&found[of][row * dim..][..dim], &expected[of][row * dim..][..dim]);
+                        a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 0.02 * b.abs().max(0.1))
+                    };
+                    let [dq, dk, dv] = [0, 1, 2].map(same);
+                    let what = format!("{dtype:?}: row {row} and a NaN in tensor {tensor} at {at}");
+                    if tensor == 0 {
+                        // A query: its own gradient, and those of the keys it sees.
+                        assert!(dq == (row != at) && dk == (row > at) && dv == (row > at), "{what}");
+                    } else {
+                        // A key or a value: queries from it on, and through their delta all keys that these see. Nothing
+                        // before the tensors' other rows is left but queries.
+                        assert!(dq == (row < at), "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_bits_each_time_and_in_a_graph() {
+    let Some(_device) = Device::alone() else { return };
+    for dtype in DTYPES {
+        let params = exact(Mask::CausalBottomRight);
+        let shape = Shape { heads_q: 4, heads_kv: 2, ..shape(600, 900, 128, 128) };
+        let inputs = Inputs::normal(shape, 60).rounded(dtype);
+        let prepared = BackwardCall::new(Call::new(&params, &inputs), 61).prepare();
+        let stream = Stream::new();
+        // The first call of these kernels may be the captured one.
+        let graph = Graph::capture(&stream, || prepared.enqueue(&stream).unwrap());
+        graph.launch(&stream);
+        let first = prepared.found();
+        assert!(first == prepared.run());
+        graph.launch(&stream);
+        assert!(first == prepared.found());
+    }
+}
+
+/// Estimated from the first key on.
+fn paper(mask: Mask, residual: Residual, block_size: u32, sample_size: u32) -> Params {
+    let sizes = Params { min_seq_len: 0, block_size, sample_size, ..Params::default() };
+    Params { method: Method::Paper, mask, residual, seed: 3, offset: 5, ..sizes }
+}
+
+const RESIDUALS: [Residual; 2] = [Residual::Uniform, Residual::None];
+
+#[test]
+fn paper_lengths() {
+    let Some(_device) = Device::first() else { return };
+    for (number, (n_q, n_k, block_size, sample_size)) in UNEVEN_LENGTHS.into_iter().enumerate() {
+        for mask in MASKS {
+            for residual in RESIDUALS {
+                for dtype in DTYPES {
+                    let inputs = Inputs::clustered(Shape::single(n_q, n_k), 100).rounded(dtype);
+                    let params = paper(mask, residual, block_size, sample_size);
+                    BackwardCall::new(Call::new(&params, &inputs), number as u64).check();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn paper_shapes() {
+    let Some(_device) = Device::first() else { return };
+    let base = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..shape(1500, 1500, 64, 64) };
+    for mask in MASKS {
+        for dtype in DTYPES {
+            check(&Params { min_seq_len: 200, ..paper(mask, Residual::Uniform, 128, 100) }, base, dtype, 110);
+        }
+        let other = Shape { n_k: 2300, head_dim: 128, value_dim: 40, ..base };
+        check(
+            &Params { min_seq_len: 300, ..paper(mask, Residual::Uniform, 200, 300) },
+            other,
+            DType::BF16,
+            111,
+        );
+        let fewer = Shape { n_k: 900, heads_kv: 1, ..base };
+        check(&paper(mask, Residual::Uniform, 64, 33), fewer, DType::F32, 112);
+        // No blocks, no order, one sample that is drawn often.
+        check(&Params { min_seq_len: 100, ..paper(mask, Residual::Uniform, 0, 64) }, base, DType::F16, 113);
+        let unsorted = Params { lsh_num_projs: 0, ..paper(mask, Residual::Uniform, 64, 64) };
+        check(&unsorted, base, DType::BF16, 114);
+        check(&paper(mask, Residual::Uniform, 4, 500), Shape { n_q: 200, n_k: 5, ..base }, DType::F32, 115);
+    }
+    // Several chunks of queries.
+    check(&paper(Mask::None, Residual::Uniform, 256, 256), shape(9000, 3000, 64, 64), DType::BF16, 116);
+    check(
+        &paper(Mask::CausalTopLeft, Residual::Uniform, 256, 256),
+        shape(9000, 3000, 64, 64),
+        DType::BF16,
+        117,
+    );
+}
+
+#[test]
+fn paper_has_the_same_bits_each_time_and_in_a_graph() {
+    let Some(_device) = Device::alone() else { return };
+    let params = Params { min_seq_len: 300, ..paper(Mask::CausalBottomRight, Residual::Uniform, 128, 128) };
+    let inputs = Inputs::normal(Shape { heads_q: 4, heads_kv: 2, ..shape(2000, 2500, 64, 64) }, 120)
+        .rounded(DType::BF16);
+    let prepared = BackwardCall::new(Call::new(&params, &inputs), 121).prepare();
+    let stream = Stream::new();
+    let graph = Graph::capture(&stream, || prepared.enqueue(&stream).unwrap());
+    graph.launch(&stream);
+    let first = prepared.found();
+    assert!(first == prepared.run());
+    graph.launch(&stream);
+    assert!(first == prepared.found());
+}
+
+fn host_tensor(address: u64, heads: i64, rows: i64, dim: i64, dtype: DType) -> DeviceTensor {
+    DeviceTensor { address, layout: hyperattn_core::TensorLayout::contiguous(dtype, [1, heads, rows, dim]) }
+}
+
+/// Errors that need no device.
+#[test]
+fn errors_name_the_argument() {
+    let tensor = |number: u64, heads| host_tensor(number << 20, heads, 100, 64, DType::BF16);
+    let tensors = DeviceTensors {
+        lse: Some(host_tensor(9 << 20, 4, 100, 1, DType::F32)),
+        ..DeviceTensors::new(tensor(1, 4), tensor(2, 2), tensor(3, 2), tensor(4, 4))
+    };
+    let gradients = DeviceGradients {
+        dout: tensor(5, 4),
+        dlse: None,
+        dq: tensor(6, 4),
+        dk: tensor(7, 2),
+        dv: tensor(8, 2),
+    };
+    let params = exact(Mask::None);
+    let expect = |tensors: &DeviceTensors, gradients: &DeviceGradients, kind: ErrorKind, part: &str| {
+        // SAFETY: an error of the arguments is found before anything is touched.
+        let result =
+            unsafe { hyperattn_cuda::backward(&params, tensors, gradients, None, std::ptr::null_mut()) };
+        let error = result.unwrap_err();
+        assert!(error.kind() == kind && error.to_string().contains(part), "{error:?}, not {part}");
+    };
+    let without_lse = DeviceTensors { lse: None, ..tensors };
+    expect(&without_lse, &gradients, ErrorKind::InvalidArgument, "lse");
+    let wrong = DeviceGradients { dk: tensor(7, 4), ..gradients };
+    expect(&tensors, &wrong, ErrorKind::InvalidArgument, "dk");
+    let overlapping = DeviceGradients { dv: tensor(2, 2), ..gradients };
+    expect(&tensors, &overlapping, ErrorKind::InvalidArgument, "dv");
+    let odd = DeviceGradients { dq: DeviceTensor { address: (6 << 20) + 1, ..tensor(6, 4) }, ..gradients };
+    expect(&tensors, &odd, ErrorKind::InvalidArgument, "dq");
+    let methods = [Method::Exact, Method::Paper, Method::Exact, Method::Exact];
+    let division = Division { head_methods: Some(&methods), ..Division::default() };
+    let estimating = Params { min_seq_len: 0, block_size: 16, ..params };
+    let error = hyperattn_cuda::backward_divided_workspace(&estimating, &division, &tensors).unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("share"), "{error:?}");
+}
+
+/// Sequences in one call give the gradients of each by itself.
+#[test]
+fn sequences() {
+    let Some(_device) = Device::first() else { return };
+    let ends = [0, 100, 100, 333];
+    let params = exact(Mask::CausalBottomRight);
+    let shape = Shape { heads_q: 2, heads_kv: 1, ..shape(333, 333, 64, 64) };
+    let inputs = Inputs::normal(shape, 70).rounded(DType::BF16);
+    let call = BackwardCall::new(Call::new(&params, &inputs), 71);
+    let prepared = call.prepare();
+    let division = Division {
+        sequences: Some(Sequences { cu_seqlens_q: &ends, cu_seqlens_k: &ends }),
+        ..Division::default()
+    };
+    // The figures of heads are others for sequences.
+    let tensors = DeviceTensors { error: None, keys_per_query: None, ..prepared.forward.tensors() };
+    let stream = Stream::new();
+    // SAFETY: tensors and gradients are the device's memory, which outlives the work, as it is waited for.
+    unsafe {
+        hyperattn_cuda::forward_divided(&params, &division, &tensors, None, stream.raw()).unwrap();
+        hyperattn_cuda::backward_divided(
+            &params,
+            &division,
+            &tensors,
+            &prepared.gradients(),
+            None,
+            stream.raw(),
+        )
+        .unwrap();
+    }
+    stream.synchronize();
+    let found = prepared.found();
+    let outcome = prepared.forward.outcome();
+    let [dout, dlse] = call.losses();
+    for range in [0..100, 100..333] {
+        let part = |values: &[f32], heads: usize, dim: usize| -> Vec<f32> {
+            (0..heads)
+                .flat_map(|head| values[head * 333 * dim..][range.start * dim..range.end * dim].to_vec())
+                .collect()
+        };
+        let inputs = inputs.rows(range.clone(), range.clone());
+        let alone = BackwardCall::new(Call::new(&params, &inputs), 71).prepare();
+        alone.write_losses(&part(&dout, 2, 64), &part(&dlse, 2, 1));
+        assert_eq!(alone.forward.outcome().lse, part(&outcome.lse, 2, 1));
+        let expected = alone.run();
+        for (at, heads) in [2, 1, 1].into_iter().enumerate() {
+            assert!(expected[at] == part(&found[at], heads, 64), "{range:?}, gradient {at}");
+        }
+    }
+}
+
+/// A packed bf16 tensor of normal numbers, which repeat with a long odd period; with its memory.
+fn cheap_tensor(numbers: &[u8], heads: i64, n: i64, dim: i64) -> (Memory, DeviceTensor) {
+    let bytes = (heads * n * dim * 2) as usize;
+    let memory = Memory::filled(bytes, 0);
+    memory.write(0, &numbers.iter().copied().cycle().take(bytes.min(numbers.len())).collect::<Vec<u8>>());
+    let mut filled = numbers.len().min(bytes);
+    while filled < bytes {
+        let more = filled.min(bytes - filled);
+        cuda!(cuMemcpyDtoD_v2(memory.address() + filled as u64, memory.address(), more));
+        filled += more;
+    }
+    let tensor = host_tensor(memory.address(), heads, n, dim, DType::BF16);
+    (memory, tensor)
+}
+
+/// Times of the sizes that matter, in milliseconds; not a test of anything:
+/// `backward --ignored --nocapture times`.
+#[test]
+#[ignore = "a measurement"]
+fn times() {
+    let Some(_device) = Device::alone() else { return };
+    let mut generator = Generator::new(80);
+    let normal: Vec<f32> = (0..(1 << 19) + 77).map(|_| generator.normal() as f32).collect();
+    let numbers: Vec<u8> =
+        normal.iter().flat_map(|&x| hyperattn_core::bf16::from_f32(x).to_le_bytes()).collect();
+    let estimated =
+        |mask| Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() };
+    for (params, n, dim) in [
+        (exact(Mask::CausalBottomRight), 16_384, 128),
+        (exact(Mask::CausalBottomRight), 16_384, 64),
+        (exact(Mask::None), 8192, 128),
+        (estimated(Mask::None), 131_072, 64),
+        (estimated(Mask::CausalBottomRight), 131_072, 64),
+        (estimated(Mask::None), 131_072, 128),
+        (estimated(Mask::CausalBottomRight), 131_072, 128),
+    ] {
+        let heads = 32;
+        let tensors: Vec<_> = (0..8).map(|_| cheap_tensor(&numbers, heads, n, dim)).collect();
+        let of = |number: usize| tensors[number].1;
+        let lse = Memory::filled((heads * n * 4) as usize, 0);
+        let call = DeviceTensors {
+            lse: Some(host_tensor(lse.address(), heads, n, 1, DType::F32)),
+            ..DeviceTensors::new(of(0), of(1), of(2), of(3))
+        };
+        let gradients = DeviceGradients { dout: of(4), dlse: None, dq: of(5), dk: of(6), dv: of(7) };
+        let sizes = [
+            hyperattn_cuda::forward_workspace(&params, &call).unwrap().size,
+            hyperattn_cuda::backward_workspace(&params, &call).unwrap().size,
+        ];
+        let workspace = Memory::filled(sizes[0].max(sizes[1]), 0);
+        let (stream, given) = (Stream::new(), Some((workspace.address(), workspace.size())));
+        let time = |body: &dyn Fn()| {
+            body();
+            let mut all: Vec<f32> = (0..5).map(|_| stream.time(body)).collect();
+            all.sort_by(f32::total_cmp);
+            all[2]
+        };
+        // SAFETY: tensors and workspace are the device's memory, which outlives the work, as it is waited for.
+        let forward = time(&|| unsafe {
+            hyperattn_cuda::forward(&params, &call, given, stream.raw()).unwrap();
+        });
+        // SAFETY: as above.
+        let backward = time(&|| unsafe {
+            hyperattn_cuda::backward(&params, &call, &gradients, given, stream.raw()).unwrap();
+        });
+        println!(
+            "TIME {:?} {:?} n {n} d {dim}: forward {forward:.3} ms, backward {backward:.3} ms, workspace {} MiB",
+            params.method,
+            params.mask,
+            sizes[1] >> 20
+        );
+    }
+}

@@ -1,0 +1,121 @@
+//! The gradients of attention on CUDA: always exported.
+
+use hyperattn_core::Layout;
+use hyperattn_cuda::{DeviceGradients, DeviceTensors};
+
+use crate::backward::read_grads;
+use crate::boundary::{check_pointer, guard};
+use crate::call;
+use crate::cpu::{no_workspace, read_tensors};
+use crate::cuda::{check_data, device_tensor, device_tensors, given_workspace, read_exec};
+use crate::error::Result;
+use crate::params;
+use crate::tensor;
+use crate::types::*;
+
+/// Size and alignment of the device workspace that hyperattn_cuda_backward() needs for the same params and tensors. Needs
+/// no device. The tensors' data are not looked at and may be NULL; *out is written on success only.
+///
+/// Linear in the sequence: 8 bytes for every query row, and the lists of tiles; for METHOD_PAPER what
+/// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask, and of
+/// 4 (head_dim + value_dim) for a key row.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
+    params: *const hyperattn_params,
+    tensors: *const hyperattn_tensors,
+    out: *mut hyperattn_layout,
+) -> hyperattn_status {
+    guard(|| {
+        check_pointer(out.cast_const(), "out")?;
+        // SAFETY: the pointers are what the header asks for.
+        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
+        // SAFETY: as above.
+        let (tensors, division) = unsafe {
+            let tensors = read_layouts(&from)?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            (tensors, division)
+        };
+        let Layout { size, align } =
+            hyperattn_cuda::backward_divided_workspace(&options.params, &division, &tensors)?;
+        // SAFETY: out is aligned and, not being NULL, writable.
+        unsafe { out.write(hyperattn_layout { size, align }) };
+        Ok(())
+    })
+}
+
+/// hyperattn_backward() for tensors in device memory, enqueued on exec->stream: it returns before the gradients are
+/// complete. What hyperattn_cuda_forward() says of pointers, the workspace, capture and errors holds here too.
+///
+/// The same arguments give the same bits: no sum depends on the order in which threads run. 16-bit kernels round each
+/// pair's share and slope to the type of the tensors.
+///
+/// UNSUPPORTED: METHOD_REFINED where it estimates, METHOD_PAPER with RESIDUAL_ROW_NORM or a block mask, and head_methods
+/// that differ among the query heads of one KV head.
+///
+///     /* After hyperattn_cuda_forward(&params, &tensors, &exec) with an lse. */
+///     if (hyperattn_cuda_backward(&params, &tensors, &grads, &exec) != HYPERATTN_STATUS_OK)
+///         fprintf(stderr, "%s\n", hyperattn_last_error());
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hyperattn_cuda_backward(
+    params: *const hyperattn_params,
+    tensors: *const hyperattn_tensors,
+    grads: *const hyperattn_grads,
+    exec: *const hyperattn_cuda_exec,
+) -> hyperattn_status {
+    guard(|| {
+        // SAFETY: the pointers are what the header asks for.
+        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
+        // SAFETY: as above.
+        let (exec, grads) = unsafe { (read_exec(exec)?, read_grads(grads)?) };
+        // SAFETY: as above.
+        let (tensors, division) = unsafe {
+            let tensors = read_layouts(&from)?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            (tensors, division)
+        };
+        let given = [
+            ("q", &from.q),
+            ("k", &from.k),
+            ("v", &from.v),
+            ("out", &from.out),
+            ("lse", &from.lse),
+            ("dout", &grads.dout),
+            ("dq", &grads.dq),
+            ("dk", &grads.dk),
+            ("dv", &grads.dv),
+        ];
+        given.into_iter().try_for_each(|(name, tensor)| check_data(name, tensor))?;
+        let gradient = |name: &str, from: &hyperattn_tensor| device_tensor(name, from);
+        let gradients = DeviceGradients {
+            dout: gradient("dout", &grads.dout)?,
+            dlse: (!grads.dlse.data.is_null()).then(|| gradient("dlse", &grads.dlse)).transpose()?,
+            dq: gradient("dq", &grads.dq)?,
+            dk: gradient("dk", &grads.dk)?,
+            dv: gradient("dv", &grads.dv)?,
+        };
+        let params = &options.params;
+        let workspace = given_workspace(&exec);
+        if workspace.is_none() && !options.may_allocate {
+            let need = hyperattn_cuda::backward_divided_workspace(params, &division, &tensors)?;
+            return Err(no_workspace(need.size));
+        }
+        let stream = exec.stream.cast();
+        // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
+        unsafe {
+            hyperattn_cuda::backward_divided(params, &division, &tensors, &gradients, workspace, stream)
+        }?;
+        Ok(())
+    })
+}
+
+/// The tensors of a backward call without a look at their data. lse is an input, and so not optional.
+///
+/// # Safety
+/// As for [`device_tensors`].
+unsafe fn read_layouts(from: &hyperattn_tensors) -> Result<DeviceTensors> {
+    let without_figures = hyperattn_tensors { error: tensor::EMPTY, lse: tensor::EMPTY, ..*from };
+    // SAFETY: the caller's contract.
+    let tensors =
+        unsafe { device_tensors(&without_figures, |tensor| !tensor.data.is_null(), &|_, _| Ok(())) }?;
+    Ok(DeviceTensors { lse: Some(device_tensor("lse", &from.lse)?), ..tensors })
+}
