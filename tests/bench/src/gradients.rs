@@ -31,7 +31,7 @@ pub fn dout(problem: &Problem) -> Tensor {
 impl GradientTensors {
     /// Of a problem; nothing is written yet but dout.
     pub fn new(problem: &Problem) -> Self {
-        let Shape { dtypes, layout, batch, heads_q, heads_kv, n_q, n_k, head_dim } = problem.shape;
+        let Shape { dtypes, layout, batch, heads_q, heads_kv, n_q, n_k, head_dim, .. } = problem.shape;
         let of_queries = [batch, heads_q, n_q, head_dim];
         let of_keys = [batch, heads_kv, n_k, head_dim];
         GradientTensors {
