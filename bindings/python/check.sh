@@ -25,18 +25,11 @@ took() {
 for tool in cargo python3 gcc readelf nm; do
     command -v "$tool" >/dev/null || skip "$tool is not installed"
 done
-[ -x "$environment/bin/pip" ] || python3 -m venv "$environment" || skip "python3 -m venv does not work"
+python3 -c 'import venv, ensurepip' 2>/dev/null || skip "python3 -m venv does not work"
+"$here/environment.sh" "$environment"
 PATH=$environment/bin:$PATH
-
-# uv, because it fetches the packages side by side and unpacks them in a tenth of pip's time.
-pip install --quiet --disable-pip-version-check uv==0.13.9
 export UV_CACHE_DIR=$environment/uv-cache
 install=(uv pip install --quiet --python)
-"${install[@]}" "$environment" --requirement "$here/tests/requirements.txt"
-if ! python -c 'import torch' 2>/dev/null; then
-    "${install[@]}" "$environment" --no-deps torch==2.15.0
-    python "$here/tests/stub_cuda.py"
-fi
 took environment
 
 ruff check --no-cache "$here"

@@ -248,7 +248,7 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
             if let Some(row_norm) = &buffers.row_norm {
                 paper.square_norms(heads, row_norm)?;
             }
-            paper.for_each_launch(&|step, lists, rectangles| paper.pass(heads, step, lists, rectangles))
+            paper.for_each_launch(|step, lists, rectangles| paper.pass(heads, step, lists, rectangles))
         })
     }?;
     if let Some(probing) = &buffers.probing {
@@ -327,7 +327,7 @@ impl Paper<'_, '_> {
     }
 
     /// Calls `body` for the rectangles of every pass that are worked on together, in order.
-    fn for_each_launch(&self, body: &dyn Fn(&Step, &Lists, Range<usize>) -> Result<()>) -> Result<()> {
+    fn for_each_launch(&self, body: impl Fn(&Step, &Lists, Range<usize>) -> Result<()>) -> Result<()> {
         for (step, lists, at_once) in &self.buffers.steps {
             for first in (0..step.count).step_by(*at_once) {
                 body(step, lists, first..step.count.min(first + at_once))?;

@@ -253,9 +253,9 @@ pub struct hyperattn_tensors {
     pub cu_seqlens_k: *const i32,
 }
 
-/// The gradients of a backward call: of a loss, with respect to what the forward call wrote (inputs) and with respect to
-/// what it read (outputs). Each has the shape of what it belongs to, strides of its own, and its dtype or f32; none may be
-/// left out but dlse. Of the outputs none may overlap itself, another one, an input or a tensor of the call.
+/// The gradients of a backward call: of a loss, with respect to what the forward call wrote (inputs) and with respect
+/// to what it read (outputs). Each has the shape of what it belongs to, and strides of its own; none may be left out but
+/// dlse. Of the outputs none may overlap itself, another one, an input or a tensor of the call.
 ///
 ///     hyperattn_grads g = { .struct_size = sizeof g };
 ///     g.dout = hyperattn_tensor_bhsd(dout, HYPERATTN_DTYPE_F32, 1, 8, n, 64);
@@ -271,8 +271,8 @@ pub struct hyperattn_grads {
     pub dout: hyperattn_tensor,
     /// With respect to q: an output [batch, heads_q, n_q, head_dim], q's dtype or f32.
     pub dq: hyperattn_tensor,
-    /// With respect to k: an output [batch, heads_kv, n_k, head_dim], k's dtype or f32. The sum over the query heads that
-    /// share a KV head, and only over these: where k is broadcast with a stride of 0, add the copies' gradients up.
+    /// With respect to k: an output [batch, heads_kv, n_k, head_dim], k's dtype or f32. The sum over the query heads
+    /// that share a KV head, and only over these: where k is broadcast with a stride of 0, add up the copies' gradients.
     pub dk: hyperattn_tensor,
     /// With respect to v: an output [batch, heads_kv, n_k, value_dim], v's dtype or f32. As dk.
     pub dv: hyperattn_tensor,

@@ -354,9 +354,9 @@ typedef struct hyperattn_layout {
     size_t align;
 } hyperattn_layout;
 
-/// The gradients of a backward call: of a loss, with respect to what the forward call wrote (inputs) and with respect to
-/// what it read (outputs). Each has the shape of what it belongs to, strides of its own, and its dtype or f32; none may be
-/// left out but dlse. Of the outputs none may overlap itself, another one, an input or a tensor of the call.
+/// The gradients of a backward call: of a loss, with respect to what the forward call wrote (inputs) and with respect
+/// to what it read (outputs). Each has the shape of what it belongs to, and strides of its own; none may be left out but
+/// dlse. Of the outputs none may overlap itself, another one, an input or a tensor of the call.
 ///
 ///     hyperattn_grads g = { .struct_size = sizeof g };
 ///     g.dout = hyperattn_tensor_bhsd(dout, HYPERATTN_DTYPE_F32, 1, 8, n, 64);
@@ -370,8 +370,8 @@ typedef struct hyperattn_grads {
     struct hyperattn_tensor dout;
     /// With respect to q: an output [batch, heads_q, n_q, head_dim], q's dtype or f32.
     struct hyperattn_tensor dq;
-    /// With respect to k: an output [batch, heads_kv, n_k, head_dim], k's dtype or f32. The sum over the query heads that
-    /// share a KV head, and only over these: where k is broadcast with a stride of 0, add the copies' gradients up.
+    /// With respect to k: an output [batch, heads_kv, n_k, head_dim], k's dtype or f32. The sum over the query heads
+    /// that share a KV head, and only over these: where k is broadcast with a stride of 0, add up the copies' gradients.
     struct hyperattn_tensor dk;
     /// With respect to v: an output [batch, heads_kv, n_k, value_dim], v's dtype or f32. As dk.
     struct hyperattn_tensor dv;
@@ -554,13 +554,13 @@ hyperattn_status hyperattn_merge(const struct hyperattn_tensor *out_a,
                                  const struct hyperattn_tensor *out_b,
                                  const struct hyperattn_tensor *lse_b);
 
-/// Size and alignment of the workspace that hyperattn_backward() needs for the same params, tensors and exec. The tensors'
-/// data are not looked at and may be NULL; *out is written on success only.
+/// Size and alignment of the workspace that hyperattn_backward() needs for the same params, tensors and exec. The
+/// tensors' data are not looked at and may be NULL; *out is written on success only.
 ///
-/// Never quadratic in the sequence. At most the sum of: what hyperattn_forward_workspace() answers without a lane's
-/// rounding; 4 head_dim bytes for every row of every query head and 4 (head_dim + value_dim) for every row of every KV head
-/// of one batch item; for METHOD_PAPER 512 sample_size (head_dim + value_dim) bytes for every KV head; for METHOD_REFINED
-/// up to 8 times the sums of a KV head; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes.
+/// Never quadratic in the sequence. At most the sum of: what hyperattn_forward_workspace() answers; the gradients of one
+/// batch item in f32, dq's for every query head, dk's and dv's for every KV head, with rows of whole vectors; for
+/// METHOD_PAPER 512 sample_size (head_dim + value_dim) bytes for every KV head; for METHOD_REFINED dk's and dv's once more
+/// for up to 8 KV heads; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes and 128 KiB.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
@@ -573,27 +573,28 @@ hyperattn_status hyperattn_backward_workspace(const struct hyperattn_params *par
                                               const struct hyperattn_cpu_exec *exec,
                                               struct hyperattn_layout *out);
 
-/// The gradients of a loss with respect to q, k and v, from grads.dout, its gradient with respect to out, and grads.dlse,
-/// that with respect to lse where the loss depends on it. Writes grads.dq, dk and dv whole; it does not add to them.
+/// The gradients of a loss with respect to q, k and v, from grads.dout, its gradient with respect to out, and
+/// grads.dlse, that with respect to lse where the loss depends on it. Writes grads.dq, dk and dv whole: it does not add to
+/// what they hold.
 ///
 /// params and tensors are those of the forward call, the seed and the offset too, with out and lse as it left them: both
-/// are inputs here, and lse must be there (INVALID_ARGUMENT with data NULL). tensors.error is not looked at. Nothing else is
-/// kept from the forward call: METHOD_PAPER and METHOD_REFINED find their selection of keys again.
+/// are inputs here, and lse must be there (INVALID_ARGUMENT with data NULL). tensors.error is not looked at. Nothing
+/// else is kept from the forward call: METHOD_PAPER and METHOD_REFINED find their selection of keys again.
 ///
 /// METHOD_EXACT gives the gradient of softmax attention. The estimators give the gradient of what they computed, with
 /// the selection of keys, its weights and METHOD_PAPER's caps held fixed: the gradient of the estimate almost
 /// everywhere, and no estimate of the exact gradient with a bound of its own. core/docs/backward.md has the formulas.
 ///
-/// Where keys are in parts joined by hyperattn_merge(), call it once for each part with the merged out and lse: each call
-/// gives that part's dk and dv, and dq is the sum over the parts.
+/// Where keys are in parts joined by hyperattn_merge(), call it once for each part with the merged out and lse: each
+/// call gives that part's dk and dv, and dq is the sum over the parts.
 ///
 /// Sums are in f32 and rounded once, when they are written. The same arguments give the same bits for every number of
-/// threads; what hyperattn_forward() says of threads, workspaces, allocation and fork() holds here too. Cost: exact heads
-/// some 2.5 times the multiply-adds of the forward call, estimators their selection and as much for the keys they meet.
+/// threads; what hyperattn_forward() says of threads, workspaces, allocation and fork() holds here too. Cost: for the
+/// keys that a query meets some 2.5 times the multiply-adds of the forward call, and the selection again.
 ///
 /// A query that saw no key (lse -inf) gets dq 0 and adds nothing; a key that no query saw gets dk and dv 0. NaN stays
-/// with the rows and keys that see it. tensors.mask has no gradient. On an error dq, dk and dv are untouched, except when
-/// exec.pool returned before its tasks had run (INVALID_ARGUMENT) or for INTERNAL.
+/// with the rows and keys that see it. tensors.mask has no gradient. On an error dq, dk and dv are untouched, except
+/// when exec.pool returned before its tasks had run (INVALID_ARGUMENT) or for INTERNAL.
 ///
 ///     /* After hyperattn_forward(&params, &tensors, NULL) with an lse. */
 ///     if (hyperattn_backward(&params, &tensors, &grads, NULL) != HYPERATTN_STATUS_OK)

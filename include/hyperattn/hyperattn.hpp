@@ -410,6 +410,24 @@ struct tensors : hyperattn_tensors {
     }
 };
 
+/// hyperattn_grads: the gradients that a backward call reads and writes.
+struct grads : hyperattn_grads {
+    grads() noexcept : hyperattn_grads{} { struct_size = sizeof(hyperattn_grads); }
+
+    /// With respect to out and, where the loss depends on it, lse: inputs. With respect to q, k and v: outputs. Each is
+    /// shaped like what it belongs to.
+    grads(const const_view &output, const view &queries, const view &keys, const view &values,
+          const const_view &log_sum_exp = const_view()) noexcept
+        : grads()
+    {
+        dout = output;
+        dq = queries;
+        dk = keys;
+        dv = values;
+        dlse = log_sum_exp;
+    }
+};
+
 /// hyperattn_block_mask with nothing set but struct_size.
 struct block_mask : hyperattn_block_mask {
     block_mask() noexcept : hyperattn_block_mask{} { struct_size = sizeof(hyperattn_block_mask); }
@@ -735,7 +753,7 @@ hyperattn_status with_threads(const hyperattn_cpu_exec &exec, Call call)
 ///     });
 ///     hyperattn::forward(params, tensors, hyperattn::cpu_exec(pool));
 ///
-/// What the callable throws, forward() and diagnose() throw once the library has returned; the outputs then mean
+/// What the callable throws, forward(), backward() and diagnose() throw once the library has returned; the outputs then mean
 /// nothing. As it may not return, so it may not throw while a task runs or is still to run elsewhere. An exception
 /// ends the program (std::terminate) where it cannot be passed on: under HYPERATTN_NO_EXCEPTIONS, or when a C
 /// function was given the pool. Stays where it is: neither copied nor moved.
@@ -769,8 +787,20 @@ HYPERATTN_OUTCOME inline forward(const hyperattn_params &options, const hyperatt
     }));
 }
 
-/// hyperattn_cuda_forward(): enqueues the same for tensors in device memory and returns before it has run. Allocates
-/// in the stream's order unless exec.workspace is set.
+/// Computes gradients.dq, dk and dv: hyperattn_backward(). arguments are those of forward(), with its out and lse, which
+/// are only read. Allocates scratch memory unless exec.workspace is set. Throws as hyperattn_backward() answers.
+///
+///     hyperattn::backward(params, tensors, hyperattn::grads(dout, dq, dk, dv));
+HYPERATTN_OUTCOME inline backward(const hyperattn_params &options, const hyperattn_tensors &arguments,
+                                  const hyperattn_grads &gradients, const hyperattn_cpu_exec &exec = cpu_exec())
+{
+    return boundary::conclude(boundary::with_threads(exec, [&](const hyperattn_cpu_exec &threads) {
+        return hyperattn_backward(&options, &arguments, &gradients, &threads);
+    }));
+}
+
+/// hyperattn_cuda_forward(): enqueues what forward() does for tensors in device memory and returns before it has run.
+/// Allocates in the stream's order unless exec.workspace is set.
 HYPERATTN_OUTCOME inline cuda_forward(const hyperattn_params &options, const hyperattn_tensors &arguments,
                                       const hyperattn_cuda_exec &exec)
 {
@@ -791,6 +821,13 @@ HYPERATTN_OUTCOME inline forward_workspace(const hyperattn_params &options, cons
     return hyperattn_forward_workspace(&options, &arguments, &exec, &need);
 }
 
+/// Size and alignment of the workspace that backward() needs for the same arguments; need is written on success only.
+HYPERATTN_OUTCOME inline backward_workspace(const hyperattn_params &options, const hyperattn_tensors &arguments,
+                                            const hyperattn_cpu_exec &exec, hyperattn_layout &need)
+{
+    return hyperattn_backward_workspace(&options, &arguments, &exec, &need);
+}
+
 /// Size and alignment of the device memory that cuda_forward() needs for the same arguments. Needs no device.
 HYPERATTN_OUTCOME inline cuda_forward_workspace(const hyperattn_params &options, const hyperattn_tensors &arguments,
                                                 hyperattn_layout &need)
@@ -806,6 +843,16 @@ HYPERATTN_OUTCOME inline cuda_forward_workspace(const hyperattn_params &options,
 {
     hyperattn_layout need = {};
     boundary::conclude(hyperattn_forward_workspace(&options, &arguments, &exec, &need));
+    return need;
+}
+
+/// Size and alignment of the workspace that backward() needs for the same arguments.
+[[nodiscard]] inline hyperattn_layout backward_workspace(const hyperattn_params &options,
+                                                         const hyperattn_tensors &arguments,
+                                                         const hyperattn_cpu_exec &exec = cpu_exec())
+{
+    hyperattn_layout need = {};
+    boundary::conclude(hyperattn_backward_workspace(&options, &arguments, &exec, &need));
     return need;
 }
 
@@ -848,8 +895,8 @@ HYPERATTN_OUTCOME diagnose(const hyperattn_params &options, const hyperattn_tens
 
 // -------------------------------------------------------------------------------------------------------- Workspace
 
-/// Host memory for exec.workspace, aligned as forward() needs it, and freed with the object. Allocates in reserve()
-/// only. Calls that run at the same time need one each.
+/// Host memory for exec.workspace, aligned as forward() and backward() need it, and freed with the object. Allocates in
+/// reserve() only. Calls that run at the same time need one each.
 ///
 ///     hyperattn::workspace workspace;
 ///     workspace.reserve(hyperattn::forward_workspace(params, tensors, exec));

@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention for hyperattn-bench.
+"""PyTorch's scaled_dot_product_attention, or its gradients alone, for hyperattn-bench.
 
     peer_torch.py cpu|cuda
 
@@ -40,11 +40,18 @@ def inputs(torch, settings, device):
 
     query = make(int(settings["heads_q"]), int(settings["n_q"]))
     key = make(int(settings["heads_kv"]), int(settings["n_k"]))
-    return query, key, make(key.shape[1], key.shape[2])
+    tensors = query, key, make(key.shape[1], key.shape[2])
+    if settings["pass"] == "backward":
+        for tensor in tensors:
+            tensor.requires_grad_()
+    return tensors
 
 
 def on_cpu(torch):
-    def run(call, backend, count, warm_up):
+    def choose(backend):
+        return contextlib.nullcontext()
+
+    def run(call, count, warm_up):
         if warm_up:
             call()
         times = []
@@ -55,7 +62,7 @@ def on_cpu(torch):
             del result
         return times
 
-    return run
+    return choose, run
 
 
 def on_cuda(torch):
@@ -63,20 +70,22 @@ def on_cuda(torch):
 
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
-    def run(call, backend, count, warm_up):
+    def choose(backend):
+        return sdpa_kernel(backends[backend])
+
+    def run(call, count, warm_up):
         # One event between two calls; all are enqueued before the first is waited for.
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        with sdpa_kernel(backends[backend]):
-            if warm_up:
-                call()
-            events[0].record()
-            for event in events[1:]:
-                call()
-                event.record()
+        if warm_up:
+            call()
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) * 1e-3 for start, end in zip(events, events[1:])]
 
-    return run
+    return choose, run
 
 
 def attention(torch, tensors, settings):
@@ -87,9 +96,23 @@ def attention(torch, tensors, settings):
     return lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
 
 
+def gradients(torch, tensors, out):
+    # The first gradients of a process take a second, whatever they are of.
+    number = torch.ones((), requires_grad=True)
+    torch.autograd.grad(2 * number, number)
+    dout = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
+
+
+def timed_call(torch, tensors, settings):
+    """What is to be timed; for gradients one forward is behind it, of the back end whose they are."""
+    call = attention(torch, tensors, settings)
+    return gradients(torch, tensors, call()) if settings["pass"] == "backward" else call
+
+
 def serve(torch, device):
-    run = on_cuda(torch) if device == "cuda" else on_cpu(torch)
-    prepared, call = None, None
+    choose, run = on_cuda(torch) if device == "cuda" else on_cpu(torch)
+    prepared, tensors, calls = None, None, {}
     for line in sys.stdin:
         word, *rest = line.split()
         try:
@@ -98,20 +121,23 @@ def serve(torch, device):
                 backend = settings.pop("backend")
                 if settings != prepared:
                     # The old inputs make room first.
-                    prepared, call = None, None
+                    prepared, tensors, calls = None, None, {}
                     if device == "cuda":
                         torch.cuda.empty_cache()
                     torch.set_num_threads(int(settings["threads"]))
-                    call = attention(torch, inputs(torch, settings, device), settings)
+                    tensors = inputs(torch, settings, device)
                     prepared = settings
-                if device == "cuda":
-                    # A back end that cannot compute this says so here, and what it has to build first is not timed.
-                    with contextlib.redirect_stdout(sys.stderr):
-                        run(call, backend, 1, False)
+                # A back end that cannot compute this says so here, and what it has to build first is not timed.
+                with choose(backend), contextlib.redirect_stdout(sys.stderr):
+                    calls[backend] = timed_call(torch, tensors, settings)
+                    if device == "cuda":
+                        run(calls[backend], 1, False)
                 answer("prepared")
             elif word == "run":
                 backend, count, warm_up = rest
-                answer("seconds", *map(repr, run(call, backend, int(count), warm_up == "1")))
+                with choose(backend), torch.inference_mode(prepared["pass"] == "forward"):
+                    times = run(calls[backend], int(count), warm_up == "1")
+                answer("seconds", *map(repr, times))
             else:
                 answer("error unknown request", word)
         except Exception as error:  # The other side decides what it means.
@@ -129,9 +155,8 @@ def main():
         answer("error torch cannot be used:", sentence(error))
         return
     torch.manual_seed(0)
-    with torch.inference_mode():
-        answer("ready torch", torch.__version__)
-        serve(torch, device)
+    answer("ready torch", torch.__version__)
+    serve(torch, device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import types
 import numpy
 import pytest
 from lender import Lender
-from reference import attention, relative_error
+from reference import attention, gradients, relative_error
 
 import hyperattn
 from hyperattn import _call, _cuda
@@ -23,13 +23,20 @@ CUDA = (2, 0)
 
 
 class Recorder:
-    """The library with a hyperattn_cuda_forward that computes nothing and remembers how it was called."""
+    """The library with CUDA calls that compute nothing and remember how they were called."""
 
     def __init__(self, library):
         self.native, self.calls = library, []
 
     def __getattr__(self, name):
         return getattr(self.native, name)
+
+    def hyperattn_cuda_backward_workspace(self, params, tensors, need):
+        return self.native.HYPERATTN_STATUS_OK
+
+    def hyperattn_cuda_backward(self, params, tensors, grads, execution):
+        assert grads.dq.data != grads.dk.data != _call.ffi.NULL
+        return self.hyperattn_cuda_forward(params, tensors, execution)
 
     def hyperattn_cuda_forward(self, params, tensors, execution):
         stream = int(_call.ffi.cast("uintptr_t", execution.stream))
@@ -72,6 +79,18 @@ def test_stream(lenders, recorder, stream, asked, used):
     assert [lender.returned for lender in lenders] == [1, 1, 1, 1]
 
 
+def test_backward(lenders, recorder, random):
+    """The same of the backward pass."""
+    *inputs, out = lenders
+    lse, dout = Lender(random(1, 4, 20), device=CUDA), Lender(out.array, device=CUDA)
+    written = tuple(Lender(random(*x.shape), device=CUDA) for x in inputs)
+    assert hyperattn.backward(*inputs, out, lse, dout, gradients=written, stream=2) == written
+    assert recorder.calls == [(inputs[0].array.ctypes.data, 2, 0)]
+    assert [x.streams for x in (*inputs, out, lse, dout, *written)] == [[2]] * 9
+    with pytest.raises(TypeError, match="pass what to write to: results on CUDA"):
+        hyperattn.backward(*inputs, out, lse, dout)
+
+
 def test_devices_must_agree(lenders, random):
     q, k, v, out = lenders
     with pytest.raises(ValueError, match="k: on cpu, but q is on cuda:0"):
@@ -89,7 +108,7 @@ def test_cpu_only(lenders):
         hyperattn.diagnose(q, k, v)
     with pytest.raises(NotImplementedError, match="merge is for the CPU"):
         hyperattn.merge(out, q, out, q)
-    with pytest.raises(TypeError, match="out: pass what to write to, results on CUDA"):
+    with pytest.raises(TypeError, match="pass what to write to: results on CUDA"):
         hyperattn.forward(q, k, v)
 
 
@@ -263,6 +282,28 @@ def test_operator(qkv):
     library.opcheck(torch.ops.hyperattn.forward.default, tuple(qkv), arguments)
     out, _ = hyperattn.torch.forward(*qkv, **arguments)
     same(out, hyperattn.forward(*qkv, **arguments))
+
+
+@needs_device
+@pytest.mark.parametrize("method", ["exact", "paper", "refined"])
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_gradients(qkv, method, dtype, bound):
+    """Through the operator: exact ones as in double precision, and those of estimators the same bits again."""
+    import hyperattn.torch
+
+    inputs = [x.to(getattr(torch, dtype)).requires_grad_() for x in qkv]
+    settings = dict(method=method, mask="causal", min_seq_len=64, block_size=64, sample_size=32, budget=64)
+    out, _ = hyperattn.torch.forward(*inputs, **settings)
+    dout = torch.randn_like(out)
+    try:
+        got = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    except hyperattn.Unsupported as error:
+        pytest.skip(str(error))
+    assert all(torch.equal(one, other) for one, other in zip(got, torch.autograd.grad(out, inputs, dout)))
+    if method == "exact":
+        wanted = gradients(*(x.detach().float().cpu() for x in (*inputs, dout)), mask="causal")
+        assert all(relative_error(one.float().cpu(), other) < bound for one, other in zip(got, wanted))
+    assert all(x.isfinite().all() for x in got)
 
 
 @needs_device

@@ -17,7 +17,7 @@ def struct_fields(name):
     return re.findall(r"(\w+)(?:\[\d+\])?;", code)
 
 
-@pytest.mark.parametrize("struct", ["params", "tensors", "cpu_exec", "block_mask"])
+@pytest.mark.parametrize("struct", ["params", "tensors", "grads", "cpu_exec", "block_mask"])
 def test_structs(struct):
     name = f"hyperattn_{struct}"
     assert [field for field, _ in ffi.typeof(name).fields] == struct_fields(name)

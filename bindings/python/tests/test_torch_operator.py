@@ -1,4 +1,4 @@
-"""torch.ops.hyperattn.forward: what torch.compile and torch.export ask of an operator."""
+"""torch.ops.hyperattn.forward and its backward: what torch.compile and torch.export ask of an operator."""
 
 import pytest
 
@@ -42,6 +42,8 @@ def test_every_parameter_is_an_argument(qkv):
     names = {argument.name for argument in torch.ops.hyperattn.forward.default._schema.arguments}
     own = {"q", "k", "v", "layout", "threads", "additive_mask", "head_methods", "cu_seqlens_q", "cu_seqlens_k"}
     assert names == own | set(_params.fields())
+    of_backward = {argument.name for argument in torch.ops.hyperattn.backward.default._schema.arguments}
+    assert of_backward == names | {"out", "lse", "dout", "dlse"}
     with pytest.raises(hyperattn.InvalidArgument, match="lsh_num_projs"):
         hyperattn.torch.forward(*qkv, method="paper", lsh_num_projs=99)
 
@@ -53,6 +55,10 @@ def test_registrations(qkv, layout):
     arguments = dict(method="exact", layout=layout)
     halves = tuple(x.to(torch.bfloat16) for x in (q, k, v))
     library.opcheck(torch.ops.hyperattn.forward.default, halves, arguments)
+    tracked = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    library.opcheck(torch.ops.hyperattn.forward.default, tracked, arguments)
+    out, lse = hyperattn.torch.forward(q, k, v, **arguments)
+    library.opcheck(torch.ops.hyperattn.backward.default, (q, k, v, out, lse, out, lse), arguments)
 
 
 def test_export_keeps_it_whole(qkv):
@@ -76,13 +82,3 @@ def test_compile(qkv):
     with torch.no_grad():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(*qkv), layer(*qkv))
-
-
-def test_gradients(qkv):
-    q, k, v = qkv
-    out, lse = hyperattn.torch.forward(q.requires_grad_(), k, v, method="exact")
-    assert out.requires_grad and torch.equal(out.detach(), hyperattn.forward(q.detach(), k, v, method="exact"))
-    with pytest.raises(NotImplementedError, match=r"no backward pass: hyperattn_backward\(\)"):
-        out.sum().backward()
-    with torch.no_grad():
-        assert not hyperattn.torch.forward(q, k, v)[0].requires_grad

@@ -160,11 +160,59 @@ def test_sliding_window(seed):
         near(model(ids[:, :15]).logits, wanted_short)
 
 
-def test_training_is_refused(seed):
-    model, ids = decoder("llama", seed), tokens(seed, 1, 20)
-    with replace(model, method="exact"), torch.enable_grad():
-        with pytest.raises(ValueError, match="no backward pass"):
-            model(ids)
+def gradients(model, ids):
+    """Those of the loss of predicting each token, by parameter."""
+    with torch.enable_grad():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gradients(kind, seed):
+    """Exact ones are those of eager attention, with checkpoints in training too; padding is sdpa's."""
+    model, ids = decoder(kind, seed), tokens(seed, 2, 50)
+    model.set_attn_implementation("eager")
+    wanted = gradients(model, ids)
+    with replace(model, method="exact", strict=True) as replaced:
+        got = gradients(model, ids)
+        model.train().activation_checkpointing_enable()
+        again = gradients(model, ids)
+        assert [layer.calls for layer in replaced.layers] == [3, 3, 3]
+    assert wanted and all(gradient.norm() > 0 for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        near(got[name], gradient)
+        near(again[name], gradient)
+
+
+@pytest.mark.parametrize("method", ["paper", "refined"])
+def test_training(method, seed):
+    """A model learns a text by heart with an estimator in all of its layers."""
+    model, ids = decoder("llama", seed, layers=2).train(), tokens(seed, 1, 300)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    few = dict(min_seq_len=64, block_size=16, sample_size=16, budget=64, num_first_keys=4, band=16, target_error=0.0)
+    with replace(model, method=method, strict=True, **few), torch.enable_grad():
+        losses = []
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_cannot_be_trained(seed):
+    """Dropout in attention, and estimates of errors beside gradients."""
+    with torch.enable_grad():
+        model = encoder("bert", seed).train()
+        with replace(model, method="exact"):
+            with pytest.raises(ValueError, match="dropout, but attention has one of 0.1"):
+                model(tokens(seed, 1, 20))
+        model = decoder("llama", seed)
+        with replace(model, method="paper", min_seq_len=8, estimate_errors=True):
+            with pytest.raises(ValueError, match="estimate_errors"):
+                model(tokens(seed, 1, 20))
 
 
 def test_replace_twice_is_refused(seed):

@@ -106,4 +106,4 @@ fn fours(row: &[__m256]) -> [__m256; 4] {
     }
 }
 
-kernel_table!(Avx2, Avx2, 6, 2, 6, 4, "avx2,fma,f16c");
+kernel_table!(Avx2, Avx2, 6, 2, 6, 4, 6, "avx2,fma,f16c");

@@ -115,4 +115,4 @@ fn fours(row: &[__m512]) -> [__m512; 4] {
     }
 }
 
-kernel_table!(Avx512, Avx512, 12, 2, 4, 8, "avx512f");
+kernel_table!(Avx512, Avx512, 12, 2, 4, 8, 8, "avx512f");

@@ -1,9 +1,11 @@
 //! A table: the generic kernels, compiled for one vector type and its instructions.
 
-/// Defines the entry points for a vector, with ROWS, VECTORS and TAIL of a register tile, and the queries that weigh keys
-/// together, under the target features that it needs; and the table of them.
+/// Defines the entry points for a vector, with ROWS, VECTORS and TAIL of a register tile, the queries that weigh keys
+/// together, and the rows of a register tile of the backward pass, under the target features that it needs; and the
+/// table of them.
 macro_rules! kernel_table {
-    ($isa:ident, $vector:ty, $rows:literal, $vectors:literal, $tail:literal, $weighing:literal $(, $features:literal)?) => {
+    ($isa:ident, $vector:ty, $rows:literal, $vectors:literal, $tail:literal, $weighing:literal,
+     $gradient:literal $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         unsafe fn attend(step: &mut crate::simd::Step<'_>) {
             // SAFETY: the caller's contract is that of the generic kernel; the instructions are enabled here.
@@ -14,6 +16,12 @@ macro_rules! kernel_table {
         unsafe fn weigh(task: &mut crate::simd::Weighing<'_>) {
             // SAFETY: as above.
             unsafe { crate::simd::generic::weigh::<crate::simd::product::F32<$vector>, $weighing, $vectors>(task) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn attend_gradient(step: &mut crate::simd::GradientStep<'_>) {
+            // SAFETY: as above.
+            unsafe { crate::simd::gradient::attend_gradient::<$vector, $gradient, $vectors>(step) }
         }
 
         $(#[target_feature(enable = $features)])?
@@ -77,6 +85,7 @@ macro_rules! kernel_table {
             lanes: <$vector as crate::simd::vector::Vector>::LANES,
             attend,
             weigh,
+            attend_gradient,
             bf16: None,
             hash,
             transpose,

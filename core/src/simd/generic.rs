@@ -1,6 +1,7 @@
 //! The attention kernel, written once over [`Product`] and [`Vector`]; each instruction set instantiates it.
 
 use super::product::Product;
+use super::register_tile::multiply;
 use super::vector::Vector;
 use super::{HIDDEN_BELOW, KEY_TILE, Step, WEIGHING_QUERIES, Weighing};
 
@@ -235,7 +236,7 @@ unsafe fn score<P: Product, const ROWS: usize, const VECTORS: usize, const MASKE
         }
     }
     // SAFETY: as the caller says.
-    unsafe { multiply::<P, ROWS, VECTORS>(words, (query, next, 1), keys, &mut tile) };
+    unsafe { multiply::<P, ROWS, VECTORS>(words, (query, next, 1), (keys, VECTORS * lanes), &mut tile) };
     let scale = P::Vector::splat(scale);
     let mut largest = [P::Vector::splat(f32::NEG_INFINITY); VECTORS];
     for (r, row) in tile.iter().enumerate() {
@@ -319,54 +320,6 @@ pub(super) unsafe fn weigh<P: Product, const ROWS: usize, const VECTORS: usize>(
             }
             for (v, total) in totals.iter().enumerate() {
                 total.store(task.weights.as_mut_ptr().add(p * panel + v * lanes));
-            }
-        }
-    }
-}
-
-/// Adds to every cell of a register tile the products of its row's and its column's words: a row's word i is at
-/// `rows.0[row * rows.2 + i * rows.1]`, the columns' follow one another from `columns` on.
-#[inline(always)]
-unsafe fn multiply<P: Product, const ROWS: usize, const VECTORS: usize>(
-    words: usize,
-    rows: (*const u32, usize, usize),
-    columns: *const u32,
-    tile: &mut [[P::Vector; VECTORS]; ROWS],
-) {
-    let width = VECTORS * P::Vector::LANES;
-    let (row, next, _) = rows;
-    // A short loop is predicted to its end: four words at a time.
-    // SAFETY: as the caller says.
-    unsafe {
-        for quarter in 0..words / 4 {
-            let (row, columns) = (row.add(4 * quarter * next), columns.add(4 * quarter * width));
-            multiply_word::<P, ROWS, VECTORS>(row, rows.2, columns, tile);
-            multiply_word::<P, ROWS, VECTORS>(row.add(next), rows.2, columns.add(width), tile);
-            multiply_word::<P, ROWS, VECTORS>(row.add(2 * next), rows.2, columns.add(2 * width), tile);
-            multiply_word::<P, ROWS, VECTORS>(row.add(3 * next), rows.2, columns.add(3 * width), tile);
-        }
-        for word in words / 4 * 4..words {
-            multiply_word::<P, ROWS, VECTORS>(row.add(word * next), rows.2, columns.add(word * width), tile);
-        }
-    }
-}
-
-/// [`multiply`] for one word.
-#[inline(always)]
-unsafe fn multiply_word<P: Product, const ROWS: usize, const VECTORS: usize>(
-    rows: *const u32,
-    row_stride: usize,
-    columns: *const u32,
-    tile: &mut [[P::Vector; VECTORS]; ROWS],
-) {
-    // SAFETY: as the caller of `multiply` says.
-    unsafe {
-        let columns: [P::Operand; VECTORS] =
-            core::array::from_fn(|v| P::load(columns.add(v * P::Vector::LANES)));
-        for (r, row) in tile.iter_mut().enumerate() {
-            let x = P::splat(*rows.add(r * row_stride));
-            for (cell, &column) in row.iter_mut().zip(&columns) {
-                *cell = P::multiply_add(x, column, *cell);
             }
         }
     }
@@ -529,7 +482,7 @@ unsafe fn add_panel<P: Product, const ROWS: usize, const WIDTH: usize>(
         // From zero, joined to the running sums at the end: a chain as long as the sequence would lose
         // the small weights in the rounding of the sum.
         let mut tile = [[P::Vector::splat(0.0); WIDTH]; ROWS];
-        multiply::<P, ROWS, WIDTH>(words, (weights, 1, row_words), value, &mut tile);
+        multiply::<P, ROWS, WIDTH>(words, (weights, 1, row_words), (value, WIDTH * lanes), &mut tile);
         if words * P::DEPTH < limits.most {
             // A copy: which rows go on is not known here, so that it cannot stay in registers.
             let mut longer = tile;

@@ -13,7 +13,6 @@ mod detect_x86;
 mod entries;
 mod generic;
 mod gradient;
-pub use gradient::GradientStep;
 mod mask;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
@@ -21,6 +20,7 @@ mod neon;
 mod neon_bf16;
 mod prefetch;
 mod product;
+mod register_tile;
 mod rows;
 mod scalar;
 mod vector;
@@ -174,6 +174,62 @@ pub struct Weighing<'a> {
     pub weights: &'a mut [f32],
 }
 
+/// Query rows against one tile of keys in the backward pass (core/docs/backward.md): what they add to the gradients.
+///
+/// P and L are those of [`Step`]; Dk and Dv are `head_dim` and `value_dim` rounded up to multiples of L, and columns
+/// that this adds hold 0. There is any number of rows but none.
+pub struct GradientStep<'a> {
+    /// Elements of a query and of a key.
+    pub head_dim: usize,
+    /// Elements of a value.
+    pub value_dim: usize,
+    /// Factor on the products of queries and keys that makes them logits in base 2.
+    pub scale_log2: f32,
+    /// `[rows][Dk]`, without the scale.
+    pub query: &'a [f32],
+    /// Gradient of the output (`[rows][Dv]`).
+    pub output_gradient: &'a [f32],
+    /// `[KEY_TILE][Dk]`; what lies beyond the last key is not looked at, here and below.
+    pub keys: &'a [f32],
+    /// The keys as bits of f32: `[KEY_TILE / P][head_dim][P]`.
+    pub key_panels: &'a [u32],
+    /// The values as bits of f32: `[KEY_TILE / P][value_dim][P]`.
+    pub value_panels: &'a [u32],
+    /// Keys in this tile, 1 to [`KEY_TILE`].
+    pub key_count: usize,
+    /// Added to all logits (base 2).
+    pub shift: f32,
+    /// Added to the logits of each key (base 2, `[KEY_TILE]`).
+    pub log_weight: Option<&'a [f32]>,
+    /// Number of leading keys each row sees (`[rows]`); all when absent.
+    pub visible: Option<&'a [u32]>,
+    /// As in [`Step`].
+    pub mask: Option<(&'a [f32], usize)>,
+    /// A pair whose logit, before weight and shift are added, is above its row's number is a constant and has no
+    /// weight here (`[rows]`).
+    pub cap: Option<&'a [f32]>,
+    /// Whether these keys are in the rows' sums.
+    pub use_sum: bool,
+    /// Whether these keys are in the products with the values. Without it `output_gradient`, `value_panels` and
+    /// `value_gradient` are not looked at.
+    pub use_values: bool,
+    /// Base-2 logarithm of each row's sum; -inf for a row that saw nothing, which then adds and gets nothing
+    /// (`[rows]`).
+    pub log2_sum: &'a [f32],
+    /// What all logits of a row have in common in their gradients (`[rows]`).
+    pub delta: &'a [f32],
+    /// Added to: `[rows][Dk]`.
+    pub query_gradient: &'a mut [f32],
+    /// Added to: `[KEY_TILE][Dk]`.
+    pub key_gradient: &'a mut [f32],
+    /// Added to: `[KEY_TILE][Dv]`.
+    pub value_gradient: &'a mut [f32],
+    /// Room for the weights: `[rows][KEY_TILE]`.
+    pub weights: &'a mut [f32],
+    /// Room for the gradients of the logits: `[rows][KEY_TILE]`.
+    pub logit_gradients: &'a mut [f32],
+}
+
 /// What a table does with bf16 pairs.
 #[derive(Clone, Copy)]
 struct Bf16Kernels {
@@ -199,6 +255,7 @@ pub struct Kernels {
     lanes: usize,
     attend: unsafe fn(&mut Step<'_>),
     weigh: unsafe fn(&mut Weighing<'_>),
+    attend_gradient: unsafe fn(&mut GradientStep<'_>),
     bf16: Option<Bf16Kernels>,
     hash: Hash,
     transpose: unsafe fn(&[&[u32]], usize, &mut [u32], usize),
@@ -208,6 +265,13 @@ pub struct Kernels {
     squared_distances: unsafe fn(&[f32], &[f32], &mut [f32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
     survey_mask: SurveyMask,
+}
+
+/// Whether a mask has [`KEY_TILE`] numbers for each of `rows` rows.
+fn mask_is_full(mask: Option<(&[f32], usize)>, rows: usize) -> bool {
+    mask.is_none_or(|(mask, stride)| {
+        stride >= KEY_TILE && rows > 0 && mask.len() >= (rows - 1) * stride + KEY_TILE
+    })
 }
 
 impl core::fmt::Debug for Kernels {
@@ -316,9 +380,7 @@ impl Kernels {
                 && step.values.len() >= KEY_TILE / depth * step.value_dim
                 && full(step.log_weight, KEY_TILE)
                 && full(step.cap, rows)
-                && step.mask.is_none_or(|(mask, stride)| {
-                    stride >= KEY_TILE && rows > 0 && mask.len() >= (rows - 1) * stride + KEY_TILE
-                })
+                && mask_is_full(step.mask, rows)
                 && step.visible.is_none_or(|visible| visible.len() >= rows)
                 && step.sum.len() >= rows * self.lanes
                 && step.accumulated.len() >= rows * step.value_dim
@@ -332,6 +394,45 @@ impl Kernels {
         // SAFETY: the lengths are those that Step states, and a table is handed out only where its
         // instructions are available.
         unsafe { attend(step) }
+    }
+
+    /// Adds what every row of the step and its keys give to the gradients, in f32 whatever the table's packings are.
+    /// Sums run in the order of the rows and of the keys.
+    ///
+    /// A row and a key that it does not see leave each other's gradients alone, whatever they hold.
+    ///
+    /// Panics when there are no rows or no keys, or a slice is shorter than it must be.
+    pub fn attend_gradient(&self, step: &mut GradientStep<'_>) {
+        let rows = step.delta.len();
+        let (head_dim, value_dim) = (step.head_dim, step.value_dim);
+        let (key_stride, value_stride) =
+            (head_dim.next_multiple_of(self.lanes), value_dim.next_multiple_of(self.lanes));
+        let keys = step.key_count;
+        let full = |numbers: Option<&[f32]>, len| numbers.is_none_or(|slice| slice.len() >= len);
+        assert!(
+            rows > 0
+                && (1..=KEY_TILE).contains(&keys)
+                && step.query.len() >= rows * key_stride
+                && step.keys.len() >= keys * key_stride
+                && step.key_panels.len() >= KEY_TILE * head_dim
+                && full(step.log_weight, KEY_TILE)
+                && full(step.cap, rows)
+                && mask_is_full(step.mask, rows)
+                && step.visible.is_none_or(|visible| visible.len() >= rows)
+                && step.log2_sum.len() >= rows
+                && step.query_gradient.len() >= rows * key_stride
+                && step.key_gradient.len() >= keys * key_stride
+                && step.weights.len() >= rows * KEY_TILE
+                && step.logit_gradients.len() >= rows * KEY_TILE
+        );
+        assert!(
+            !step.use_values
+                || (step.output_gradient.len() >= rows * value_stride
+                    && step.value_panels.len() >= KEY_TILE * value_dim
+                    && step.value_gradient.len() >= keys * value_stride)
+        );
+        // SAFETY: the lengths are those that GradientStep states; as in `attend`.
+        unsafe { (self.attend_gradient)(step) }
     }
 
     fn bf16_kernels(&self) -> Bf16Kernels {

@@ -143,4 +143,4 @@ fn right_halves(a: float32x4_t, b: float32x4_t) -> float32x4_t {
     unsafe { vcombine_f32(vget_high_f32(a), vget_high_f32(b)) }
 }
 
-kernel_table!(Neon, Neon, 6, 4, 3, 4);
+kernel_table!(Neon, Neon, 6, 4, 3, 4, 6);

@@ -113,4 +113,4 @@ impl Vector for Portable {
     }
 }
 
-kernel_table!(Scalar, Portable, 4, 1, 4, 4);
+kernel_table!(Scalar, Portable, 4, 1, 4, 4, 4);

@@ -1,6 +1,7 @@
 //! The gradients of PAPER: the passes of the forward in the same order. Their tiles of queries give dq; their inverse,
 //! tiles of keys, give dk and dv.
 
+use std::iter;
 use std::ops::Range;
 
 use hyperattn_core::device::{PaperParts, Problem};
@@ -152,7 +153,7 @@ fn rest(plan: &PaperParts, steps: &[(Step, ForwardLists, usize)], n_k: usize) ->
     finished.sort_by_key(|keys| keys.start);
     let mut rest = Vec::new();
     let mut at = 0;
-    for keys in finished.into_iter().chain([n_k..n_k]) {
+    for keys in finished.into_iter().chain(iter::once(n_k..n_k)) {
         if at < keys.start {
             rest.push(at..keys.start);
         }
@@ -177,7 +178,7 @@ pub(crate) unsafe fn run_gradient(
     unsafe {
         paper.for_each_set(&|heads| {
             queue.zero(own.key_stored.address(), heads.len() * call.problem.n_k)?;
-            paper.for_each_launch(&|step, lists, rectangles| {
+            paper.for_each_launch(|step, lists, rectangles| {
                 paper.gradient_pass(heads, step, lists, rectangles, own, params)
             })?;
             own.rest.iter().try_for_each(|keys| paper.finish_keys(heads, keys, own, params))

@@ -3,17 +3,21 @@
 use std::error::Error;
 use std::time::Instant;
 
-use hyperattn_core::{Kernels, TensorMut, Tensors, forward, forward_workspace};
+use hyperattn_core::{
+    Division, Gradients, Kernels, TensorMut, Tensors, backward, backward_workspace, forward,
+    forward_workspace,
+};
 
-use crate::accuracy::{Accuracy, accuracy};
+use crate::accuracy::{Accuracy, of_out, of_query_gradient};
 use crate::csv::Memory;
 use crate::executor::Threads;
+use crate::gradients::GradientTensors;
 use crate::group::{Ours, Report};
 use crate::inputs::Inputs;
 use crate::load::{Moment, Waiting};
 use crate::memory;
 use crate::peak::Peak;
-use crate::problem::{Problem, Shape};
+use crate::problem::{Pass, Problem, Shape};
 use crate::statistics::Summary;
 use crate::tensor::Tensor;
 use crate::timing::Member;
@@ -24,6 +28,8 @@ pub struct OnCpu<'a> {
     problem: Problem,
     inputs: &'a Inputs,
     out: Tensor,
+    /// Of a backward problem.
+    gradients: Option<GradientTensors>,
     kernels: &'static Kernels,
     threads: Threads,
     peak: Peak,
@@ -34,7 +40,7 @@ pub struct OnCpu<'a> {
 }
 
 impl<'a> OnCpu<'a> {
-    /// Makes everything that the calls need.
+    /// Makes everything that the calls need: for gradients also the forward's output.
     ///
     /// # Errors
     /// What the library answers to the problem, and threads that do not start.
@@ -46,11 +52,18 @@ impl<'a> OnCpu<'a> {
         let Shape { dtypes, layout, batch, heads_q, n_q, head_dim, .. } = problem.shape;
         let threads = Threads::new(problem.threads)?;
         let mut out = Tensor::new(problem.dtype_out, [batch, heads_q, n_q, head_dim], layout);
-        let layouts = tensors(inputs, &mut out)?.layouts();
-        let need = forward_workspace(&problem.params, &layouts, kernels, &threads)?;
+        let mut gradients = (problem.pass == Pass::Backward).then(|| GradientTensors::new(&problem));
+        let (mut tensors, _) = tensors(inputs, &mut out, gradients.as_mut())?;
+        let (params, layouts) = (&problem.params, tensors.layouts());
+        let mut need = forward_workspace(params, &layouts, kernels, &threads)?;
+        if problem.pass == Pass::Backward {
+            forward(params, &mut tensors, kernels, &threads, Workspace::new(need).bytes())?;
+            need = backward_workspace(params, &Division::default(), &layouts, kernels, &threads)?;
+        }
         Ok(OnCpu {
             problem,
             inputs,
+            gradients,
             kernels,
             threads,
             peak: Peak::new(kernels.isa(), dtypes),
@@ -64,19 +77,25 @@ impl<'a> OnCpu<'a> {
 }
 
 /// The tensors of a call.
-fn tensors<'t>(inputs: &'t Inputs, out: &'t mut Tensor) -> hyperattn_core::Result<Tensors<'t>> {
+fn tensors<'t>(
+    inputs: &'t Inputs,
+    out: &'t mut Tensor,
+    gradients: Option<&'t mut GradientTensors>,
+) -> hyperattn_core::Result<(Tensors<'t>, Option<Gradients<'t>>)> {
     let [q, k, v] = &inputs.tensors;
-    Ok(Tensors {
+    let (lse, gradients) = gradients.map(GradientTensors::views).transpose()?.unzip();
+    let tensors = Tensors {
         q: q.view()?,
         k: k.view()?,
         v: v.view()?,
         out: out.view_mut()?,
-        lse: None,
+        lse,
         block_mask: None,
         error: None,
         keys_per_query: None,
         mask: None,
-    })
+    };
+    Ok((tensors, gradients))
 }
 
 impl Ours for OnCpu<'_> {
@@ -85,10 +104,11 @@ impl Ours for OnCpu<'_> {
         let of_heads = [batch as i64, heads_q as i64, 1, 1];
         let mut errors = vec![f32::NAN; batch * heads_q];
         let mut keys = errors.clone();
+        let (tensors, _) = tensors(self.inputs, &mut self.out, None)?;
         let mut tensors = Tensors {
             error: Some(TensorMut::contiguous(&mut errors, of_heads)?),
             keys_per_query: Some(TensorMut::contiguous(&mut keys, of_heads)?),
-            ..tensors(self.inputs, &mut self.out)?
+            ..tensors
         };
         let params = &self.problem.params;
         let need = forward_workspace(params, &tensors.layouts(), self.kernels, &self.threads)?;
@@ -98,7 +118,10 @@ impl Ours for OnCpu<'_> {
     }
 
     fn accuracy(&mut self) -> Result<Accuracy, Box<dyn Error>> {
-        Ok(accuracy(&self.problem, self.inputs, &self.out))
+        Ok(match &self.gradients {
+            None => of_out(&self.problem, self.inputs, &self.out),
+            Some(gradients) => of_query_gradient(&self.problem, self.inputs, &gradients.dout, &gradients.dq),
+        })
     }
 
     fn memory(&self) -> Memory {
@@ -130,10 +153,16 @@ impl Member for OnCpu<'_> {
         // Later calls add nothing to what the first one touched.
         let first = self.memory.peak_bytes.is_none() && memory::reset_peak();
         let before = if first { memory::resident() } else { None };
-        let mut tensors = tensors(self.inputs, &mut self.out)?;
-        let workspace = self.workspace.bytes();
+        let (mut tensors, gradients) = tensors(self.inputs, &mut self.out, self.gradients.as_mut())?;
+        let (params, kernels, threads) = (&self.problem.params, self.kernels, &self.threads);
+        let (whole, workspace) = (Division::default(), self.workspace.bytes());
         let clock = Instant::now();
-        forward(&self.problem.params, &mut tensors, self.kernels, &self.threads, workspace)?;
+        match gradients {
+            None => forward(params, &mut tensors, kernels, threads, workspace)?,
+            Some(mut gradients) => {
+                backward(params, &whole, &tensors, &mut gradients, kernels, threads, workspace)?;
+            }
+        }
         let seconds = clock.elapsed().as_secs_f64();
         if first {
             self.memory.peak_bytes = memory::peak();

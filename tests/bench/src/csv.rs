@@ -90,7 +90,8 @@ const MEASURES: [&str; 19] = [
 ];
 
 /// Columns that older records lack.
-const LATER: [&str; 5] = ["budget", "num_first_keys", "band", "target_error", "estimated_error"];
+const LATER: [&str; 7] =
+    ["pass", "inputs", "budget", "num_first_keys", "band", "target_error", "estimated_error"];
 
 fn columns() -> impl Iterator<Item = &'static str> {
     PLACE.into_iter().chain(Problem::SETTINGS).chain(MEASURES)
@@ -258,7 +259,8 @@ pub(crate) mod tests {
         let mut infinite = record(&[("residual", "row_norm")], 2e-5);
         infinite.accuracy = Some(Accuracy { error: f64::INFINITY, rows: 1 });
         let refined = record(&[("method", "refined"), ("budget", "512"), ("target_error", "0.125")], 3.0);
-        let records = [record(&[], 0.25), bare, infinite, refined];
+        let gradients = record(&[("pass", "backward")], 0.75);
+        let records = [record(&[], 0.25), bare, infinite, refined, gradients];
         let mut text = header();
         for record in &records {
             text += &format!("\n{}", record.to_line());
@@ -278,7 +280,7 @@ pub(crate) mod tests {
     fn errors_name_the_line_and_the_column() {
         let good = record(&[], 1.0).to_line();
         let with = |line: &str| parse(&format!("{}\n{good}\n{line}", header())).unwrap_err();
-        assert_eq!(with("a,b"), "line 3: expected 46 fields, found 2");
+        assert_eq!(with("a,b"), "line 3: expected 47 fields, found 2");
         assert_eq!(with(&good.replace("123.45", "fast")), "line 3: gflops is not a number: \"fast\"");
         assert!(with(&good.replace("exact", "fast")).starts_with("line 3: method = \"fast\": the value"));
         assert_eq!(parse("list,speed\n").unwrap_err(), "line 1: unknown column \"speed\"");

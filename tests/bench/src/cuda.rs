@@ -5,14 +5,17 @@ use std::ffi::c_int;
 use std::rc::Rc;
 
 use hyperattn_core::{DType, ErrorKind, Layout, Params, TensorLayout};
-use hyperattn_cuda::{DeviceTensor, DeviceTensors, forward, forward_workspace};
+use hyperattn_cuda::{
+    DeviceGradients, DeviceTensor, DeviceTensors, backward, backward_workspace, forward, forward_workspace,
+};
 
-use crate::accuracy::{Accuracy, accuracy};
+use crate::accuracy::{Accuracy, of_out, of_query_gradient};
 use crate::csv::Memory;
 use crate::driver::{self, Driver, Event, Memory as DeviceMemory, Stream};
+use crate::gradients;
 use crate::group::{Ours, Report};
 use crate::inputs::Inputs;
-use crate::problem::{Problem, Shape};
+use crate::problem::{Pass, Problem, Shape};
 use crate::tensor::Tensor;
 use crate::timing::{MOST_CALLS, Member};
 
@@ -131,6 +134,55 @@ impl Uploaded {
     }
 }
 
+/// What a backward call has besides the tensors of the forward.
+struct Gradients {
+    /// As the oracle reads it.
+    dout: Tensor,
+    dout_memory: DeviceMemory,
+    lse: DeviceMemory,
+    lse_layout: TensorLayout,
+    /// dq, dk and dv, each laid out as the input that it belongs to.
+    outputs: [DeviceMemory; 3],
+}
+
+impl Gradients {
+    fn new(problem: &Problem, inputs: &Inputs, driver: &'static Driver) -> Result<Self, String> {
+        let Shape { batch, heads_q, n_q, .. } = problem.shape;
+        let dout = gradients::dout(problem);
+        let dout_memory = DeviceMemory::new(driver, dout.bytes().len())?;
+        dout_memory.write(dout.bytes())?;
+        let lse_layout =
+            TensorLayout::contiguous(DType::F32, [batch, heads_q, n_q, 1].map(|extent| extent as i64));
+        let unwritten = |layout: &TensorLayout| DeviceMemory::filled(driver, bytes(layout), NAN_BYTE);
+        let output = |at: usize| unwritten(inputs.tensors[at].layout());
+        Ok(Gradients {
+            lse: unwritten(&lse_layout)?,
+            outputs: [output(0)?, output(1)?, output(2)?],
+            dout,
+            dout_memory,
+            lse_layout,
+        })
+    }
+
+    fn lse(&self) -> DeviceTensor {
+        DeviceTensor { address: self.lse.address(), layout: self.lse_layout }
+    }
+
+    fn tensors(&self, inputs: &Inputs) -> DeviceGradients {
+        let output = |at: usize| DeviceTensor {
+            address: self.outputs[at].address(),
+            layout: *inputs.tensors[at].layout(),
+        };
+        DeviceGradients {
+            dout: DeviceTensor { address: self.dout_memory.address(), layout: *self.dout.layout() },
+            dlse: None,
+            dq: output(0),
+            dk: output(1),
+            dv: output(2),
+        }
+    }
+}
+
 /// A problem, ready to run.
 pub struct OnCuda<'a> {
     problem: Problem,
@@ -140,12 +192,14 @@ pub struct OnCuda<'a> {
     uploaded: Rc<Uploaded>,
     out: DeviceMemory,
     out_layout: TensorLayout,
+    // Of a backward problem.
+    gradients: Option<Gradients>,
     workspace: Workspace,
     events: Vec<Event>,
 }
 
 impl<'a> OnCuda<'a> {
-    /// Copies the inputs, and makes everything else that the calls need.
+    /// Copies the inputs, and makes everything else that the calls need: for gradients also the forward's output.
     ///
     /// # Errors
     /// What the library answers to a problem, and a device whose memory is not enough.
@@ -173,34 +227,65 @@ impl<'a> OnCuda<'a> {
     ) -> Result<Self, Box<dyn Error>> {
         let out_layout = TensorLayout { dtype: problem.dtype_out, ..*inputs.tensors[0].layout() };
         let out = DeviceMemory::filled(cuda.driver, bytes(&out_layout), NAN_BYTE)?;
-        let tensors = tensors(inputs, &uploaded, DeviceTensor { address: out.address(), layout: out_layout });
-        let need = forward_workspace(&problem.params, &tensors)?;
-        let workspace = Workspace::new(cuda.driver, need)?;
+        let gradients = match problem.pass {
+            Pass::Forward => None,
+            Pass::Backward => Some(Gradients::new(&problem, inputs, cuda.driver)?),
+        };
+        let tensors = tensors(
+            inputs,
+            &uploaded,
+            DeviceTensor { address: out.address(), layout: out_layout },
+            gradients.as_ref().map(Gradients::lse),
+        );
+        let workspace = Workspace::new(cuda.driver, forward_workspace(&problem.params, &tensors)?)?;
         let events = (0..=MOST_CALLS).map(|_| Event::new(cuda.driver)).collect::<Result<_, _>>()?;
-        Ok(OnCuda { problem, inputs, cuda, uploaded, out, out_layout, workspace, events })
+        let mut ready =
+            OnCuda { problem, inputs, cuda, uploaded, out, out_layout, gradients, workspace, events };
+        if problem.pass == Pass::Backward {
+            ready.enqueue_forward(&tensors, &ready.workspace)?;
+            cuda.stream.synchronize()?;
+            ready.workspace = Workspace::new(cuda.driver, backward_workspace(&problem.params, &tensors)?)?;
+        }
+        Ok(ready)
     }
 
     fn tensors(&self) -> DeviceTensors {
         let out = DeviceTensor { address: self.out.address(), layout: self.out_layout };
-        tensors(self.inputs, &self.uploaded, out)
+        tensors(self.inputs, &self.uploaded, out, self.gradients.as_ref().map(Gradients::lse))
     }
 
-    /// Enqueues a call.
-    fn enqueue(&self, tensors: &DeviceTensors, workspace: &Workspace) -> hyperattn_core::Result<()> {
+    /// Enqueues a forward call.
+    fn enqueue_forward(&self, tensors: &DeviceTensors, workspace: &Workspace) -> hyperattn_core::Result<()> {
         // SAFETY: the device's context is current and the stream its own. The tensors lie in memory of their size,
         // which lives until the stream has been waited for, as does the workspace; one call follows another in
         // the stream.
         unsafe { forward(&self.problem.params, tensors, Some(workspace.place()), self.cuda.stream.raw()) }
     }
+
+    /// Enqueues the call that is measured.
+    fn enqueue(&self, tensors: &DeviceTensors) -> hyperattn_core::Result<()> {
+        let Some(gradients) = &self.gradients else {
+            return self.enqueue_forward(tensors, &self.workspace);
+        };
+        let (params, gradients) = (&self.problem.params, gradients.tensors(self.inputs));
+        let workspace = Some(self.workspace.place());
+        // SAFETY: as above; the gradients, too, lie in memory of their size that lives as long.
+        unsafe { backward(params, tensors, &gradients, workspace, self.cuda.stream.raw()) }
+    }
 }
 
 /// The tensors of a call.
-fn tensors(inputs: &Inputs, uploaded: &Uploaded, out: DeviceTensor) -> DeviceTensors {
+fn tensors(
+    inputs: &Inputs,
+    uploaded: &Uploaded,
+    out: DeviceTensor,
+    lse: Option<DeviceTensor>,
+) -> DeviceTensors {
     let input = |at: usize| DeviceTensor {
         address: uploaded.memory[at].address(),
         layout: *inputs.tensors[at].layout(),
     };
-    DeviceTensors::new(input(0), input(1), input(2), out)
+    DeviceTensors { lse, ..DeviceTensors::new(input(0), input(1), input(2), out) }
 }
 
 impl Ours for OnCuda<'_> {
@@ -214,7 +299,7 @@ impl Ours for OnCuda<'_> {
         let tensors =
             DeviceTensors { error: tensor(&errors), keys_per_query: tensor(&keys), ..self.tensors() };
         let workspace = Workspace::new(driver, forward_workspace(&self.problem.params, &tensors)?)?;
-        self.enqueue(&tensors, &workspace)?;
+        self.enqueue_forward(&tensors, &workspace)?;
         self.cuda.stream.synchronize()?;
         let numbers = |memory: &DeviceMemory| -> Result<Vec<f32>, String> {
             let mut bytes = vec![0; bytes(&layout)];
@@ -225,10 +310,20 @@ impl Ours for OnCuda<'_> {
     }
 
     fn accuracy(&mut self) -> Result<Accuracy, Box<dyn Error>> {
-        let Shape { layout, batch, heads_q, n_q, head_dim, .. } = self.inputs.shape;
-        let mut out = Tensor::new(self.problem.dtype_out, [batch, heads_q, n_q, head_dim], layout);
-        self.out.read(out.bytes_mut())?;
-        Ok(accuracy(&self.problem, self.inputs, &out))
+        let Shape { dtypes, layout, batch, heads_q, n_q, head_dim, .. } = self.inputs.shape;
+        let of_queries = [batch, heads_q, n_q, head_dim];
+        Ok(match &self.gradients {
+            None => {
+                let mut out = Tensor::new(self.problem.dtype_out, of_queries, layout);
+                self.out.read(out.bytes_mut())?;
+                of_out(&self.problem, self.inputs, &out)
+            }
+            Some(gradients) => {
+                let mut dq = Tensor::new(dtypes[0], of_queries, layout);
+                gradients.outputs[0].read(dq.bytes_mut())?;
+                of_query_gradient(&self.problem, self.inputs, &gradients.dout, &dq)
+            }
+        })
     }
 
     fn memory(&self) -> Memory {
@@ -251,7 +346,7 @@ impl Member for OnCuda<'_> {
 
     fn calls(&mut self, count: usize, warm_up: bool) -> Result<Vec<f64>, Box<dyn Error>> {
         let (tensors, stream) = (self.tensors(), &self.cuda.stream);
-        let enqueue = || self.enqueue(&tensors, &self.workspace);
+        let enqueue = || self.enqueue(&tensors);
         if warm_up {
             enqueue()?;
         }

@@ -10,7 +10,7 @@ use crate::csv::{Memory, OfPeak, Record};
 use crate::device::Device;
 use crate::inputs::Inputs;
 use crate::peer::Peer;
-use crate::problem::Problem;
+use crate::problem::{Pass, Problem};
 use crate::problem_list::Entry;
 use crate::timing::{Member, Times, in_turns};
 
@@ -33,14 +33,14 @@ pub struct Measured {
 
 /// A problem of this library, ready to run on some device.
 pub trait Ours: Member {
-    /// What the library says itself, in one call more: to estimate an error costs time, which is not to be in the
+    /// What the library says itself, in one forward call more: to estimate an error costs time, which is not to be in the
     /// time of a call that does not want it.
     ///
     /// # Errors
     /// What the call answers.
     fn report(&mut self) -> Result<Report, Box<dyn Error>>;
 
-    /// How far the output is from exact attention.
+    /// How far the output is from exact attention, or the gradient with respect to the queries from exact attention's.
     ///
     /// # Errors
     /// When the output cannot be had.
@@ -108,7 +108,7 @@ pub fn measure(
     let mut inputs: Vec<Inputs> = Vec::new();
     for entry in group {
         if !inputs.iter().any(|inputs| inputs.shape == entry.problem.shape) {
-            inputs.push(Inputs::new(entry.problem.shape));
+            inputs.push(Inputs::new(entry.problem.shape)?);
         }
     }
     let inputs_of =
@@ -130,10 +130,14 @@ pub fn measure(
     let times = in_turns(&mut members, budget)?;
     let mut records: Vec<Record> = Vec::new();
     for (((entry, (problem, inputs)), ours), time) in group.iter().zip(&problems).zip(&mut ours).zip(&times) {
-        let report = match problem.params.method {
+        let mut report = match problem.params.method {
             Method::Exact => Report::of_exact(problem, inputs)?,
             _ => ours.report()?,
         };
+        if problem.pass == Pass::Backward {
+            // It is that of the output.
+            report.estimated_error = None;
+        }
         let implementation = device.implementation().to_string();
         let named = (implementation, device.isa().to_string(), *problem);
         let mut record = record(place, entry.line, named, report, ours.peak(), (time, &times[0]));

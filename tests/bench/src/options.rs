@@ -12,7 +12,7 @@ Measures lists of problems: time, share of the machine's peak, error, memory.
 Usage: cargo bench-all [OPTIONS] [LIST]...
 
 LIST is a file, or the name of a list in tests/bench/problems
-[default: short exact paper growth threads refined; with --device cuda: cuda]
+[default: short exact paper growth threads refined backward; with --device cuda: cuda]
 
 Options:
   --device NAME     cpu or cuda, the first GPU of the machine [default: cpu]
@@ -26,7 +26,7 @@ Options:
 ";
 
 /// What runs when no list is named.
-pub const DEFAULT_LISTS: [&str; 6] = ["short", "exact", "paper", "growth", "threads", "refined"];
+pub const DEFAULT_LISTS: [&str; 7] = ["short", "exact", "paper", "growth", "threads", "refined", "backward"];
 
 /// What runs on a GPU when no list is named.
 pub const DEFAULT_CUDA_LIST: &str = "cuda";

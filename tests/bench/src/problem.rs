@@ -11,9 +11,29 @@ pub enum MemoryOrder {
     Bshd,
 }
 
+/// What a call computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// The output.
+    Forward,
+    /// The gradients with respect to q, k and v.
+    Backward,
+}
+
+/// Where the numbers of q, k and v come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Standard normal numbers.
+    Normal,
+    /// A real model's, from `tests/data`: the first tokens, and its heads again and again.
+    Model,
+}
+
 /// What decides the inputs. Problems with the same shape run on the same numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
+    /// Where the numbers come from.
+    pub source: Source,
     /// Element types of q, k and v.
     pub dtypes: [DType; 3],
     /// Order of all tensors.
@@ -41,6 +61,8 @@ pub struct Problem {
     pub dtype_out: DType,
     /// The options of the call that a list can set; the others have the library's defaults.
     pub params: Params,
+    /// What is timed.
+    pub pass: Pass,
     /// Threads that compute.
     pub threads: usize,
 }
@@ -51,9 +73,11 @@ const METHODS: [(&str, Method); 4] = [
     ("refined", Method::Refined),
     ("auto", Method::Auto),
 ];
+const PASSES: [(&str, Pass); 2] = [("forward", Pass::Forward), ("backward", Pass::Backward)];
 const MASKS: [(&str, Mask); 2] = [("none", Mask::None), ("causal", Mask::CausalBottomRight)];
 const DTYPES: [(&str, DType); 3] = [("f32", DType::F32), ("f16", DType::F16), ("bf16", DType::BF16)];
 const ORDERS: [(&str, MemoryOrder); 2] = [("bhsd", MemoryOrder::Bhsd), ("bshd", MemoryOrder::Bshd)];
+const SOURCES: [(&str, Source); 2] = [("normal", Source::Normal), ("model", Source::Model)];
 const RESIDUALS: [(&str, Residual); 3] =
     [("uniform", Residual::Uniform), ("row_norm", Residual::RowNorm), ("none", Residual::None)];
 
@@ -61,6 +85,7 @@ impl Default for Problem {
     fn default() -> Self {
         Problem {
             shape: Shape {
+                source: Source::Normal,
                 dtypes: [DType::F32; 3],
                 layout: MemoryOrder::Bhsd,
                 batch: 1,
@@ -72,6 +97,7 @@ impl Default for Problem {
             },
             dtype_out: DType::F32,
             params: Params { method: Method::Exact, ..Params::default() },
+            pass: Pass::Forward,
             threads: 1,
         }
     }
@@ -79,9 +105,11 @@ impl Default for Problem {
 
 impl Problem {
     /// The settings that together say everything, in the order of the CSV columns.
-    pub const SETTINGS: [&str; 22] = [
+    pub const SETTINGS: [&str; 24] = [
         "method",
+        "pass",
         "mask",
+        "inputs",
         "dtype_q",
         "dtype_k",
         "dtype_v",
@@ -115,7 +143,9 @@ impl Problem {
         let Problem { shape, params, .. } = self;
         match name {
             "method" => params.method = choose(&METHODS, value)?,
+            "pass" => self.pass = choose(&PASSES, value)?,
             "mask" => params.mask = choose(&MASKS, value)?,
+            "inputs" => shape.source = choose(&SOURCES, value)?,
             "dtype" => {
                 self.dtype_out = choose(&DTYPES, value)?;
                 shape.dtypes = [self.dtype_out; 3];
@@ -155,7 +185,9 @@ impl Problem {
         let Problem { shape, params, .. } = self;
         match name {
             "method" => name_of(&METHODS, params.method),
+            "pass" => name_of(&PASSES, self.pass),
             "mask" => name_of(&MASKS, params.mask),
+            "inputs" => name_of(&SOURCES, shape.source),
             "dtype_q" => name_of(&DTYPES, shape.dtypes[0]),
             "dtype_k" => name_of(&DTYPES, shape.dtypes[1]),
             "dtype_v" => name_of(&DTYPES, shape.dtypes[2]),
@@ -213,9 +245,10 @@ impl Problem {
     /// The settings in short: what always matters, and what differs from the default.
     pub fn label(&self) -> String {
         let Shape { batch, head_dim, .. } = self.shape;
+        let method = self.get("method");
         let mut label = format!(
             "{} {} {} n{} d{head_dim} h{} t{}",
-            self.get("method"),
+            if self.pass == Pass::Forward { method } else { method + " " + &self.get("pass") },
             self.get("mask"),
             self.dtypes(),
             self.lengths(),
@@ -226,7 +259,7 @@ impl Problem {
             label += &format!(" batch={batch}");
         }
         let of_estimators = Self::SETTINGS.iter().skip_while(|name| **name != "min_seq_len");
-        for name in ["layout"].iter().chain(of_estimators) {
+        for name in ["inputs", "layout"].iter().chain(of_estimators) {
             if self.looks_at(name) && self.get(name) != Problem::default().get(name) {
                 label += &format!(" {name}={}", self.get(name));
             }
@@ -234,8 +267,8 @@ impl Problem {
         label
     }
 
-    /// Floating-point operations of exact attention on this shape: 4 n_q n_k head_dim a head; under
-    /// the causal mask half of that for the square that it cuts.
+    /// Floating-point operations of exact attention on this shape: 4 n_q n_k head_dim a head, and 10 for the gradients;
+    /// under the causal mask half of that for the square that it cuts.
     pub fn exact_flops(&self) -> f64 {
         let Shape { n_q, n_k, .. } = self.shape;
         let pairs = match self.params.mask {
@@ -255,7 +288,11 @@ impl Problem {
 
     fn flops_of_pairs(&self, pairs: f64) -> f64 {
         let Shape { batch, heads_q, head_dim, .. } = self.shape;
-        4.0 * pairs * (batch * heads_q * head_dim) as f64
+        let products = match self.pass {
+            Pass::Forward => 2.0,
+            Pass::Backward => 5.0,
+        };
+        2.0 * products * pairs * (batch * heads_q * head_dim) as f64
     }
 }
 
@@ -308,8 +345,8 @@ mod tests {
     #[test]
     fn every_setting_is_read_as_it_is_written() {
         let values = [
-            "paper", "causal", "f32", "f16", "bf16", "f16", "bshd", "2", "8", "4", "100", "300", "96", "3",
-            "17", "128", "64", "row_norm", "500", "4", "256", "0.125",
+            "paper", "backward", "causal", "model", "f32", "f16", "bf16", "f16", "bshd", "2", "8", "4",
+            "100", "300", "96", "3", "17", "128", "64", "row_norm", "500", "4", "256", "0.125",
         ];
         assert_eq!(values.len(), Problem::SETTINGS.len());
         let mut problem = Problem::default();
@@ -357,6 +394,8 @@ mod tests {
         assert_eq!(problem.label(), "refined none f32 n1024 d64 h1 t1 budget=2048 target_error=0");
         problem.set("method", "paper").unwrap();
         assert_eq!(problem.label(), "paper none f32 n1024 d64 h1 t1 block_size=64");
+        problem.set("pass", "backward").unwrap();
+        assert_eq!(problem.label(), "paper backward none f32 n1024 d64 h1 t1 block_size=64");
     }
 
     #[test]
@@ -379,5 +418,8 @@ mod tests {
         assert_eq!(problem.exact_flops(), 2.0 * 64.0 * 2.0);
         problem.set("n_k", "10").unwrap();
         assert_eq!(problem.exact_flops(), 4.0 * (16.0 + 32.0) * 2.0);
+        problem.set("pass", "backward").unwrap();
+        assert_eq!(problem.exact_flops(), 2.5 * 4.0 * (16.0 + 32.0) * 2.0);
+        assert_eq!(problem.computed_flops(3.0), 10.0 * 8.0 * 3.0 * 2.0);
     }
 }

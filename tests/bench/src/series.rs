@@ -27,7 +27,7 @@ pub struct Family {
 }
 
 /// Settings whose values say what they are.
-const PLAIN: [&str; 7] = ["implementation", "isa", "method", "mask", "dtypes", "layout", "residual"];
+const PLAIN: [&str; 8] = ["implementation", "isa", "method", "pass", "mask", "dtypes", "layout", "residual"];
 
 /// Settings that another's value says, too.
 const SAID: [&str; 5] = ["dtype_k", "dtype_v", "dtype_out", "heads_kv", "n_k"];
@@ -142,6 +142,7 @@ mod tests {
             records.push(record(&[("n", n), ("mask", "causal"), ("dtype", "bf16")], 2.0 * factor.sqrt()));
         }
         records.push(record(&[("n", "1k"), ("threads", "2")], 9.0));
+        records.push(record(&[("n", "2k"), ("pass", "backward")], 30.0));
         let family = time_over_length(&records);
         let labels: Vec<&str> = family.series.iter().map(|series| series.label.as_str()).collect();
         assert_eq!(labels, ["none f32", "causal bf16"]);

@@ -92,6 +92,20 @@ impl<T: Number> Buffer<T> {
         })
     }
 
+    /// `len` numbers, each by its place.
+    fn by_place(len: usize, number: impl Fn(usize) -> f32 + Sync) -> Self {
+        Self::filled(len, |chunk| {
+            let mut place = chunk * CHUNK;
+            let number = &number;
+            move || {
+                // The second of the last pair may be none.
+                let pair = [place, (place + 1).min(len - 1)].map(number);
+                place += 2;
+                pair
+            }
+        })
+    }
+
     fn numbers(&self) -> &[T] {
         &self.memory[self.start..]
     }
@@ -164,6 +178,32 @@ impl Tensor {
             DType::F32 => Numbers::F32(Buffer::normals(len, seed)),
             DType::F16 => Numbers::F16(Buffer::normals(len, seed)),
             DType::BF16 => Numbers::BF16(Buffer::normals(len, seed)),
+        };
+        Self::over(numbers, dtype, shape, order)
+    }
+
+    /// The numbers at `[batch, head, row, column]`.
+    pub fn of(
+        dtype: DType,
+        shape: [usize; 4],
+        order: MemoryOrder,
+        number: impl Fn([usize; 4]) -> f32 + Sync,
+    ) -> Self {
+        let [_, heads, sequence, head_dim] = shape;
+        let by_place = |place: usize| {
+            let (row, column) = (place / head_dim, place % head_dim);
+            let (batch, row) = (row / (heads * sequence), row % (heads * sequence));
+            let (head, row) = match order {
+                MemoryOrder::Bhsd => (row / sequence, row % sequence),
+                MemoryOrder::Bshd => (row % heads, row / heads),
+            };
+            number([batch, head, row, column])
+        };
+        let len = shape.iter().product();
+        let numbers = match dtype {
+            DType::F32 => Numbers::F32(Buffer::by_place(len, by_place)),
+            DType::F16 => Numbers::F16(Buffer::by_place(len, by_place)),
+            DType::BF16 => Numbers::BF16(Buffer::by_place(len, by_place)),
         };
         Self::over(numbers, dtype, shape, order)
     }

@@ -6,6 +6,7 @@ use hyperattn_bench::csv::{self, Record};
 use hyperattn_bench::device::Device;
 use hyperattn_bench::group::{Place, measure};
 use hyperattn_bench::plot::{self, Kind};
+use hyperattn_bench::problem::Pass;
 use hyperattn_bench::{problem_list, series};
 use hyperattn_core::Kernels;
 
@@ -19,11 +20,16 @@ method=paper n=1k min_seq_len=256 block_size=64 sample_size=64
 versus method=exact
 method=paper mask=causal n=1k min_seq_len=256 block_size=128 sample_size=64
 method=auto n=128
+method=exact pass=backward mask=causal n=256 heads_q=4 heads_kv=2 head_dim=80 layout=bshd batch=2
+versus pass=forward
+method=exact pass=backward dtype=bf16 n=256
+method=paper pass=backward n=1k min_seq_len=256 block_size=64 sample_size=64 threads=2
 ";
 
 /// Exact attention in f32 stays within 5e-6 of f64 (hyperattn-conformance derives it); an output of
 /// 16 bits is off by its own rounding, at most half an ulp: 2^-9 for bf16 and 2^-12 for f16. Kernels that
-/// round the weights to bf16 as well are allowed as much again.
+/// round the weights to bf16 as well are allowed as much again. A gradient with respect to queries is as close: what
+/// the rounded output adds to it is a multiple of the mean key, and small.
 fn tolerance(dtype: &str) -> f64 {
     match dtype {
         "f32" => 5e-6,
@@ -61,6 +67,9 @@ fn check(record: &Record) {
         assert!(accuracy.error > 1e-3 && accuracy.error.is_finite(), "{isa} {what}: {:e}", accuracy.error);
         assert!(record.keys_per_query < 400.0, "{what}: {}", record.keys_per_query);
     }
+    if record.problem.pass == Pass::Backward {
+        assert_eq!(record.estimated_error, None, "{isa} {what}: the estimate is that of an output");
+    }
     assert!(fraction > 0.0, "{isa} {what}");
     assert!(fraction <= 1.05, "{isa} {what}: {fraction}");
     assert!(record.runs >= 3 && record.time_ms.low <= record.time_ms.median, "{what}");
@@ -72,11 +81,17 @@ fn a_list_becomes_a_record_and_pictures() {
     let mut all = Vec::new();
     for kernels in Kernels::available() {
         let records = run(LIST, kernels);
-        assert_eq!(records.len(), 10);
+        assert_eq!(records.len(), 14);
         records.iter().for_each(check);
-        let [paper, exact] = &records[6..8] else { panic!("ten records") };
+        let [paper, exact] = &records[6..8] else { panic!("14 records") };
         assert_eq!(paper.ratio.median, 1.0, "the first of a group is the base");
         assert_eq!((paper.group, exact.group), (6, 6));
+        let [gradients, output] = &records[10..12] else { panic!("14 records") };
+        let rate = |record: &Record| record.gflops * record.time_ms.median;
+        assert!((rate(gradients) / rate(output) - 2.5).abs() < 1e-9, "five products against two");
+        assert_eq!(gradients.keys_per_query, output.keys_per_query);
+        let workspace = |record: &Record| record.memory.workspace_bytes;
+        assert!(workspace(gradients) > workspace(output), "sums of gradients need room of their own");
         // 1,024 keys a query against 128.
         assert!(exact.ratio.median > 1.0, "{}: exact took {} of paper", paper.isa, exact.ratio.median);
         all.extend(records);

@@ -1,9 +1,10 @@
 /* hyperattn_cuda_forward as a program of the CUDA runtime calls it: memory from cudaMalloc, a stream, or none. Against
- * loops in double precision. Linked with the runtime, so cuda/pack.sh builds it and not the tests here; prints SKIPPED where
- * there is no device. */
+ * loops in double precision. Then plans, run and captured in a graph, against the call. Linked with the runtime, so
+ * cuda/pack.sh builds it and not the tests here; prints SKIPPED where there is no device. */
 #include <hyperattn/hyperattn.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "check.h"
@@ -11,14 +12,24 @@
 #include "reference.h"
 
 /* What is used of cuda_runtime_api.h, whose folder need not be known here. */
+struct CUgraph_st;
+struct CUgraphExec_st;
 int cudaGetDeviceCount(int *count);
 int cudaMalloc(void **memory, size_t size);
 int cudaFree(void *memory);
 int cudaMemcpy(void *to, const void *from, size_t size, int kind);
+int cudaMemset(void *memory, int byte, size_t size);
 int cudaStreamCreate(struct CUstream_st **stream);
 int cudaStreamSynchronize(struct CUstream_st *stream);
 int cudaStreamDestroy(struct CUstream_st *stream);
-enum { TO_DEVICE = 1, FROM_DEVICE = 2 };
+int cudaStreamBeginCapture(struct CUstream_st *stream, int mode);
+int cudaStreamEndCapture(struct CUstream_st *stream, struct CUgraph_st **graph);
+int cudaGraphInstantiateWithFlags(struct CUgraphExec_st **executable, struct CUgraph_st *graph,
+                                  unsigned long long flags);
+int cudaGraphLaunch(struct CUgraphExec_st *executable, struct CUstream_st *stream);
+int cudaGraphExecDestroy(struct CUgraphExec_st *executable);
+int cudaGraphDestroy(struct CUgraph_st *graph);
+enum { TO_DEVICE = 1, FROM_DEVICE = 2, CAPTURE_GLOBAL = 0 };
 
 /* An array's bytes in device memory, and the view of them there. */
 typedef struct device_array {
@@ -134,6 +145,120 @@ static void sweep(random_source *source)
     run_case(&shapes[1], &legal_dtypes[2], ARRAY_BHSD, HYPERATTN_MASK_NONE, OWN_MEMORY | DEFAULT_STREAM, source);
 }
 
+/* Poisons the outputs, which are arrays 3 to 5 of a problem, on the device. */
+static void poison_outputs(device_array *device)
+{
+    for (int i = 3; i < 6; i += 1) {
+        CHECK_INT(cudaMemset(device[i].memory, 0xff, device[i].size), 0);
+    }
+}
+
+/* The outputs must be `host`'s, bit by bit. */
+static void expect_outputs(const device_array *device, array *const *host)
+{
+    for (int i = 3; i < 6; i += 1) {
+        unsigned char *bytes = (unsigned char *)malloc(device[i].size);
+        CHECK(bytes != NULL);
+        if (bytes == NULL) {
+            return;
+        }
+        CHECK_INT(cudaMemcpy(bytes, device[i].memory, device[i].size, FROM_DEVICE), 0);
+        CHECK_BYTES(bytes, host[i]->pages, device[i].size);
+        free(bytes);
+    }
+}
+
+/* A plan is made from shapes alone, run, captured in a graph, and gone before the graph runs. */
+static void plan_case(hyperattn_method method, hyperattn_mask mask, const problem_dtypes *dtypes, random_source *source)
+{
+    static const problem_shape shape = {1, 4, 2, 700, 800, 64, 64};
+    check_case("plan, method %d mask %s %s", (int)method, mask_name(mask), dtype_name(dtypes->q));
+    problem p = problem_create_mixed(&shape, *dtypes, ARRAY_BHSD, source);
+    problem_want_error(&p);
+    hyperattn_params params = problem_params(method, mask);
+    params.min_seq_len = 100;
+    params.block_size = 64;
+    params.sample_size = 48;
+    params.budget = 128;
+    params.band = 32;
+    params.flags = HYPERATTN_FLAG_NO_ALLOC;
+
+    array *host[] = {&p.q, &p.k, &p.v, &p.out, &p.lse, &p.error};
+    hyperattn_tensors tensors = p.tensors, shapes;
+    hyperattn_tensor *views[] = {&tensors.q, &tensors.k, &tensors.v, &tensors.out, &tensors.lse, &tensors.error};
+    device_array device[6];
+    for (int i = 0; i < 6; i += 1) {
+        device[i] = to_device(host[i]);
+        *views[i] = device[i].view;
+    }
+    shapes = tensors;
+    shapes.q.data = shapes.k.data = shapes.v.data = shapes.out.data = shapes.lse.data = shapes.error.data = NULL;
+    hyperattn_cuda_exec exec;
+    memset(&exec, 0, sizeof exec);
+    exec.struct_size = sizeof exec;
+    CHECK_INT(cudaStreamCreate(&exec.stream), 0);
+    hyperattn_layout need = {0, 0}, planned = {0, 0};
+    CHECK_OK(hyperattn_cuda_forward_workspace(&params, &tensors, &need));
+    CHECK_INT(cudaMalloc(&exec.workspace.data, need.size), 0);
+    exec.workspace.size = need.size;
+
+    CHECK_OK(hyperattn_cuda_forward(&params, &tensors, &exec));
+    CHECK_INT(cudaStreamSynchronize(exec.stream), 0);
+    for (int i = 3; i < 6; i += 1) {
+        CHECK_INT(cudaMemcpy(host[i]->pages, device[i].memory, device[i].size, FROM_DEVICE), 0);
+        CHECK(!array_untouched(host[i]));
+    }
+
+    hyperattn_cuda_plan *plan = NULL;
+    CHECK_OK(hyperattn_cuda_plan_create(&params, &shapes, &plan));
+    CHECK_OK(hyperattn_cuda_plan_workspace(plan, &planned));
+    CHECK_INT(planned.size, need.size);
+    CHECK_INT(planned.align, need.align);
+    poison_outputs(device);
+    CHECK_OK(hyperattn_cuda_plan_run(plan, &tensors, &exec));
+    CHECK_INT(cudaStreamSynchronize(exec.stream), 0);
+    expect_outputs(device, host);
+
+    struct CUgraph_st *graph = NULL;
+    struct CUgraphExec_st *executable = NULL;
+    CHECK_INT(cudaStreamBeginCapture(exec.stream, CAPTURE_GLOBAL), 0);
+    CHECK_OK(hyperattn_cuda_plan_run(plan, &tensors, &exec));
+    CHECK_INT(cudaStreamEndCapture(exec.stream, &graph), 0);
+    hyperattn_cuda_plan_destroy(plan);
+    CHECK_INT(cudaGraphInstantiateWithFlags(&executable, graph, 0), 0);
+    CHECK_INT(cudaGraphDestroy(graph), 0);
+    for (int turn = 0; turn < 2; turn += 1) {
+        poison_outputs(device);
+        CHECK_INT(cudaGraphLaunch(executable, exec.stream), 0);
+        CHECK_INT(cudaStreamSynchronize(exec.stream), 0);
+        expect_outputs(device, host);
+    }
+
+    CHECK_INT(cudaGraphExecDestroy(executable), 0);
+    CHECK_INT(cudaFree(exec.workspace.data), 0);
+    CHECK_INT(cudaStreamDestroy(exec.stream), 0);
+    for (int i = 0; i < 6; i += 1) {
+        from_device(&device[i], NULL);
+    }
+    problem_destroy(&p);
+}
+
+static void plans(random_source *source)
+{
+    static const hyperattn_method methods[] = {HYPERATTN_METHOD_EXACT, HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_REFINED,
+                                               HYPERATTN_METHOD_AUTO};
+    static const problem_dtypes dtypes[] = {
+        {HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16, HYPERATTN_DTYPE_BF16},
+        {HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32, HYPERATTN_DTYPE_F32},
+    };
+    for (int method = 0; method < 4; method += 1) {
+        for (int t = 0; t < 2; t += 1) {
+            plan_case(methods[method], HYPERATTN_MASK_NONE, &dtypes[t], source);
+            plan_case(methods[method], HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, &dtypes[t], source);
+        }
+    }
+}
+
 int main(int argc, char **argv)
 {
     random_source source = {check_start("cuda_runtime", argc, argv)};
@@ -143,5 +268,6 @@ int main(int argc, char **argv)
         return 0;
     }
     sweep(&source);
+    plans(&source);
     return check_finish();
 }

@@ -13,19 +13,6 @@ static const problem_shape SHAPE = {1, HEADS, 2, 400, 520, 24, 16};
 static const int32_t STARTS_Q[SEQUENCES + 1] = {0, 90, 90, 130, 300, 400};
 static const int32_t STARTS_K[SEQUENCES + 1] = {0, 200, 230, 230, 500, 520};
 
-static hyperattn_params test_params(hyperattn_method method, hyperattn_mask mask)
-{
-    hyperattn_params params = problem_params(method, mask);
-    params.min_seq_len = 30;
-    params.block_size = 32;
-    params.sample_size = 24;
-    params.budget = 64;
-    params.band = 16;
-    params.target_error = 0.4f;
-    params.seed = 7;
-    return params;
-}
-
 static hyperattn_tensor rows_of(const hyperattn_tensor *view, int64_t start, int64_t end)
 {
     hyperattn_tensor rows = *view;
@@ -101,7 +88,7 @@ static void sequences(random_source *source)
         for (hyperattn_method method = HYPERATTN_METHOD_AUTO; method <= HYPERATTN_METHOD_REFINED; method += 1) {
             for (hyperattn_mask mask = 0; mask < 3; mask += 1) {
                 check_case("sequences %s method %u mask %s", dtype_name(t), method, mask_name(mask));
-                hyperattn_params params = test_params(method, mask);
+                hyperattn_params params = problem_small_params(method, mask, 30);
                 problem_poison_outputs(&alone);
                 run_each(&params, &into_alone);
                 for (int way = 0; way < 2; way += 1) {
@@ -151,13 +138,13 @@ static void methods_of_heads(random_source *source)
         for (hyperattn_mask mask = 0; mask < 3; mask += 1) {
             check_case("mix %zu of methods, mask %s", m, mask_name(mask));
             /* The method for all does not count. */
-            hyperattn_params mixed = test_params(HYPERATTN_METHOD_EXACT, mask);
+            hyperattn_params mixed = problem_small_params(HYPERATTN_METHOD_EXACT, mask, 30);
             mixed.head_methods = mixes[m];
             for (int way = 0; way < 2; way += 1) {
                 problem_poison_outputs(&p);
                 (way == 0 ? run_forward : run_tasks)(&mixed, &p.tensors);
                 for (int64_t head = 0; head < HEADS; head += 1) {
-                    hyperattn_params of_head = test_params(mixes[m][head], mask);
+                    hyperattn_params of_head = problem_small_params(mixes[m][head], mask, 30);
                     CHECK_OK(hyperattn_forward(&of_head, &into_whole, NULL));
                     CHECK(same_head(&p.out.view, &whole.out.view, head));
                     CHECK(same_head(&p.lse.view, &whole.lse.view, head));

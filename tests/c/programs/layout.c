@@ -76,6 +76,7 @@ int main(void)
     FIELD(hyperattn_grads, dq);
     FIELD(hyperattn_grads, dk);
     FIELD(hyperattn_grads, dv);
+    FIELD(hyperattn_grads, dlse);
 
     WHOLE(hyperattn_diagnosis);
     FIELD(hyperattn_diagnosis, struct_size);

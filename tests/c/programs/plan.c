@@ -22,19 +22,6 @@ static const struct test_problem {
     {{1, 3, 3, 0, 9, 8, 8}, HYPERATTN_DTYPE_F32},
 };
 
-static hyperattn_params test_params(hyperattn_method method, hyperattn_mask mask)
-{
-    hyperattn_params params = problem_params(method, mask);
-    params.min_seq_len = 40;
-    params.block_size = 32;
-    params.sample_size = 24;
-    params.budget = 64;
-    params.band = 16;
-    params.target_error = 0.4f;
-    params.seed = 7;
-    return params;
-}
-
 /* One of the engine's threads: number ith of nth. */
 typedef struct share {
     const hyperattn_plan *plan;
@@ -158,7 +145,7 @@ static void every_method(random_source *source)
             for (hyperattn_mask mask = 0; mask < 3; mask += 1) {
                 check_case("problem %zu %s method %u mask %s", i, dtype_name(PROBLEMS[i].dtype), method,
                            mask_name(mask));
-                hyperattn_params params = test_params(method, mask);
+                hyperattn_params params = problem_small_params(method, mask, 40);
                 expect_the_bits_of_forward(&params, shape, &p);
             }
         }
@@ -176,7 +163,7 @@ static void a_plan_keeps_what_it_needs(random_source *source)
     int32_t columns[] = {0, 1};
     hyperattn_block_mask mask = {sizeof mask, 32, 32, 2, 2, row_offsets, columns, 0};
     hyperattn_method methods[] = {HYPERATTN_METHOD_PAPER, HYPERATTN_METHOD_EXACT};
-    hyperattn_params params = test_params(HYPERATTN_METHOD_PAPER, HYPERATTN_MASK_NONE);
+    hyperattn_params params = problem_small_params(HYPERATTN_METHOD_PAPER, HYPERATTN_MASK_NONE, 40);
     params.head_methods = methods;
     p.tensors.block_mask = &mask;
     hyperattn_plan *plan = NULL;

@@ -17,11 +17,43 @@ pub fn folder() -> &'static Path {
 
 /// The C99 program `programs/NAME.c`, or all of `programs/NAME/`, with everything in `support`.
 pub fn c_program(name: &str) -> Program {
-    let file = folder().join("programs").join(name).with_extension("c");
-    let directory = folder().join("programs").join(name);
-    let mut sources = if file.exists() { vec![file] } else { c_files(&directory) };
-    sources.extend(c_files(&folder().join("support")));
+    c_sources(sources_of(name).into_iter().chain(support_files()))
+}
+
+/// `support`, compiled once for many programs.
+pub struct Support {
+    objects: Vec<PathBuf>,
+    configure: fn(Program) -> Program,
+}
+
+impl Support {
+    /// Compiles into `directory`. `configure` adds flags, to the programs' own files too.
+    pub fn compile(directory: &Path, configure: fn(Program) -> Program) -> Self {
+        let compile = |file: PathBuf| {
+            let object = directory.join(file.file_name().expect("a file has a name")).with_extension("o");
+            let compiled = configure(c_sources([file])).compile_only(&object);
+            compiled.unwrap_or_else(|error| panic!("{error}"))
+        };
+        Self { objects: support_files().into_iter().map(compile).collect(), configure }
+    }
+
+    /// The program that [`c_program`] gives, with these objects.
+    pub fn program(&self, name: &str) -> Program {
+        (self.configure)(c_sources(sources_of(name).into_iter().chain(self.objects.iter().cloned())))
+    }
+}
+
+fn c_sources(sources: impl IntoIterator<Item = PathBuf>) -> Program {
     Program::new(Language::C99, sources).include(folder().join("support")).flags(WARNINGS)
+}
+
+fn sources_of(name: &str) -> Vec<PathBuf> {
+    let file = folder().join("programs").join(name).with_extension("c");
+    if file.exists() { vec![file] } else { c_files(&folder().join("programs").join(name)) }
+}
+
+fn support_files() -> Vec<PathBuf> {
+    c_files(&folder().join("support"))
 }
 
 /// The C++ program of all of `programs/NAME/`.

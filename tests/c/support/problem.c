@@ -75,6 +75,19 @@ hyperattn_params problem_params(hyperattn_method method, hyperattn_mask mask)
     return params;
 }
 
+hyperattn_params problem_small_params(hyperattn_method method, hyperattn_mask mask, int64_t min_seq_len)
+{
+    hyperattn_params params = problem_params(method, mask);
+    params.min_seq_len = min_seq_len;
+    params.block_size = 32;
+    params.sample_size = 24;
+    params.budget = 64;
+    params.band = 16;
+    params.target_error = 0.4f;
+    params.seed = 7;
+    return params;
+}
+
 hyperattn_cpu_exec problem_exec(uint32_t num_threads)
 {
     hyperattn_cpu_exec exec;

@@ -35,6 +35,8 @@ void problem_want_error(problem *p);
 void problem_poison_outputs(problem *p);
 /* A shorter way to default parameters with one method and mask. */
 hyperattn_params problem_params(hyperattn_method method, hyperattn_mask mask);
+/* Parameters with which problems of a few hundred keys are estimated, in sub-problems of more than min_seq_len keys. */
+hyperattn_params problem_small_params(hyperattn_method method, hyperattn_mask mask, int64_t min_seq_len);
 hyperattn_cpu_exec problem_exec(uint32_t num_threads);
 
 const char *mask_name(hyperattn_mask mask);

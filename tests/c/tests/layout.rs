@@ -93,6 +93,7 @@ contract! {
         dq: hyperattn_tensor,
         dk: hyperattn_tensor,
         dv: hyperattn_tensor,
+        dlse: hyperattn_tensor,
     }
     struct hyperattn_diagnosis {
         struct_size: usize,
@@ -162,5 +163,5 @@ fn sizes_on_64_bit_machines() {
         size_of::<hyperattn_cpu_exec>(),
         size_of::<hyperattn_cuda_exec>(),
     ];
-    assert_eq!(sizes, [96, 80, 56, 600, 328, 56, 32, 40, 32]);
+    assert_eq!(sizes, [96, 80, 56, 600, 408, 56, 32, 40, 32]);
 }

@@ -1,9 +1,9 @@
 //! Every program of `programs/`, with the machine's best kernels and held down to each lesser table.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
-use hyperattn_c_tests::{build, c_program, cpp_program, folder, run, run_ok, skip};
+use hyperattn_c_tests::{Support, build, cpp_program, folder, run, run_ok, skip};
 use hyperattn_link::{Language, Program};
 
 const SCALAR: (&str, &str) = ("HYPERATTN_MAX_ISA", "scalar");
@@ -14,6 +14,12 @@ const AVX512_BF16: (&str, &str) = ("HYPERATTN_MAX_ISA", "avx512_bf16");
 
 fn executable(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs").join(name)
+}
+
+fn c_program(name: &str) -> Program {
+    static SUPPORT: LazyLock<Support> =
+        LazyLock::new(|| Support::compile(&executable("support"), |program| program));
+    SUPPORT.program(name)
 }
 
 /// The table that `api_misc` says it got, with this in its environment.
@@ -83,6 +89,11 @@ fn divided() {
 #[test]
 fn additive_mask() {
     run_c("additive_mask");
+}
+
+#[test]
+fn backward() {
+    run_c("backward");
 }
 
 #[test]

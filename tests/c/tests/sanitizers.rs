@@ -2,9 +2,9 @@
 //! instrumented by the former. `allocation` is left out: it replaces the functions that the sanitizer replaces.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
-use hyperattn_c_tests::{build, c_program, run, run_ok, skip};
+use hyperattn_c_tests::{Support, build, run, run_ok, skip};
 use hyperattn_link::{Language, LibraryBuild, Program, TARGET, static_library};
 
 /// The instrumented archive, and the run-time options that work here.
@@ -20,6 +20,12 @@ fn temporary(name: &str) -> PathBuf {
 fn instrument(program: Program) -> Program {
     // One run-time library, the C compiler's, serves the C and the Rust code.
     program.sanitizer("address").sanitizer("undefined").flag("-fno-sanitize-recover=all")
+}
+
+/// Instrumented too. To be asked for once [`instrumented`] has found that this works here.
+fn c_program(name: &str) -> Program {
+    static SUPPORT: LazyLock<Support> = LazyLock::new(|| Support::compile(&temporary("support"), instrument));
+    SUPPORT.program(name)
 }
 
 /// What a tool said in the end; the reason for skipping should stay one line.
@@ -68,7 +74,7 @@ fn instrumented() -> Option<&'static Instrumented> {
 
 fn run_sanitized(name: &str) {
     let Some(Instrumented { archive, options }) = instrumented() else { return };
-    let program = instrument(c_program(name)).archive(archive);
+    let program = c_program(name).archive(archive);
     let executable = build(&program, &temporary(name));
     print!("{}", run_ok(&executable, &[("ASAN_OPTIONS", options)]));
 }
@@ -106,6 +112,11 @@ fn divided() {
 #[test]
 fn additive_mask() {
     run_sanitized("additive_mask");
+}
+
+#[test]
+fn backward() {
+    run_sanitized("backward");
 }
 
 #[test]
@@ -152,8 +163,7 @@ fn api_misc() {
 #[test]
 fn the_library_is_watched() {
     let Some(Instrumented { archive, options }) = instrumented() else { return };
-    let executable =
-        build(&instrument(c_program("out_of_bounds")).archive(archive), &temporary("out_of_bounds"));
+    let executable = build(&c_program("out_of_bounds").archive(archive), &temporary("out_of_bounds"));
     for isa in [Some("scalar"), Some("avx2"), None] {
         let mut environment = vec![("ASAN_OPTIONS", *options)];
         environment.extend(isa.map(|isa| ("HYPERATTN_MAX_ISA", isa)));

@@ -82,6 +82,16 @@ impl<'a> Backward<'a> {
 
     /// Runs the call with a workspace of `granted(needed)`. On an error, panics when a gradient changed.
     pub fn attempt(&self, outcome: &Outcome, granted: impl Fn(Layout) -> Layout) -> Result<Slopes> {
+        self.attempt_in(outcome, granted, Workspace::exact)
+    }
+
+    /// [`Backward::attempt`] with a part of the workspace's memory of its own choice.
+    pub fn attempt_in(
+        &self,
+        outcome: &Outcome,
+        granted: impl Fn(Layout) -> Layout,
+        memory_of: impl FnOnce(&mut Workspace) -> &mut [u8],
+    ) -> Result<Slopes> {
         let Setup { kernels, params, division, executor, fill, inputs, .. } = self.of;
         let shape = &inputs.shape;
         let mut memory = Memory::new(&self.of, Some(outcome));
@@ -109,7 +119,7 @@ impl<'a> Backward<'a> {
             };
             let layout = backward_workspace(params, &division, &tensors.layouts(), kernels, executor)?;
             let mut workspace = Workspace::new(granted(layout), fill);
-            let memory = workspace.exact();
+            let memory = memory_of(&mut workspace);
             let result = backward(params, &division, &tensors, &mut gradients, kernels, executor, memory);
             assert!(workspace.guards_are_intact(), "a workspace of {layout:?} was overrun");
             result

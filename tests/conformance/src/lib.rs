@@ -7,6 +7,7 @@ pub mod compare;
 pub mod executors;
 pub mod expected;
 pub mod expected_gradients;
+pub mod gradient_step;
 pub mod inputs;
 pub mod packing;
 pub mod patterns;

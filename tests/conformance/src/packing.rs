@@ -43,7 +43,7 @@ pub struct Keys<'a> {
 }
 
 /// `values` followed by `filler` up to `len`.
-fn extended<T: Copy>(values: &[T], len: usize, filler: T) -> Vec<T> {
+pub(crate) fn extended<T: Copy>(values: &[T], len: usize, filler: T) -> Vec<T> {
     values.iter().copied().chain(std::iter::repeat(filler)).take(len).collect()
 }
 
@@ -79,13 +79,13 @@ fn pack_queries(
 }
 
 /// From one row of a mask to the next.
-const MASK_STRIDE: usize = KEY_TILE + 3;
+pub(crate) const MASK_STRIDE: usize = KEY_TILE + 3;
 
 /// A NaN in every packing, for what no kernel may look at.
 const NAN: u32 = 0x7fff_7fff;
 
 /// A tile of packed keys.
-fn pack_keys(kernels: &Kernels, packing: Packing, keys: &[f32], head_dim: usize) -> Vec<u32> {
+pub(crate) fn pack_keys(kernels: &Kernels, packing: Packing, keys: &[f32], head_dim: usize) -> Vec<u32> {
     let (panel, width) = (kernels.panel(), head_dim.div_ceil(packing.depth()));
     let mut packed = vec![NAN; KEY_TILE * width];
     for (key, row) in keys.chunks(head_dim).enumerate() {

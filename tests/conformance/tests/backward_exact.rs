@@ -17,7 +17,9 @@ fn exact(mask: Mask) -> Params {
 /// Several tiles of queries and of keys, none of them whole, more queries than keys and fewer.
 #[test]
 fn lengths() {
-    for (seed, (n_q, n_k, ..)) in (2000..).zip(UNEVEN_LENGTHS) {
+    for (seed, (n_q, n_k, ..)) in
+        (2000..).zip(UNEVEN_LENGTHS).filter(|(_, (n_q, n_k, ..))| n_q * n_k < 300_000)
+    {
         for mask in MASKS {
             check(&exact(mask), &Inputs::normal(Shape::single(n_q, n_k), seed), seed);
         }
@@ -27,7 +29,7 @@ fn lengths() {
 #[test]
 fn heads_batch_and_dimensions() {
     for (seed, (head_dim, value_dim)) in (2020..).zip([(1, 1), (24, 35), (64, 64), (7, 256), (256, 3)]) {
-        let shape = Shape { batch: 2, heads_q: 6, heads_kv: 2, ..Shape::single(83, 101) };
+        let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..Shape::single(83, 91) };
         let inputs = Inputs::normal(Shape { head_dim, value_dim, ..shape }, seed);
         MASKS.into_iter().for_each(|mask| check(&exact(mask), &inputs, seed));
     }
@@ -36,7 +38,7 @@ fn heads_batch_and_dimensions() {
 #[test]
 fn element_types() {
     for (seed, dtypes) in (2030..).zip(DTypes::ALL) {
-        let shape = Shape { heads_q: 4, heads_kv: 2, head_dim: 40, value_dim: 24, ..Shape::single(157, 143) };
+        let shape = Shape { heads_q: 2, heads_kv: 1, head_dim: 40, value_dim: 24, ..Shape::single(157, 143) };
         let inputs = Inputs::normal(shape, seed).rounded(dtypes);
         MASKS.into_iter().for_each(|mask| check(&exact(mask), &inputs, seed));
     }

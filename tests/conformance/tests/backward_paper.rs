@@ -32,7 +32,9 @@ fn for_each_case(mut check: impl FnMut(Mask, Residual)) {
 
 #[test]
 fn lengths() {
-    for (seed, (n_q, n_k, block_size, sample_size)) in (2100..).zip(UNEVEN_LENGTHS) {
+    for (seed, (n_q, n_k, block_size, sample_size)) in
+        (2100..).zip(UNEVEN_LENGTHS).filter(|(_, (n_q, n_k, ..))| n_q * n_k < 300_000)
+    {
         for_each_case(|mask, residual| {
             let params = Params { block_size, sample_size, ..paper(mask, residual) };
             check(&params, &Inputs::clustered(Shape::single(n_q, n_k), seed), seed);
@@ -60,7 +62,7 @@ fn element_types() {
     for (seed, dtypes) in (2130..).zip(DTypes::ALL) {
         for_each_case(|mask, residual| {
             let shape =
-                Shape { heads_q: 4, heads_kv: 2, head_dim: 20, value_dim: 12, ..Shape::single(157, 143) };
+                Shape { heads_q: 2, heads_kv: 1, head_dim: 20, value_dim: 12, ..Shape::single(157, 143) };
             check(&paper(mask, residual), &Inputs::clustered(shape, seed).rounded(dtypes), seed);
         });
     }
@@ -99,10 +101,10 @@ fn selections() {
 
 #[test]
 fn random_problems() {
-    for seed in 2200..2280 {
+    for seed in 2200..2230 {
         let generator = &mut Generator::new(seed);
         let RandomProblem { mut params, inputs, block_mask } =
-            RandomProblem::draw(generator, seed, 300.0, 48.0);
+            RandomProblem::draw(generator, seed, 250.0, 48.0);
         // With a kappa of 1 a row that tau comes from ties with its floor where all its keys are sampled, and rounding
         // decides whether it has a gradient.
         params.approx_d_kappa *= 1.1;

@@ -27,8 +27,8 @@ impl Mask {
     }
 }
 
-/// D^-1 A V and ln D over the visible keys (arXiv 2310.05869, section 2); one that the problem's mask hides is not. A row that sees no key, or only
-/// keys with logit -inf, is 0 with lse -inf.
+/// D^-1 A V and ln D over the visible keys (arXiv 2310.05869, section 2); one that the problem's mask hides is not. A
+/// row that sees no key, or only keys with logit -inf, is 0 with lse -inf.
 pub fn exact(problem: &Problem, visible: impl Fn(usize, usize) -> bool) -> Output {
     Output::from_partials(&exact_rows(problem, visible))
 }

@@ -4,13 +4,15 @@ Arrays are anything with `__dlpack__`: of NumPy, PyTorch, JAX, CuPy and others.
 
     out = hyperattn.forward(q, k, v, method="exact", mask="causal")
 
-`hyperattn.torch` is the same as an operator of PyTorch, for torch.compile and torch.export; `hyperattn.transformers`
-puts it into models of the transformers library; `python -m hyperattn.evaluate` measures what that costs and gains on a
-model.
+`backward` gives its gradients. `hyperattn.torch` is both as an operator of PyTorch, for autograd, torch.compile and
+torch.export; `hyperattn.transformers` puts it into models of the transformers library; `python -m hyperattn.evaluate`
+measures what that costs and gains on a model.
 """
 
-from ._attention import BlockMask, diagnose, forward, merge
+from ._attention import diagnose, forward, merge
+from ._backward import backward
 from ._dlpack import SupportsDLPack
+from ._inputs import BlockMask
 from ._library import abi_version, has_feature, isa, version
 from ._params import Parameters, defaults
 from .errors import DeviceUnavailable, HyperAttnError, InvalidArgument, OutOfMemory, Unsupported
@@ -27,6 +29,7 @@ __all__ = [
     "SupportsDLPack",
     "Unsupported",
     "abi_version",
+    "backward",
     "defaults",
     "diagnose",
     "forward",

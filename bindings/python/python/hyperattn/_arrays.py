@@ -99,7 +99,10 @@ class _Torch:
         if array.layout is not torch.strided:
             raise ValueError(f"{name}: layout {array.layout}, not strided")
         if array.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: requires a gradient, but there is no backward pass; use torch.no_grad()")
+            raise ValueError(
+                f"{name}: requires a gradient, but this call is not recorded; "
+                "use hyperattn.torch.forward, or torch.no_grad()"
+            )
         dtype = str(array.dtype).removeprefix("torch.")
         return View(array.data_ptr(), dtype, tuple(array.shape), array.stride(), self.device(name, array))
 
@@ -135,9 +138,9 @@ class _DLPack:
 
     def empty(self, shape: Shape, like: Any, dtype: str | None) -> Any:
         if device_of("q", like) != CPU:
-            raise TypeError(f"out: pass what to write to, results on CUDA are not made as {type(like).__name__}")
+            raise TypeError(f"pass what to write to: results on CUDA are not made as {type(like).__name__}")
         if not hasattr(getattr(like, "__array_namespace__", dict)(), "from_dlpack"):
-            raise TypeError(f"out: pass what to write to, {type(like).__name__} has no __array_namespace__ to make it")
+            raise TypeError(f"pass what to write to: {type(like).__name__} has no __array_namespace__ to make it")
         with contextlib.ExitStack() as lent:
             return Memory(shape, dtype or self.view("q", like, written=False, stream=0, lent=lent).dtype)
 

@@ -1,6 +1,5 @@
 """The calls: forward, merge, diagnose."""
 
-import dataclasses
 import functools
 from collections import namedtuple
 from collections.abc import Sequence
@@ -9,68 +8,28 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 from . import _params
 from ._call import Call, cpu_execution
 from ._dlpack import SupportsDLPack
+from ._inputs import BlockMask, Layout, Numbers, add_choices, tensors_of
 from ._library import check, ffi, lib
 from ._params import Mask, Method, Parameters
 
-Layout = Literal["bhsd", "bshd"]
 Array = TypeVar("Array", bound=SupportsDLPack)
 Other = TypeVar("Other", bound=SupportsDLPack)
-# Whole numbers: a list, or an array that has `tolist`.
-Numbers = Sequence[int] | SupportsDLPack
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockMask:
-    """Exact blocks that the caller chooses instead of sortLSH, for method "paper" (hyperattn_block_mask in the header).
+class _Options(Parameters, total=False):
+    """The keyword arguments of `forward` on which the type of its result does not depend."""
 
-    Queries are taken in blocks of `query_block`, keys in blocks of `key_block`. `row_offsets` is int64,
-    [num_query_blocks + 1] for all heads or [batch * heads_q, num_query_blocks + 1]: where a block of queries begins and
-    ends in `columns`, int32: the key blocks that it meets, ascending. Both are contiguous and where q is; on CUDA what
-    they hold is not checked.
-    """
-
-    query_block: int
-    key_block: int
-    row_offsets: Any
-    columns: Any
-
-    def fill(self, call: Call, struct: Any, n_q: int, n_k: int) -> None:
-        """Writes the C struct; it points into this object's arrays."""
-        struct.struct_size = ffi.sizeof("hyperattn_block_mask")
-        struct.query_block = self.query_block
-        struct.key_block = self.key_block
-        struct.num_query_blocks = -(-n_q // max(self.query_block, 1))
-        struct.num_key_blocks = -(-n_k // max(self.key_block, 1))
-        per_head = self.row_offsets.shape[-1]
-        if per_head != struct.num_query_blocks + 1:
-            raise ValueError(f"row_offsets: {per_head} entries a head, not {struct.num_query_blocks + 1}")
-        struct.row_offsets = call.pointer("row_offsets", self.row_offsets, "int64", "int64_t *")
-        struct.columns = call.pointer("columns", self.columns, "int32", "int32_t *")
-        struct.row_offsets_head_stride = 0 if self.row_offsets.ndim == 1 else per_head
-
-
-def _inputs(call: Call, q: Any, k: Any, v: Any, block_mask: BlockMask | None) -> Any:
-    tensors = ffi.new("hyperattn_tensors *")
-    tensors.struct_size = ffi.sizeof("hyperattn_tensors")
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        call.fill(getattr(tensors, name), name, array)
-    if block_mask is not None:
-        tensors.block_mask = call.keep(ffi.new("hyperattn_block_mask *"))
-        block_mask.fill(call, tensors.block_mask, tensors.q.shape[2], tensors.k.shape[2])
-    return tensors
-
-
-def _whole_numbers(numbers: Any) -> list[int]:
-    return [int(number) for number in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
-
-
-def _divide(call: Call, tensors: Any, queries: Numbers, keys: Numbers) -> None:
-    """The sequences' bounds: short arrays of the host, also where the tensors are on CUDA."""
-    bounds = [_whole_numbers(queries), _whole_numbers(keys)]
-    if len(bounds[0]) != len(bounds[1]) or len(bounds[0]) < 2:
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k: {len(bounds[0])} and {len(bounds[1])} numbers, not 2 or more")
-    tensors.num_sequences = len(bounds[0]) - 1
-    tensors.cu_seqlens_q, tensors.cu_seqlens_k = (call.keep(ffi.new("int32_t[]", numbers)) for numbers in bounds)
+    method: Method | int
+    mask: Mask | int
+    scale: float | None
+    layout: Layout
+    threads: int
+    stream: int | None
+    additive_mask: SupportsDLPack | None
+    block_mask: BlockMask | None
+    head_methods: Sequence[Method | int] | None
+    cu_seqlens_q: Numbers | None
+    cu_seqlens_k: Numbers | None
 
 
 @overload
@@ -79,21 +38,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: None = ...,
     return_lse: Literal[False] = ...,
     return_error: Literal[False] = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> Array: ...
 @overload
 def forward(
@@ -101,21 +49,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: Other,
     return_lse: Literal[False] = ...,
     return_error: Literal[False] = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> Other: ...
 @overload
 def forward(
@@ -123,21 +60,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: None = ...,
     return_lse: bool = ...,
     return_error: bool = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> tuple[Array, ...]: ...
 @overload
 def forward(
@@ -145,21 +71,10 @@ def forward(
     k: SupportsDLPack,
     v: SupportsDLPack,
     *,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
     out: SupportsDLPack,
     return_lse: bool = ...,
     return_error: bool = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[_Options],
 ) -> tuple[Any, ...]: ...
 def forward(
     q: Any,
@@ -213,18 +128,8 @@ def forward(
     """
     struct = _params.build(method, mask, scale, params)
     with Call("q", q, layout, stream) as call:
-        tensors = _inputs(call, q, k, v, block_mask)
-        heads = tensors.q.shape[1]
-        if additive_mask is not None:
-            call.fill_mask(tensors.mask, "additive_mask", additive_mask)
-        if head_methods is not None:
-            if len(head_methods) != heads:
-                raise ValueError(f"head_methods: {len(head_methods)} methods for {heads} heads")
-            struct.head_methods = call.keep(_params.methods(head_methods))
-        if cu_seqlens_q is not None:
-            _divide(call, tensors, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
-        elif cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k: given without cu_seqlens_q")
+        tensors = tensors_of(call, q, k, v, block_mask)
+        add_choices(call, struct, tensors, additive_mask, head_methods, cu_seqlens_q, cu_seqlens_k)
         made = [] if out is not None else [call.empty((*q.shape[:-1], v.shape[-1]))]
         call.fill(tensors.out, "out", made[0] if made else out, written=True)
         if return_lse:
@@ -232,9 +137,9 @@ def forward(
             call.fill(tensors.lse, "lse", made[-1], written=True, per_row=True)
         if return_error:
             groups = (tensors.num_sequences,) if tensors.num_sequences else q.shape[:-3]
-            made.append(call.empty((*groups, heads), "float32"))
+            made.append(call.empty((*groups, tensors.q.shape[1]), "float32"))
             call.fill(tensors.error, "error", made[-1], written=True, per_head=True)
-        call.forward(struct, tensors, threads)
+        call.run("forward", threads, struct, tensors)
         results = [call.result(array) for array in made]
     results = results if out is None else [out, *results]
     return results[0] if len(results) == 1 else tuple(results)
@@ -289,7 +194,7 @@ def diagnose(
     struct = _params.build(method, mask, scale, params)
     with Call("q", q, layout) as call:
         call.on_cpu_only("diagnose")
-        tensors = _inputs(call, q, k, v, None)
+        tensors = tensors_of(call, q, k, v, None)
         # The shape of an output that is not wanted.
         tensors.out = tensors.q
         tensors.out.data = ffi.NULL

@@ -127,13 +127,13 @@ class Call:
         """What the caller gets for an array of `empty`, after the call."""
         return self.arrays.result(array, self._first)
 
-    def forward(self, params: Any, tensors: Any, threads: int) -> None:
-        """hyperattn_forward, or hyperattn_cuda_forward on the stream."""
+    def run(self, function: str, threads: int, params: Any, tensors: Any, *gradients: Any) -> None:
+        """hyperattn_{function}(), or hyperattn_cuda_{function}() on the stream."""
         if self.device == CPU:
-            check(lib.hyperattn_forward(params, tensors, cpu_execution(threads)))
+            check(getattr(lib, f"hyperattn_{function}")(params, tensors, *gradients, cpu_execution(threads)))
             return
         need = ffi.new("hyperattn_layout *")
-        check(lib.hyperattn_cuda_forward_workspace(params, tensors, need))
+        check(getattr(lib, f"hyperattn_cuda_{function}_workspace")(params, tensors, need))
         execution = ffi.new("hyperattn_cuda_exec *")
         execution.struct_size = ffi.sizeof("hyperattn_cuda_exec")
         execution.stream = ffi.cast("struct CUstream_st *", self.stream)
@@ -143,7 +143,7 @@ class Call:
             execution.workspace.data = ffi.cast("void *", workspace.data_ptr())
             execution.workspace.size = need.size
         with _cuda.current_context(self.device.index):
-            check(lib.hyperattn_cuda_forward(params, tensors, execution))
+            check(getattr(lib, f"hyperattn_cuda_{function}")(params, tensors, *gradients, execution))
 
     def on_cpu_only(self, function: str) -> None:
         """Refuses what the library has for the CPU only."""

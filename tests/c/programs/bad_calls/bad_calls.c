@@ -144,6 +144,7 @@ int main(int argc, char **argv)
     bad_masks();
     bad_block_masks();
     bad_merges();
+    bad_gradients();
     bad_diagnoses();
     bad_divisions();
     bad_plans();

@@ -50,6 +50,7 @@ void bad_exec(void);
 void bad_masks(void);
 void bad_block_masks(void);
 void bad_merges(void);
+void bad_gradients(void);
 void bad_diagnoses(void);
 void bad_divisions(void);
 void bad_plans(void);

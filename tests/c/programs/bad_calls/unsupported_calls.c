@@ -1,34 +1,11 @@
 /* Entry points that this version declares but does not have. */
 #include "bad_calls.h"
 
-static void backward(void)
-{
-    bad_call c;
-    bad_call_fresh(&c);
-    hyperattn_grads grads = {sizeof grads, c.tensors.out, c.tensors.q, c.tensors.k, c.tensors.v};
-    hyperattn_layout layout = {77, 88};
-
-    bad_call_forget_error();
-    hyperattn_status status = hyperattn_backward(&c.params, &c.tensors, &grads, &c.exec);
-    bad_call_expect_error("backward", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
-    bad_call_forget_error();
-    status = hyperattn_backward_workspace(&c.params, &c.tensors, &c.exec, &layout);
-    bad_call_expect_error("backward_workspace", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
-    CHECK(layout.size == 77 && layout.align == 88);
-    /* What is not there cannot tell good arguments from bad ones, but must not crash on them. */
-    bad_call_forget_error();
-    status = hyperattn_backward(NULL, NULL, NULL, NULL);
-    bad_call_expect_error("backward of nothing", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
-    bad_call_forget_error();
-    status = hyperattn_backward_workspace(NULL, NULL, NULL, NULL);
-    bad_call_expect_error("backward_workspace of nothing", status, HYPERATTN_STATUS_UNSUPPORTED, PARTS("backward"));
-}
-
 static void cuda_backward(void)
 {
     bad_call c;
     bad_call_fresh(&c);
-    hyperattn_grads grads = {sizeof grads, c.tensors.out, c.tensors.q, c.tensors.k, c.tensors.v};
+    hyperattn_grads grads = {sizeof grads, c.tensors.out, c.tensors.q, c.tensors.k, c.tensors.v, c.tensors.lse};
     hyperattn_cuda_exec exec = {sizeof exec, {NULL, 0}, NULL};
     hyperattn_layout layout = {77, 88};
     for (int null = 0; null < 2; null += 1) {
@@ -50,7 +27,6 @@ static void cuda_backward(void)
 void unsupported_calls(void)
 {
     problem_poison_outputs(&bad_call_problem);
-    backward();
     cuda_backward();
     CHECK(array_untouched(&bad_call_problem.out));
 }

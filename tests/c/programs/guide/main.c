@@ -299,12 +299,40 @@ static void check_cuda(random_source *source)
     problem_destroy(&p);
 }
 
+/* The weights of a row add up to 1, so that the gradients of the values add up to those of the outputs. */
+static void check_training(random_source *source)
+{
+    check_case("gradients");
+    problem p = solved(1, TOKENS, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT, source);
+    hyperattn_params params = problem_params(HYPERATTN_METHOD_EXACT, HYPERATTN_MASK_CAUSAL_BOTTOM_RIGHT);
+    float *dout = floats(HEADS_Q * TOKENS * DIM), *dq = floats(HEADS_Q * TOKENS * DIM);
+    float *dk = floats(HEADS_KV * TOKENS * DIM), *dv = floats(HEADS_KV * TOKENS * DIM);
+    double expected = 0.0, actual = 0.0;
+    for (int64_t i = 0; i < HEADS_Q * TOKENS * DIM; i += 1) {
+        dout[i] = (float)random_gaussian(source);
+        expected += dout[i];
+    }
+    CHECK_OK(gradients_of(&params, &p.tensors, dout, dq, dk, dv));
+    for (int64_t i = 0; i < HEADS_KV * TOKENS * DIM; i += 1) {
+        actual += dv[i];
+    }
+    CHECK_NEAR(actual, expected, 1e-3);
+    /* The first query of each head sees one key, and the last ones see many. */
+    CHECK(dq[0] > -1e-5f && dq[0] < 1e-5f && dq[(TOKENS - 1) * DIM] != 0.0f && dk[0] != 0.0f);
+    free(dout);
+    free(dq);
+    free(dk);
+    free(dv);
+    problem_destroy(&p);
+}
+
 int main(int argc, char **argv)
 {
     random_source source = { check_start("guide", argc, argv) };
     check_layouts(&source);
     check_chunks(&source);
     check_pages(&source);
+    check_training(&source);
     check_engine(&source);
     check_sequences_and_plans(&source);
     check_cuda(&source);

@@ -68,6 +68,45 @@ static void masked_by_hand()
     CHECK_FAILS(hyperattn::forward(problem.params, tensors), HYPERATTN_STATUS_UNSUPPORTED, "tensors.mask");
 }
 
+/// The loss is the first output of the first head: of the weights 3/4 and 1/4 of 4 and 0.
+static void backward_by_hand()
+{
+    small problem;
+    std::vector<float> dout(8, 0.0f), dq(8, NAN), dk(4, NAN), dv(4, NAN);
+    dout[0] = 1.0f;
+    const hyperattn::tensors tensors = problem.tensors();
+    const hyperattn::grads grads(hyperattn::bhsd(dout, 1, 2, 2, 2), hyperattn::bhsd(dq, 1, 2, 2, 2),
+                                 hyperattn::bhsd(dk, 1, 1, 2, 2), hyperattn::bhsd(dv, 1, 1, 2, 2));
+    CHECK(grads.struct_size == sizeof(hyperattn_grads) && grads.dlse.data == nullptr);
+    CHECK_OK(hyperattn::forward(problem.params, tensors));
+    CHECK_OK(hyperattn::backward(problem.params, tensors, grads));
+    const double slope = 0.75 * std::log(3.0);
+    const double expected_dq[8] = {slope, -slope, 0, 0, 0, 0, 0, 0};
+    const double expected_dk[4] = {slope, 0, -slope, 0}, expected_dv[4] = {0.75, 0, 0.25, 0};
+    for (std::size_t i = 0; i < 8; ++i) {
+        CHECK_NEAR(static_cast<double>(dq[i]), expected_dq[i], 1e-5);
+    }
+    for (std::size_t i = 0; i < 4; ++i) {
+        CHECK_NEAR(static_cast<double>(dk[i]), expected_dk[i], 1e-5);
+        CHECK_NEAR(static_cast<double>(dv[i]), expected_dv[i], 1e-5);
+    }
+    hyperattn::cpu_exec exec;
+    exec.num_threads = 1;
+    problem.params.flags = HYPERATTN_FLAG_NO_ALLOC;
+    CHECK_FAILS(hyperattn::backward(problem.params, tensors, grads, exec), HYPERATTN_STATUS_WORKSPACE_TOO_SMALL,
+                "workspace");
+    hyperattn_layout need = {};
+#ifdef HYPERATTN_NO_EXCEPTIONS
+    CHECK_OK(hyperattn::backward_workspace(problem.params, tensors, exec, need));
+#else
+    need = hyperattn::backward_workspace(problem.params, tensors, exec);
+#endif
+    hyperattn::workspace workspace;
+    CHECK_OK(workspace.reserve(need));
+    exec.workspace = workspace.buffer();
+    CHECK_OK(hyperattn::backward(problem.params, tensors, grads, exec));
+}
+
 /// C's structs are accepted where the wrapper's are.
 static void from_c_structs()
 {
@@ -178,6 +217,7 @@ void check_calls()
     by_hand();
     causal_by_hand();
     masked_by_hand();
+    backward_by_hand();
     from_c_structs();
     errors();
     merge();

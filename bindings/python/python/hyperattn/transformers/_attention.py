@@ -46,8 +46,11 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
     """The output, a view of [batch, tokens, heads, head_dim] memory, and the error estimate, if asked for."""
-    if torch.compiler.is_compiling() and not kwargs.get("return_error"):
-        # One node of the graph, where the call below would break it.
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if recorded and kwargs.get("return_error"):
+        raise ValueError("estimate_errors: not while gradients are recorded; use torch.no_grad()")
+    if recorded or (torch.compiler.is_compiling() and not kwargs.get("return_error")):
+        # One node of the graph, where the call below would not be recorded, or would break what is compiled.
         out, _ = operator.forward(*(x.transpose(1, 2) for x in (q, k, v)), layout="bshd", **kwargs)
         return out.transpose(1, 2), None
     batch, heads, tokens, _ = q.shape
@@ -84,7 +87,9 @@ def attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"hyperattn has no {name}: choose another attn_implementation for this model")
     if dropout:
-        raise ValueError("hyperattn has no dropout: call model.eval() first")
+        raise ValueError(
+            f"hyperattn has no dropout, but attention has one of {dropout}: call model.eval(), or set it to 0 to train"
+        )
     layer: Layer | None = getattr(module, LAYER_ATTRIBUTE, None)
     causal = _is_causal(module, is_causal)
 
