@@ -42,8 +42,9 @@ pub fn backward_divided_workspace(
 /// forward call with the same `params`, `out` and `lse` as it left them; they are only read, and `error` and
 /// `keys_per_query` not at all. What [`crate::forward`] says of the workspace, the stream and errors holds here too.
 ///
-/// # Safety As for [`crate::forward`]; what `gradients` describe is memory of the context's device too, the outputs
-/// among it writable and used by nobody else.
+/// # Safety
+/// As for [`crate::forward`]; what `gradients` describe is memory of the context's device too, the outputs among it
+/// writable and used by nobody else.
 pub unsafe fn backward(
     params: &Params,
     tensors: &DeviceTensors,

@@ -26,7 +26,8 @@ constexpr u32 LOADER_ARRIVALS = WARPGROUP / 32 + WARPGROUP;
 // Of a thread; together no more than the block starts with, 168 for each.
 constexpr u32 LOADER_REGISTERS = 56;
 constexpr u32 CONSUMER_REGISTERS = 224;
-static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168, "or a warpgroup waits for ever");
+static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168,
+              "or a warpgroup waits for ever");
 
 // Named barriers: of the loading threads, and of the computing ones.
 constexpr u32 LOADER_BARRIER = 1;
