@@ -280,7 +280,7 @@ pub(crate) mod tests {
     fn errors_name_the_line_and_the_column() {
         let good = record(&[], 1.0).to_line();
         let with = |line: &str| parse(&format!("{}\n{good}\n{line}", header())).unwrap_err();
-        assert_eq!(with("a,b"), "line 3: expected 47 fields, found 2");
+        assert_eq!(with("a,b"), "line 3: expected 48 fields, found 2");
         assert_eq!(with(&good.replace("123.45", "fast")), "line 3: gflops is not a number: \"fast\"");
         assert!(with(&good.replace("exact", "fast")).starts_with("line 3: method = \"fast\": the value"));
         assert_eq!(parse("list,speed\n").unwrap_err(), "line 1: unknown column \"speed\"");
