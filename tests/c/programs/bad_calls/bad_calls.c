@@ -149,7 +149,7 @@ int main(int argc, char **argv)
     bad_divisions();
     bad_plans();
     bad_cuda_calls();
-    unsupported_calls();
+    bad_cuda_gradients();
     /* Mistakes leave nothing behind. */
     fresh_calls_succeed();
     problem_destroy(&bad_call_problem);

@@ -55,7 +55,7 @@ void bad_diagnoses(void);
 void bad_divisions(void);
 void bad_plans(void);
 void bad_cuda_calls(void);
-void unsupported_calls(void);
+void bad_cuda_gradients(void);
 
 /* The last arguments are the parts of the sentence. */
 #define PARTS(...) \
