@@ -115,9 +115,11 @@ pub(crate) fn attend(
     for_each_item(executor, lanes, problem.heads_kv * blocks, &|scratch, item| {
         let (kv_head, block) = (item / blocks, item % blocks);
         let positions = block * BLOCK..problem.n_k.min((block + 1) * BLOCK);
-        // SAFETY: each task has its own block of keys.
-        let of_block =
-            |split: usize| unsafe { block_sums.row((split * problem.heads_kv + kv_head) * blocks + block) };
+        let of_block = |split: usize| {
+            let index = (split * problem.heads_kv + kv_head) * blocks + block;
+            // SAFETY: each task has its own block of keys.
+            unsafe { block_sums.row(index) }
+        };
         let mean = of_block(0);
         (1..splits).for_each(|split| add(mean, of_block(split)));
         let summary = &keys.summaries[kv_head * summaries_len + block * width..][..width];

@@ -262,9 +262,9 @@ fn errors_name_the_argument() {
     };
     let params = exact(Mask::None);
     let expect = |tensors: &DeviceTensors, gradients: &DeviceGradients, kind: ErrorKind, part: &str| {
+        let stream = std::ptr::null_mut();
         // SAFETY: an error of the arguments is found before anything is touched.
-        let result =
-            unsafe { hyperattn_cuda::backward(&params, tensors, gradients, None, std::ptr::null_mut()) };
+        let result = unsafe { hyperattn_cuda::backward(&params, tensors, gradients, None, stream) };
         let error = result.unwrap_err();
         assert!(error.kind() == kind && error.to_string().contains(part), "{error:?}, not {part}");
     };

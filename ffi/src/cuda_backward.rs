@@ -114,8 +114,8 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
 /// As for [`device_tensors`].
 unsafe fn read_layouts(from: &hyperattn_tensors) -> Result<DeviceTensors> {
     let without_figures = hyperattn_tensors { error: tensor::EMPTY, lse: tensor::EMPTY, ..*from };
+    let given = |tensor: &hyperattn_tensor| !tensor.data.is_null();
     // SAFETY: the caller's contract.
-    let tensors =
-        unsafe { device_tensors(&without_figures, |tensor| !tensor.data.is_null(), &|_, _| Ok(())) }?;
+    let tensors = unsafe { device_tensors(&without_figures, given, &|_, _| Ok(())) }?;
     Ok(DeviceTensors { lse: Some(device_tensor("lse", &from.lse)?), ..tensors })
 }
