@@ -216,15 +216,19 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
             return;
         for (; found != 0; found &= found - 1) {
             u64 row = (u64)number * params.chunks * samples + first + __ffs(found) - 1;
-            for (u32 chunk = 0; chunk < chunks; ++chunk, row += samples) {
 #pragma unroll
-                for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-                    u32 column = lane + 32 * i;
-                    if (column < params.head_dim)
-                        sums[i] += params.key_partials[row * params.head_dim + column];
-                    else if (column < columns)
-                        sums[i] += params.value_partials[row * params.value_dim + column - params.head_dim];
-                }
+            for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
+                u32 column = lane + 32 * i;
+                if (column >= columns)
+                    continue;
+                bool of_key = column < params.head_dim;
+                u32 dim = of_key ? params.head_dim : params.value_dim;
+                const float *partial = of_key ? params.key_partials + row * dim + column
+                                              : params.value_partials + row * dim + column - params.head_dim;
+                // Several are read before they are added.
+#pragma unroll 8
+                for (u32 chunk = 0; chunk < chunks; ++chunk)
+                    sums[i] += partial[(u64)chunk * samples * dim];
             }
         }
     }

@@ -28,6 +28,15 @@ using hopper::products_commit;
 using hopper::products_wait;
 using online_softmax::exp2_approximate;
 
+// Which pairs of a block are masked: none, all of some keys, or any.
+enum Mask : u32 { MASK_NONE, MASK_ROWS, MASK_PAIRS };
+
+// A query sees positions below `start`; a key is hidden from positions [start, start + count). Of two rows.
+struct Bounds {
+    u32 start[2];
+    u32 count[2];
+};
+
 // A computing warpgroup: 64 rows of each tile, of keys or of queries.
 template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     using S = Shape<DIM>;
@@ -67,10 +76,16 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             barrier_arrive(shared_address(&barrier));
     }
 
-    // A barrier of the computing threads.
+    // A barrier of the computing threads that tells whether any of them found something.
     __device__ __forceinline__ static bool consumers_or(bool found)
     {
-        return barrier_or<CONSUMER_BARRIER, CONSUMERS * WARPGROUP>(found);
+        u32 any;
+        asm volatile("{\n.reg .pred mine, all;\nsetp.ne.u32 mine, %1, 0;\n"
+                     "barrier.cta.red.or.pred all, %2, %3, mine;\nselp.u32 %0, 1, 0, all;\n}\n"
+                     : "=r"(any)
+                     : "r"((u32)found), "n"(CONSUMER_BARRIER), "n"(CONSUMERS * WARPGROUP)
+                     : "memory");
+        return any;
     }
 
     __device__ __forceinline__ void wait(const u64 &barrier, u32 phase) const
@@ -111,21 +126,34 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     }
 
     // Whether column j counts for one of this thread's rows, in a masked block.
-    __device__ __forceinline__ bool seen(u32 flags, u32 half, u32 j) const
+    __device__ __forceinline__ bool seen(const Bounds &bounds, u32 half, u32 j) const
+    {
+        u32 position = control.columns[ring.stage].position[j];
+        if constexpr (OF_KEYS)
+            return position != NO_KEY && position - bounds.start[half] >= bounds.count[half];
+        else
+            return position < bounds.start[half];
+    }
+
+    __device__ __forceinline__ Bounds bounds(u32 flags) const
     {
         const RowSlot &rows = control.rows[slots.stage];
-        u32 position = control.columns[ring.stage].position[j], row = first_row + 8 * half;
-        if constexpr (OF_KEYS)
-            return position != NO_KEY && position - rows.hidden_start[row] >= rows.hidden_count[row];
-        else
-            return position < (flags & STAGE_STRADDLES ? rows.hidden_start[row] : NO_KEY);
+        Bounds bounds;
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            bounds.start[half] = rows.hidden_start[first_row + 8 * half];
+            bounds.count[half] = OF_KEYS ? rows.hidden_count[first_row + 8 * half] : 0;
+            if (!OF_KEYS && !(flags & STAGE_STRADDLES))
+                bounds.start[half] = NO_KEY;
+        }
+        return bounds;
     }
 
     // Column of elements 4 j and 4 j + 2 of the products; the next one is that of elements 4 j + 1 and 4 j + 3.
     __device__ __forceinline__ u32 column(u32 j) const { return 8 * j + 2 * (lane & 3); }
 
     // Shares in place of the products of first vectors.
-    template <bool MASKED> __device__ __forceinline__ void weigh(u32 flags)
+    template <Mask MASK> __device__ __forceinline__ void weigh(u32 flags)
     {
         const ColumnStage<COLUMNS> &columns = control.columns[ring.stage];
         float slope = p.scale_log2;
@@ -134,6 +162,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             shift[0] = columns.log_weight - terms[0].lse;
             shift[1] = columns.log_weight - terms[1].lse;
         }
+        Bounds bounds = {};
+        if constexpr (MASK == MASK_PAIRS)
+            bounds = this->bounds(flags);
 #pragma unroll
         for (u32 j = 0; j < COLUMNS / 8; ++j) {
             float4 of_columns = {};
@@ -143,8 +174,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             for (u32 e = 0; e < 4; ++e) {
                 float offset = !OF_KEYS ? shift[e / 2] : e % 2 ? of_columns.z : of_columns.x;
                 float share = exp2_approximate(fmaf(s[4 * j + e], slope, offset));
-                if (MASKED)
-                    share = seen(flags, e / 2, column(j) + e % 2) ? share : 0.0f;
+                if (MASK == MASK_PAIRS)
+                    share = seen(bounds, e / 2, column(j) + e % 2) ? share : 0.0f;
                 s[4 * j + e] = share;
             }
         }
@@ -152,9 +183,16 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 
     // Slopes from shares and the products of second vectors. Both take the place of what they are made of, for there
     // are no registers for more.
-    template <bool MASKED> __device__ __forceinline__ void differentiate(u32 flags)
+    template <Mask MASK> __device__ __forceinline__ void differentiate()
     {
         const ColumnStage<COLUMNS> &columns = control.columns[ring.stage];
+        // What is left of a row's bits.
+        u32 left[2] = {};
+        if constexpr (MASK == MASK_ROWS) {
+            u32 hidden = columns.hidden[first_row / 32] >> first_row % 32;
+            left[0] = (hidden & 1) - 1;
+            left[1] = (hidden >> 8 & 1) - 1;
+        }
 #pragma unroll
         for (u32 j = 0; j < COLUMNS / 8; ++j) {
             float4 of_columns = {};
@@ -165,14 +203,20 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             for (u32 e = 0; e < 4; ++e) {
                 float delta = !OF_KEYS ? terms[e / 2].delta : e % 2 ? of_columns.w : of_columns.y;
                 slope[e] = s[4 * j + e] * (dp[4 * j + e] - delta);
-                if (MASKED)
-                    slope[e] = seen(flags, e / 2, column(j) + e % 2) ? slope[e] : 0.0f;
+                // Of what is not seen the other factor may be anything.
+                if (MASK == MASK_PAIRS)
+                    slope[e] = s[4 * j + e] == 0.0f ? 0.0f : slope[e];
             }
-            slopes[2 * j] = f32_to_16x2<TYPE>(slope[0], slope[1]);
-            slopes[2 * j + 1] = f32_to_16x2<TYPE>(slope[2], slope[3]);
-            if constexpr (OF_KEYS) {
-                shares[2 * j] = f32_to_16x2<TYPE>(s[4 * j], s[4 * j + 1]);
-                shares[2 * j + 1] = f32_to_16x2<TYPE>(s[4 * j + 2], s[4 * j + 3]);
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                u32 pair = 2 * j + half;
+                slopes[pair] = f32_to_16x2<TYPE>(slope[2 * half], slope[2 * half + 1]);
+                if constexpr (OF_KEYS)
+                    shares[pair] = f32_to_16x2<TYPE>(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]);
+                if constexpr (MASK == MASK_ROWS) {
+                    slopes[pair] &= left[half];
+                    shares[pair] &= left[half];
+                }
             }
         }
     }
@@ -189,9 +233,10 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         }
         if (!consumers_or(found))
             return;
+        const Bounds bounds = this->bounds(flags);
 #pragma unroll 1
         for (u32 j = 0; j < COLUMNS; ++j) {
-            const bool counts[2] = {seen(flags, 0, j), seen(flags, 1, j)};
+            const bool counts[2] = {seen(bounds, 0, j), seen(bounds, 1, j)};
 #pragma unroll
             for (u32 n = 0; n < DIM / 8; ++n) {
                 u32 pair =
@@ -224,18 +269,18 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     }
 
     // One block. The products of second vectors go on while shares are computed.
-    template <bool MASKED> __device__ __forceinline__ void step(u32 flags)
+    template <Mask MASK> __device__ __forceinline__ void step(u32 flags)
     {
         products_begin();
         multiply(s, 0);
         multiply(dp, 1);
         products_wait<1>();
         pin(s);
-        weigh<MASKED>(flags);
+        weigh<MASK>(flags);
         products_wait<0>();
         pin(dp);
-        differentiate<MASKED>(flags);
-        if constexpr (MASKED) {
+        differentiate<MASK>();
+        if constexpr (MASK == MASK_PAIRS) {
             if (flags & STAGE_STRADDLES) {
                 take_out_not_finite(sums, flags, 0);
                 if constexpr (OF_KEYS)
@@ -271,6 +316,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             if (rows.rows == 0)
                 return;
             const u32 batch = rows.batch, head = rows.head, flags = rows.flags, first_output = rows.first_output;
+            const float exponent = OF_KEYS ? 0.0f : rows.exponent;
             const u32 row[2] = {rows.row[first_row], rows.row[first_row + 8]};
             if constexpr (!OF_KEYS) {
                 terms[0] = rows.terms[first_row];
@@ -282,16 +328,27 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
                 u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
                 more = !(block_flags & STAGE_LAST);
-                if (block_flags & STAGE_MASKED)
-                    step<true>(block_flags);
+                if (masked(block_flags, exponent))
+                    step<MASK_PAIRS>(block_flags);
+                else if (OF_KEYS && (block_flags & STAGE_HIDES))
+                    step<OF_KEYS ? MASK_ROWS : MASK_NONE>(block_flags);
                 else
-                    step<false>(block_flags);
+                    step<MASK_NONE>(block_flags);
             }
             release(control.barriers[S::ROWS_EMPTY + slots.stage]);
             slots.advance();
             end<0>(batch, head, flags, row[0], first_output);
             end<1>(batch, head, flags, row[1], first_output);
         }
+    }
+
+    // Whether shares of a block are to be masked, the same for all threads. Columns that no row sees are zeros, which
+    // need no mask where their shares and slopes are finite: they add nothing.
+    __device__ __forceinline__ bool masked(u32 flags, float exponent) const
+    {
+        if (OF_KEYS || (flags & STAGE_STRADDLES) || !(flags & STAGE_MASKED))
+            return flags & STAGE_MASKED;
+        return !(control.columns[ring.stage].log_weight + exponent <= MOST_EXPONENT);
     }
 
     // Number of a row among all of its kind.
@@ -327,7 +384,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 });
             };
             if constexpr (OF_KEYS) {
-                if (params.key_stored[at] == 0)
+                if (!control.rows[slots.stage].resumes[first_row + 8 * half])
                     continue;
                 load(sums, params.key_sums, p.head_dim);
                 load(value_sums, params.value_sums, p.value_dim);
@@ -381,24 +438,25 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
             for (u32 i = first; i < first + count; ++i)
                 hopper::barrier_init(shared_address(&control.barriers[i]), arrivals);
         };
-        initialize(S::ROWS_FULL, ROW_SLOTS, LOADER_ARRIVALS);
+        initialize(S::ROWS_FULL, ROW_SLOTS, ROW_WARPS * LOADER_ARRIVALS);
         initialize(S::ROWS_EMPTY, ROW_SLOTS, CONSUMER_WARPS);
-        initialize(S::COLUMNS_FULL, S::STAGES, LOADER_ARRIVALS);
+        initialize(S::COLUMNS_FULL, S::STAGES, S::STAGE_WARPS * LOADER_ARRIVALS);
         initialize(S::COLUMNS_EMPTY, S::STAGES, CONSUMER_WARPS);
+        initialize(S::NUMBER_FULL, NUMBER_STAGES, 1);
+        initialize(S::NUMBER_EMPTY, NUMBER_STAGES, LOADER_WARPS);
         hopper::barrier_init_fence();
     }
     __syncthreads();
 
     u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
-        hopper::registers_decrease<LOADER_REGISTERS>();
-        Loader<DIM> loader(params, control, data);
+        hopper::registers_decrease<LOADER_REGISTERS[OF_KEYS]>();
         if constexpr (OF_KEYS)
-            loader.of_keys();
+            Loader<DIM, KeyTiles<DIM>>(params, control, data).run();
         else
-            loader.of_queries();
+            Loader<DIM, QueryTiles<DIM>>(params, control, data).run();
     } else {
-        hopper::registers_increase<CONSUMER_REGISTERS>();
+        hopper::registers_increase<CONSUMER_REGISTERS[OF_KEYS]>();
         Consumer<TYPE, DIM, OF_KEYS>(params, control, data, warpgroup - 1).run();
     }
 }

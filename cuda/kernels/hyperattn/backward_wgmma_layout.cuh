@@ -12,6 +12,9 @@ namespace hyperattn {
 namespace backward_hopper {
 
 using hopper::ALL_LANES;
+using hopper::LOADER_ARRIVALS;
+using hopper::LOADER_WARPS;
+using hopper::NUMBER_STAGES;
 using hopper::ROW_BYTES;
 using hopper::ROW_ELEMENTS;
 using hopper::WARPGROUP;
@@ -21,19 +24,20 @@ constexpr u32 NO_KEY = key_stream::NO_KEY;
 constexpr u32 CONSUMERS = 2;
 constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
-// Of the loading threads for what they write, a warp's at once, and of each for its copies.
-constexpr u32 LOADER_ARRIVALS = WARPGROUP / 32 + WARPGROUP;
-// Of a thread; together no more than the block starts with, 168 for each.
-constexpr u32 LOADER_REGISTERS = 56;
-constexpr u32 CONSUMER_REGISTERS = 224;
-static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168,
+// Of a thread, for tiles of queries and of keys; together no more than the block starts with, 168 for each.
+constexpr u32 LOADER_REGISTERS[2] = {72, 56};
+constexpr u32 CONSUMER_REGISTERS[2] = {216, 224};
+static_assert(LOADER_REGISTERS[0] + CONSUMERS * CONSUMER_REGISTERS[0] <= (1 + CONSUMERS) * 168 &&
+                  LOADER_REGISTERS[1] + CONSUMERS * CONSUMER_REGISTERS[1] <= (1 + CONSUMERS) * 168,
               "or a warpgroup waits for ever");
 
-// Named barriers: of the loading threads, and of the computing ones.
-constexpr u32 LOADER_BARRIER = 1;
-constexpr u32 CONSUMER_BARRIER = 2;
+// The named barrier of the computing threads.
+constexpr u32 CONSUMER_BARRIER = 1;
 
 constexpr u32 ROW_SLOTS = 2;
+// Those that load a tile's rows: one the first vectors, one the second.
+constexpr u32 ROW_WARPS = LOADER_WARPS / ROW_SLOTS;
+static_assert(ROW_WARPS == 2, "there are two vectors");
 
 // A tile's rows. `rows` is 0 when there are no more tiles.
 struct alignas(16) RowSlot {
@@ -43,34 +47,61 @@ struct alignas(16) RowSlot {
     u32 flags;
     u32 has_columns;
     u32 first_output;
+    // Of queries: no share of a column of zeros is above 2^(its log weight + this), nor is its product with a delta.
+    float exponent;
     u32 row[TILE_ROWS];
     // Of queries.
     RowTerms terms[TILE_ROWS];
     // A query sees positions below `hidden_start`; a key is hidden from positions [hidden_start, hidden_start + count).
     u32 hidden_start[TILE_ROWS];
     u32 hidden_count[TILE_ROWS];
+    // Of keys: whether there are sums to go on from.
+    u32 resumes[TILE_ROWS];
 };
 
 enum StageFlags : u32 {
-    // Of key_stream.cuh.
+    // Of keys as in key_stream.cuh; of queries that a key is hidden from some of them.
     STAGE_MASKED = key_stream::BLOCK_MASKED,
     STAGE_STRADDLES = key_stream::BLOCK_STRADDLES,
     // The tile's last block.
     STAGE_LAST = 4,
+    // Of queries: keys are hidden from all of them. Never with STAGE_MASKED.
+    STAGE_HIDES = 8,
 };
+
+// Of 16-bit floats, less the sign's part.
+constexpr float MOST_EXPONENT = 14.0f;
 
 template <u32 COLUMNS> struct alignas(16) ColumnStage {
     // Of queries: log weight less lse, and delta.
     float2 terms[COLUMNS];
-    u32 row[COLUMNS];
+    // Of STAGE_MASKED.
     u32 position[COLUMNS];
+    // Of STAGE_HIDES: a bit for each key.
+    u32 hidden[TILE_ROWS / 32];
     u32 flags;
     float log_weight;
+};
+
+// What a loading warp keeps of a tile, with the block of columns that it is at: registers are scarce.
+struct LoadedQueryTile {
+    Tile tile;
+    key_stream::KeyBlock block;
+    u32 kv_head;
+    // Of its keys.
+    const u32 *order;
+};
+
+struct LoadedKeyTile {
+    KeyTile tile;
+    query_stream::QueryBlock block;
 };
 
 template <u32 DIM> struct Shape {
     static constexpr u32 COLUMNS = DIM <= 64 ? 128 : 64;
     static constexpr u32 STAGES = DIM <= 64 ? 4 : 2;
+    // Those that load the blocks of a stage: one all of it, or one the first vectors and one the second.
+    static constexpr u32 STAGE_WARPS = LOADER_WARPS / STAGES;
     static constexpr u32 CHUNKS = DIM / ROW_ELEMENTS;
     static constexpr u32 ROW_CHUNK_BYTES = TILE_ROWS * ROW_BYTES;
     static constexpr u32 ROWS_BYTES = CHUNKS * ROW_CHUNK_BYTES;
@@ -85,20 +116,22 @@ template <u32 DIM> struct Shape {
     static constexpr u32 ROWS_EMPTY = ROWS_FULL + ROW_SLOTS;
     static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + ROW_SLOTS;
     static constexpr u32 COLUMNS_EMPTY = COLUMNS_FULL + STAGES;
-    static constexpr u32 BARRIERS = COLUMNS_EMPTY + STAGES;
+    // "Full" for all loading warps, "empty" for the one that draws.
+    static constexpr u32 NUMBER_FULL = COLUMNS_EMPTY + STAGES;
+    static constexpr u32 NUMBER_EMPTY = NUMBER_FULL + NUMBER_STAGES;
+    static constexpr u32 BARRIERS = NUMBER_EMPTY + NUMBER_STAGES;
 
     struct Control {
         u64 barriers[BARRIERS];
-        u32 number;
-        // Of each loading warp's rows.
-        u32 lowest[WARPGROUP / 32];
-        u32 highest[WARPGROUP / 32];
+        u32 number[NUMBER_STAGES];
         RowSlot rows[ROW_SLOTS];
         ColumnStage<COLUMNS> columns[STAGES];
-        // The tile that is loaded.
+        // What each loading warp is copying, see hopper::list_rows().
+        alignas(16) u32 list[LOADER_WARPS][TILE_ROWS];
+        // The tile whose columns a warp loads, and the one after.
         union {
-            key_stream::TileMemory<COLUMNS> queries;
-            KeyTile keys;
+            LoadedQueryTile queries[LOADER_WARPS][2];
+            LoadedKeyTile keys[LOADER_WARPS][2];
         };
     };
 

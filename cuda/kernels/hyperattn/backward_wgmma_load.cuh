@@ -1,6 +1,13 @@
-// The loading warps of the Hopper backward kernels: 128 threads that take tiles, look up their rows and those of the
-// blocks of columns, and copy the vectors by 16 bytes. They run ahead of the computing warps by the slots and the
-// ring's stages, and look a block's rows up before they wait for its stage.
+// The loading warps of the Hopper backward kernels: they take tiles, look up their rows and those of the blocks of
+// columns, and copy the vectors by 16 bytes.
+//
+// The four warps go through all tiles, each at its own pace, and load what is their own: the rows of tiles that go to
+// one of the slots, and the blocks that go to one of the ring's stages. So look-ups of one go on beside copies of
+// others. A tile's rows are loaded while the columns of the tile before are.
+//
+// Nobody waits forever. In the order in which the computing warps read, what a warp waits for before it loads something
+// depends on earlier things only, and it has loaded all earlier ones that are its own; but for the rows of the next
+// tile, which come before later blocks of this one and wait for the tile before this one only.
 #pragma once
 
 #include "backward_wgmma_layout.cuh"
@@ -12,11 +19,12 @@ namespace backward_hopper {
 
 using hopper::barrier_arrive;
 using hopper::barrier_wait;
-using hopper::copies_arrive;
-using hopper::copy_16_bytes;
-using hopper::named_barrier_sync;
+using hopper::list_rows;
 using hopper::shared_address;
 using hopper::swizzled;
+using hopper::warp_arrive;
+using hopper::warp_arrive_after_copies;
+using hopper::warp_wait;
 
 // Vectors of a tensor, of one batch item and head.
 struct Vectors {
@@ -30,295 +38,498 @@ __device__ __forceinline__ Vectors vectors(const View &tensor, u32 batch, u32 he
     return {tensor.row(batch, head, 0), tensor.row_stride, dim};
 }
 
-// Copies listed rows, zeros for NO_KEY and beyond the dimension. Eight lanes copy a chunk of a row.
-template <u32 ROWS, u32 CHUNKS>
-__device__ __forceinline__ void copy_rows(u32 to, const Vectors &from, const u32 *rows)
+// Asks for a row of sums that will be read soon.
+__device__ __forceinline__ void prefetch_row(const float *row, u32 dim)
 {
-    constexpr u32 PARTS = ROW_BYTES / 16, STEP = WARPGROUP / PARTS;
-    const u32 part = threadIdx.x % PARTS, first = threadIdx.x / PARTS;
-    // Every STEP rows the swizzle is the same.
-    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "whole steps");
-    u32 shared = swizzled(to, first, part);
-    const char *data = from.data + part * 16;
-#pragma unroll 4
-    for (u32 i = 0; i < ROWS / STEP; ++i) {
-        u32 row = rows[i * STEP + first];
-        const char *elements = data + (row == NO_KEY ? 0 : row * from.row_stride);
-#pragma unroll
-        for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-            bool copied = row != NO_KEY && chunk * ROW_ELEMENTS + part * 8 < from.dim;
-            copy_16_bytes(shared + i * STEP * ROW_BYTES + chunk * ROWS * ROW_BYTES, elements + chunk * ROW_BYTES,
-                          copied ? 16 : 0);
-        }
-    }
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(dim * (u32)sizeof(float)) : "memory");
 }
 
-// A barrier of some threads that tells whether any of them found something.
-template <u32 NAME, u32 COUNT> __device__ __forceinline__ bool barrier_or(bool found)
-{
-    u32 any;
-    asm volatile("{\n.reg .pred mine, all;\nsetp.ne.u32 mine, %1, 0;\n"
-                 "barrier.cta.red.or.pred all, %2, %3, mine;\nselp.u32 %0, 1, 0, all;\n}\n"
-                 : "=r"(any)
-                 : "r"((u32)found), "n"(NAME), "n"(COUNT)
-                 : "memory");
-    return any;
-}
-
-template <u32 DIM> struct Loader {
+// The tiles of queries: their rows, and their blocks of keys.
+template <u32 DIM> struct QueryTiles {
     using S = Shape<DIM>;
-    static constexpr u32 COLUMNS = S::COLUMNS;
+    using Block = key_stream::KeyBlock;
+    static constexpr u32 LANE_ROWS = TILE_ROWS / 32, LANE_COLUMNS = S::COLUMNS / 32;
+    static constexpr bool WAITS_FOR_ROWS = false;
+
+    // Of a block that was looked up.
+    struct Found {
+        u32 row[LANE_COLUMNS];
+        u32 flags;
+        float log_weight;
+        bool extra;
+    };
+
     const BackwardParams &params;
     const AttendParams &p;
+    const u32 lane;
+
+    __device__ __forceinline__ QueryTiles(const BackwardParams &backward)
+        : params(backward), p(backward.attend), lane(threadIdx.x % 32)
+    {
+    }
+
+    __device__ __forceinline__ u32 count() const { return p.tile_count; }
+    __device__ __forceinline__ static auto &loaded(typename S::Control &control, u32 warp, u32 which)
+    {
+        return control.queries[warp][which];
+    }
+    // Of a tile: for one thread.
+    __device__ __forceinline__ void take(u32 number, LoadedQueryTile &loaded) const
+    {
+        loaded.tile = p.tiles[number];
+        loaded.kv_head = p.kv_head(loaded.tile);
+        loaded.order = p.order_of_keys(loaded.tile.batch, loaded.kv_head);
+    }
+
+    __device__ __forceinline__ static Block before_first()
+    {
+        Block block = {};
+        block.number = NO_KEY;
+        return block;
+    }
+
+    // The largest limit of a tile's rows. Those of sorted ones do not matter, see TILE_SORTED.
+    __device__ __forceinline__ u32 highest(const Tile &tile) const
+    {
+        return p.limit(tile.first_query + tile.rows - 1);
+    }
+
+    __device__ __forceinline__ void advance(const Tile &tile, Block &block) const
+    {
+        key_stream::advance<S::COLUMNS>(p, tile, p.limit(tile.first_query), highest(tile), block);
+    }
+
+    __device__ __forceinline__ u32 row(const Tile &tile, u32 i) const
+    {
+        return i < tile.rows ? p.query_row(tile, i) : NO_KEY;
+    }
+
+    // What is known of the rows in a slot, for one warp.
+    __device__ __forceinline__ void describe(const Tile &tile, const u32 (&row)[LANE_ROWS], RowSlot &slot) const
+    {
+        RowTerms terms[LANE_ROWS];
+        u64 first_row = (u64)(tile.batch * p.heads_q + tile.head) * p.n_q;
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i)
+            terms[i] = query_stream::terms_of(params, first_row, row[i]);
+        float exponent = __uint_as_float(0xff800000u);
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            // |delta| is below 2^(this - 126).
+            u32 biased = max(__float_as_uint(fabsf(terms[i].delta)) >> 23, 126u);
+            exponent = fmaxf(exponent, (float)(biased - 126) - terms[i].lse);
+        }
+#pragma unroll
+        for (u32 distance = 1; distance < 32; distance *= 2)
+            exponent = fmaxf(exponent, __shfl_xor_sync(ALL_LANES, exponent, distance));
+        slot.exponent = exponent;
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            slot.terms[32 * i + lane] = terms[i];
+            slot.hidden_start[32 * i + lane] = row[i] == NO_KEY ? 0 : p.limit(row[i]);
+        }
+        slot.head = tile.head;
+        slot.first_output = 0;
+    }
+
+    // Asks for the sums that the tile goes on from.
+    __device__ __forceinline__ void prefetch(const Tile &tile, const u32 (&row)[LANE_ROWS], u32 which, RowSlot &) const
+    {
+        if (!(tile.flags & TILE_RESUME) || which != 0)
+            return;
+        u64 first_row = (u64)(tile.batch * p.heads_q + tile.head) * p.n_q;
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            if (row[i] != NO_KEY)
+                prefetch_row(p.state_accumulated + (first_row + row[i]) * p.head_dim, p.head_dim);
+        }
+    }
+
+    __device__ __forceinline__ Vectors rows_of(const Tile &tile, u32 which) const
+    {
+        return which == 0 ? vectors(p.q, tile.batch, tile.head, p.head_dim)
+                          : vectors(params.dout, tile.batch, tile.head, p.value_dim);
+    }
+
+    __device__ __forceinline__ void look_up(const LoadedQueryTile &loaded, const Block &block, const RowSlot &, Found &found) const
+    {
+        u32 beyond = highest(loaded.tile);
+#pragma unroll
+        for (u32 i = 0; i < LANE_COLUMNS; ++i)
+            found.row[i] = key_stream::place(p, loaded.order, beyond, block, 32 * i + lane).row;
+        found.flags = block.flags;
+        found.log_weight = block.segment.log_weight;
+        found.extra = block.segment.flags & SEGMENT_EXTRA;
+    }
+
+    __device__ __forceinline__ void describe(const Found &found, ColumnStage<S::COLUMNS> &stage) const
+    {
+        if (found.flags & STAGE_MASKED) {
+            // The rows of limited segments are positions.
+#pragma unroll
+            for (u32 i = 0; i < LANE_COLUMNS; ++i)
+                stage.position[32 * i + lane] = found.row[i];
+        }
+        stage.log_weight = found.log_weight;
+    }
+
+    __device__ __forceinline__ Vectors columns_of(const LoadedQueryTile &loaded, const Found &found, u32 which) const
+    {
+        u32 dim = which == 0 ? p.head_dim : p.value_dim;
+        if (found.extra)
+            return {which == 0 ? p.extra_keys : p.extra_values, (i64)dim * 2, dim};
+        return vectors(which == 0 ? p.k : p.v, loaded.tile.batch, loaded.kv_head, dim);
+    }
+};
+
+// The tiles of keys: their rows, and their blocks of queries.
+template <u32 DIM> struct KeyTiles {
+    using S = Shape<DIM>;
+    using Block = query_stream::QueryBlock;
+    static constexpr u32 LANE_ROWS = TILE_ROWS / 32, LANE_COLUMNS = S::COLUMNS / 32;
+    static constexpr bool WAITS_FOR_ROWS = true;
+
+    struct Found {
+        u32 row[LANE_COLUMNS];
+        RowTerms terms[LANE_COLUMNS];
+        // The lane's word of ColumnStage::hidden.
+        u32 hidden;
+        u32 flags;
+        u32 head;
+        u32 first;
+        float log_weight;
+    };
+
+    const BackwardParams &params;
+    const AttendParams &p;
+    const u32 lane;
+
+    __device__ __forceinline__ KeyTiles(const BackwardParams &backward)
+        : params(backward), p(backward.attend), lane(threadIdx.x % 32)
+    {
+    }
+
+    __device__ __forceinline__ u32 count() const { return params.key_tile_count; }
+    __device__ __forceinline__ static auto &loaded(typename S::Control &control, u32 warp, u32 which)
+    {
+        return control.keys[warp][which];
+    }
+    __device__ __forceinline__ void take(u32 number, LoadedKeyTile &loaded) const
+    {
+        loaded.tile = params.key_tiles[number];
+    }
+
+    __device__ __forceinline__ static Block before_first() { return query_stream::before_first(); }
+
+    // Which queries are hidden is found out for each block.
+    __device__ __forceinline__ void advance(const KeyTile &tile, Block &block) const
+    {
+        query_stream::advance<S::COLUMNS>(params, tile, NO_KEY, 0, block);
+    }
+
+    __device__ __forceinline__ u32 row(const KeyTile &tile, u32 i) const
+    {
+        return i < tile.rows ? params.key_row(tile, i, params.key_position(tile, i)) : NO_KEY;
+    }
+
+    __device__ __forceinline__ void describe(const KeyTile &tile, const u32 (&row)[LANE_ROWS], RowSlot &slot) const
+    {
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            u32 key = 32 * i + lane, start = 0, end = 0;
+            // Limits are of keys that are not sorted: their rows are their positions.
+            if (row[i] != NO_KEY)
+                query_stream::hidden_queries(params, tile, key, row[i], start, end);
+            slot.hidden_start[key] = start;
+            slot.hidden_count[key] = end > start ? end - start : 0;
+        }
+        slot.head = tile.kv_head;
+        slot.first_output = tile.first_output;
+    }
+
+    __device__ __forceinline__ void prefetch(const KeyTile &tile, const u32 (&row)[LANE_ROWS], u32 which,
+                                             RowSlot &slot) const
+    {
+        if (!(tile.flags & KEY_TILE_RESUME))
+            return;
+        const float *sums = which == 0 ? params.key_sums : params.value_sums;
+        u32 dim = which == 0 ? p.head_dim : p.value_dim;
+        bool resumes[LANE_ROWS];
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i)
+            resumes[i] = row[i] != NO_KEY && params.key_stored[params.sums_row(tile, row[i])] != 0;
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            if (resumes[i])
+                prefetch_row(sums + params.sums_row(tile, row[i]) * dim, dim);
+            if (which == 0)
+                slot.resumes[32 * i + lane] = resumes[i];
+        }
+    }
+
+    __device__ __forceinline__ Vectors rows_of(const KeyTile &tile, u32 which) const
+    {
+        return vectors(which == 0 ? p.k : p.v, tile.batch, tile.kv_head, which == 0 ? p.head_dim : p.value_dim);
+    }
+
+    __device__ __forceinline__ void look_up(const LoadedKeyTile &loaded, const Block &block, const RowSlot &slot,
+                                            Found &found) const
+    {
+        const KeyTile &tile = loaded.tile;
+        u64 first_row = query_stream::first_row(params, tile, block);
+#pragma unroll
+        for (u32 i = 0; i < LANE_COLUMNS; ++i)
+            found.row[i] = query_stream::row_of(params, first_row, block, 32 * i + lane);
+#pragma unroll
+        for (u32 i = 0; i < LANE_COLUMNS; ++i)
+            found.terms[i] = query_stream::terms_of(params, first_row, found.row[i]);
+        found.head = query_stream::query_head(params, tile, block);
+        found.first = block.segment.first + block.offset;
+        found.log_weight = block.segment.log_weight;
+        found.flags = found.hidden = 0;
+        if (!(tile.flags & (KEY_TILE_LIMITED | KEY_TILE_HIDING)))
+            return;
+        u32 last = found.first + block.count;
+        bool any = false, some = false;
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            u32 start = slot.hidden_start[32 * i + lane], end = start + slot.hidden_count[32 * i + lane];
+            bool meets = start < last && end > found.first && start < end;
+            bool whole = meets && start <= found.first && end >= last;
+            any |= meets;
+            some |= meets && !whole;
+            u32 word = __ballot_sync(ALL_LANES, whole);
+            found.hidden = lane == i ? word : found.hidden;
+        }
+        any = __any_sync(ALL_LANES, any);
+        // What is not finite must not reach keys that are limited.
+        if (tile.flags & KEY_TILE_LIMITED)
+            found.flags = any ? STAGE_MASKED | STAGE_STRADDLES : 0;
+        else if (__any_sync(ALL_LANES, some))
+            found.flags = STAGE_MASKED;
+        else
+            found.flags = any ? STAGE_HIDES : 0;
+    }
+
+    __device__ __forceinline__ void describe(const Found &found, ColumnStage<S::COLUMNS> &stage) const
+    {
+#pragma unroll
+        for (u32 i = 0; i < LANE_COLUMNS; ++i) {
+            u32 query = 32 * i + lane;
+            stage.terms[query] = make_float2(found.log_weight - found.terms[i].lse, found.terms[i].delta);
+            if (found.flags & STAGE_MASKED)
+                stage.position[query] = found.row[i] == NO_KEY ? NO_KEY : found.first + query;
+        }
+        if ((found.flags & STAGE_HIDES) && lane < TILE_ROWS / 32)
+            stage.hidden[lane] = found.hidden;
+    }
+
+    __device__ __forceinline__ Vectors columns_of(const LoadedKeyTile &loaded, const Found &found, u32 which) const
+    {
+        const KeyTile &tile = loaded.tile;
+        return which == 0 ? vectors(p.q, tile.batch, found.head, p.head_dim)
+                          : vectors(params.dout, tile.batch, found.head, p.value_dim);
+    }
+};
+
+// A loading warp's way through the tiles of TILES.
+template <u32 DIM, typename TILES> struct Loader {
+    using S = Shape<DIM>;
+    using Block = typename TILES::Block;
+    const TILES tiles;
     typename S::Control &control;
     const u32 data;
-    Ring<ROW_SLOTS> slots;
+    const u32 warp;
+    const u32 lane;
+    // The next tile's rows go here.
+    Ring<ROW_SLOTS> next_slot;
+    // The rows of the tile whose columns are loaded.
+    Ring<ROW_SLOTS> slot;
     Ring<S::STAGES> ring;
-    // The number of the tile after, of thread 0.
-    u32 next = 0;
+    Ring<NUMBER_STAGES> put_place;
+    Ring<NUMBER_STAGES> take_place;
 
-    __device__ __forceinline__ Loader(const BackwardParams &backward, typename S::Control &shared_control,
+    __device__ __forceinline__ Loader(const BackwardParams &params, typename S::Control &shared_control,
                                       u32 shared_data)
-        : params(backward), p(backward.attend), control(shared_control), data(shared_data)
+        : tiles(params), control(shared_control), data(shared_data),
+          warp(__shfl_sync(ALL_LANES, threadIdx.x / 32, 0)), lane(threadIdx.x % 32)
     {
     }
 
-    __device__ __forceinline__ void sync() const { named_barrier_sync(LOADER_BARRIER, WARPGROUP); }
+    __device__ __forceinline__ u32 barrier(u32 number) const { return shared_address(&control.barriers[number]); }
 
-    // The same, and whether any of the threads found something.
-    __device__ __forceinline__ bool sync_or(bool found) const
+    // The number of a tile, for the first warp's first lane. Nobody waits for it here.
+    __device__ __forceinline__ u32 draw() const
     {
-        return barrier_or<LOADER_BARRIER, WARPGROUP>(found);
+        return warp == 0 && lane == 0 ? atomicAdd(tiles.p.next_tile, 1u) : 0;
     }
 
-    // All arrivals of this thread: for what its warp has written, and for its copies when they end.
-    __device__ __forceinline__ void arrive(const u64 &full) const
+    // Passes a drawn number on to all warps.
+    __device__ __forceinline__ void put_number(u32 number)
     {
-        u32 barrier = shared_address(&full);
-        copies_arrive(barrier);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            barrier_arrive(barrier);
-    }
-
-    __device__ __forceinline__ void draw()
-    {
-        if (threadIdx.x == 0)
-            next = atomicAdd(p.next_tile, 1u);
-    }
-
-    // The next tile's number.
-    __device__ __forceinline__ u32 take()
-    {
-        // Everybody has read the number and the tile before.
-        sync();
-        if (threadIdx.x == 0)
-            control.number = next;
-        sync();
-        draw();
-        return control.number;
-    }
-
-    // Waits until the slot is free.
-    __device__ __forceinline__ RowSlot &slot()
-    {
-        barrier_wait(shared_address(&control.barriers[S::ROWS_EMPTY + slots.stage]), slots.phase ^ 1);
-        return control.rows[slots.stage];
-    }
-
-    // Tells the computing warps that there are no more tiles.
-    __device__ __forceinline__ void end()
-    {
-        RowSlot &rows = slot();
-        if (threadIdx.x == 0)
-            rows.rows = 0;
-        arrive(control.barriers[S::ROWS_FULL + slots.stage]);
-    }
-
-    // Copies the slot's rows, which have been written.
-    __device__ __forceinline__ void copy_slot(const Vectors &first, const Vectors &second)
-    {
-        const RowSlot &rows = control.rows[slots.stage];
-        u32 to = data + slots.stage * 2 * S::ROWS_BYTES;
-        copy_rows<TILE_ROWS, S::CHUNKS>(to, first, rows.row);
-        copy_rows<TILE_ROWS, S::CHUNKS>(to + S::ROWS_BYTES, second, rows.row);
-        arrive(control.barriers[S::ROWS_FULL + slots.stage]);
-        slots.advance();
-    }
-
-    // Waits until the stage is free.
-    __device__ __forceinline__ ColumnStage<COLUMNS> &stage()
-    {
-        barrier_wait(shared_address(&control.barriers[S::COLUMNS_EMPTY + ring.stage]), ring.phase ^ 1);
-        return control.columns[ring.stage];
-    }
-
-    // Copies the stage's columns, which have been written.
-    __device__ __forceinline__ void copy_stage(const Vectors &first, const Vectors &second)
-    {
-        const ColumnStage<COLUMNS> &columns = control.columns[ring.stage];
-        u32 to = data + S::COLUMNS_AT + ring.stage * 2 * S::COLUMNS_BYTES;
-        copy_rows<COLUMNS, S::CHUNKS>(to, first, columns.row);
-        copy_rows<COLUMNS, S::CHUNKS>(to + S::COLUMNS_BYTES, second, columns.row);
-        arrive(control.barriers[S::COLUMNS_FULL + ring.stage]);
-        ring.advance();
-    }
-
-    // Of all 128 rows.
-    __device__ __forceinline__ void bounds(u32 low, u32 high, u32 &lowest, u32 &highest)
-    {
-        u32 warp = threadIdx.x / 32;
-        low = __reduce_min_sync(ALL_LANES, low);
-        high = __reduce_max_sync(ALL_LANES, high);
-        if (threadIdx.x % 32 == 0) {
-            control.lowest[warp] = low;
-            control.highest[warp] = high;
+        if (warp == 0 && lane == 0) {
+            barrier_wait(barrier(S::NUMBER_EMPTY + put_place.stage), put_place.phase ^ 1);
+            control.number[put_place.stage] = number;
+            barrier_arrive(barrier(S::NUMBER_FULL + put_place.stage));
         }
-        sync();
-        lowest = NO_KEY, highest = 0;
+        put_place.advance();
+    }
+
+    __device__ __forceinline__ u32 take_number()
+    {
+        warp_wait(barrier(S::NUMBER_FULL + take_place.stage), take_place.phase);
+        u32 number = control.number[take_place.stage];
+        warp_arrive(barrier(S::NUMBER_EMPTY + take_place.stage), 1, lane);
+        take_place.advance();
+        return number;
+    }
+
+    // Lists rows 32 i + lane, for the copies that follow when the warp has been synchronized. Whether all are rows.
+    template <u32 COUNT> __device__ __forceinline__ bool list(const u32 (&row)[COUNT])
+    {
+        list_rows(control.list[warp], lane, row);
+        u32 last = row[0];
 #pragma unroll
-        for (u32 i = 0; i < WARPGROUP / 32; ++i) {
-            lowest = min(lowest, control.lowest[i]);
-            highest = max(highest, control.highest[i]);
-        }
+        for (u32 i = 1; i < COUNT; ++i)
+            last = max(last, row[i]);
+        return __all_sync(ALL_LANES, last != NO_KEY);
     }
 
-    // Tiles of queries, and blocks of keys.
-    __device__ __forceinline__ void of_queries()
+    template <u32 ROWS> __device__ __forceinline__ void copy(u32 to, bool whole, const Vectors &from) const
     {
-        key_stream::TileMemory<COLUMNS> &memory = control.queries;
-        u32 i = threadIdx.x;
-        draw();
-        for (u32 number = take(); number < p.tile_count; number = take()) {
-            if (i == 0) {
-                memory.tile = p.tiles[number];
-                memory.kv_head = p.kv_head(memory.tile);
-            }
-            sync();
-            const Tile &tile = memory.tile;
-            if (tile.rows == 0)
-                continue;
-            u32 row = NO_KEY, limit = 0;
-            RowTerms terms = {__uint_as_float(0x7f800000), 0.0f};
-            if (i < tile.rows) {
-                row = p.query_row(tile, i);
-                limit = p.limit(row);
-                terms = params.row_terms[(u64)(tile.batch * p.heads_q + tile.head) * p.n_q + row];
-            }
-            u32 lowest, highest;
-            bounds(row == NO_KEY ? NO_KEY : limit, limit, lowest, highest);
-            key_stream::KeyBlock block = {};
-            block.number = NO_KEY;
-            key_stream::advance<COLUMNS>(p, memory, lowest, highest, block);
-            key_stream::KeyPlace key = {NO_KEY, NO_KEY};
-            if (i < COLUMNS)
-                key = key_stream::place<COLUMNS>(p, memory, highest, block, i);
-
-            RowSlot &rows = slot();
-            rows.row[i] = row;
-            rows.terms[i] = terms;
-            rows.hidden_start[i] = limit;
-            if (i == 0) {
-                rows.batch = tile.batch;
-                rows.head = tile.head;
-                rows.rows = tile.rows;
-                rows.flags = tile.flags;
-                rows.has_columns = block.count;
-            }
-            sync();
-            copy_slot(vectors(p.q, tile.batch, tile.head, p.head_dim),
-                      vectors(params.dout, tile.batch, tile.head, p.value_dim));
-
-            while (block.count) {
-                bool extra = block.segment.flags & SEGMENT_EXTRA;
-                ColumnStage<COLUMNS> &columns = stage();
-                if (i < COLUMNS) {
-                    columns.row[i] = key.row;
-                    columns.position[i] = key.position;
-                }
-                u32 flags = block.flags;
-                float log_weight = block.segment.log_weight;
-                key_stream::advance<COLUMNS>(p, memory, lowest, highest, block);
-                if (i < COLUMNS)
-                    key = key_stream::place<COLUMNS>(p, memory, highest, block, i);
-                if (i == 0) {
-                    columns.flags = flags | (block.count ? 0 : (u32)STAGE_LAST);
-                    columns.log_weight = log_weight;
-                }
-                sync();
-                if (extra)
-                    copy_stage({p.extra_keys, (i64)p.head_dim * 2, p.head_dim},
-                               {p.extra_values, (i64)p.value_dim * 2, p.value_dim});
-                else
-                    copy_stage(vectors(p.k, tile.batch, memory.kv_head, p.head_dim),
-                               vectors(p.v, tile.batch, memory.kv_head, p.value_dim));
-            }
-        }
-        end();
+        hopper::copy_rows<ROWS, S::CHUNKS>(to, control.list[warp], whole, lane, from.data, from.row_stride, from.dim);
     }
 
-    // Tiles of keys, and blocks of queries.
-    __device__ __forceinline__ void of_keys()
+    // Goes to a tile's first block, and loads the tile's rows if they go to this warp's slot.
+    __device__ __forceinline__ void begin(u32 number, u32 which)
     {
-        u32 i = threadIdx.x;
-        const KeyTile &tile = control.keys;
-        draw();
-        for (u32 number = take(); number < params.key_tile_count; number = take()) {
-            if (i == 0)
-                control.keys = params.key_tiles[number];
-            sync();
-            if (tile.rows == 0)
-                continue;
-            u32 row = NO_KEY, start = 0, end = 0;
-            if (i < tile.rows) {
-                u32 position = params.key_position(tile, i);
-                row = params.key_row(tile, i, position);
-                query_stream::hidden_queries(params, tile, i, position, start, end);
+        auto &loaded = TILES::loaded(control, warp, which);
+        const bool loads = warp / ROW_WARPS == next_slot.stage;
+        const u32 vector = warp % ROW_WARPS;
+        RowSlot &rows = control.rows[next_slot.stage];
+        const u32 empty = barrier(S::ROWS_EMPTY + next_slot.stage), full = barrier(S::ROWS_FULL + next_slot.stage);
+        if (number >= tiles.count()) {
+            // Tells the computing warps that there are no more tiles.
+            if (loads) {
+                warp_wait(empty, next_slot.phase ^ 1);
+                if (vector == 0)
+                    rows.rows = 0;
+                warp_arrive(full, LOADER_ARRIVALS, lane);
             }
-            // Which blocks have hidden queries is found out for each, by the thread of each key.
-            query_stream::QueryBlock block = query_stream::before_first();
-            query_stream::advance<COLUMNS>(params, tile, NO_KEY, 0, block);
-            query_stream::QueryPlace query = {};
-            if (i < COLUMNS)
-                query = query_stream::place(params, tile, block, i);
-
-            RowSlot &rows = slot();
-            rows.row[i] = row;
-            rows.hidden_start[i] = start;
-            rows.hidden_count[i] = end > start ? end - start : 0;
-            if (i == 0) {
+            return;
+        }
+        __syncwarp();
+        if (lane == 0) {
+            tiles.take(number, loaded);
+            loaded.block.count = 0;
+        }
+        __syncwarp();
+        const auto &tile = loaded.tile;
+        if (tile.rows == 0)
+            return;
+        u32 row[TILES::LANE_ROWS];
+        if (loads) {
+#pragma unroll
+            for (u32 i = 0; i < TILES::LANE_ROWS; ++i)
+                row[i] = tiles.row(tile, 32 * i + lane);
+        }
+        Block block = TILES::before_first();
+        tiles.advance(tile, block);
+        // All lanes write the same.
+        loaded.block = block;
+        if (loads) {
+            bool whole = list(row);
+            warp_wait(empty, next_slot.phase ^ 1);
+            copy<TILE_ROWS>(data + (next_slot.stage * 2 + vector) * S::ROWS_BYTES, whole, tiles.rows_of(tile, vector));
+            tiles.prefetch(tile, row, vector, rows);
+            if (vector == 0) {
+#pragma unroll
+                for (u32 i = 0; i < TILES::LANE_ROWS; ++i)
+                    rows.row[32 * i + lane] = row[i];
+                tiles.describe(tile, row, rows);
                 rows.batch = tile.batch;
-                rows.head = tile.kv_head;
                 rows.rows = tile.rows;
                 rows.flags = tile.flags;
-                rows.has_columns = block.count;
-                rows.first_output = tile.first_output;
+                rows.has_columns = loaded.block.count;
             }
-            sync();
-            copy_slot(vectors(p.k, tile.batch, tile.kv_head, p.head_dim),
-                      vectors(p.v, tile.batch, tile.kv_head, p.value_dim));
-
-            while (block.count) {
-                u32 head = query_stream::query_head(params, tile, block);
-                ColumnStage<COLUMNS> &columns = stage();
-                if (i < COLUMNS) {
-                    columns.row[i] = query.row;
-                    columns.position[i] = query.position;
-                    columns.terms[i] = make_float2(block.segment.log_weight - query.terms.lse, query.terms.delta);
-                }
-                u32 flags = block.flags, first = block.segment.first + block.offset, last = first + block.count;
-                query_stream::advance<COLUMNS>(params, tile, NO_KEY, 0, block);
-                if (i < COLUMNS)
-                    query = query_stream::place(params, tile, block, i);
-                if (sync_or(start < end && start < last && end > first))
-                    flags |= tile.flags & KEY_TILE_LIMITED ? STAGE_MASKED | STAGE_STRADDLES : (u32)STAGE_MASKED;
-                if (i == 0)
-                    columns.flags = flags | (block.count ? 0 : (u32)STAGE_LAST);
-                copy_stage(vectors(p.q, tile.batch, head, p.head_dim),
-                           vectors(params.dout, tile.batch, head, p.value_dim));
-            }
+            warp_arrive_after_copies(full, lane);
         }
-        end();
+        next_slot.advance();
+    }
+
+    // Loads a block that was looked up.
+    template <typename LOADED>
+    __device__ __forceinline__ void load(const LOADED &loaded, const typename TILES::Found &found, bool last)
+    {
+        bool whole = list(found.row);
+        warp_wait(barrier(S::COLUMNS_EMPTY + ring.stage), ring.phase ^ 1);
+        ColumnStage<S::COLUMNS> &stage = control.columns[ring.stage];
+        if (warp % S::STAGE_WARPS == 0) {
+            tiles.describe(found, stage);
+            stage.flags = found.flags | (last ? (u32)STAGE_LAST : 0);
+        }
+        u32 to = data + S::COLUMNS_AT + ring.stage * 2 * S::COLUMNS_BYTES;
+#pragma unroll 1
+        for (u32 vector = warp % S::STAGE_WARPS; vector < 2; vector += S::STAGE_WARPS)
+            copy<S::COLUMNS>(to + vector * S::COLUMNS_BYTES, whole, tiles.columns_of(loaded, found, vector));
+        warp_arrive_after_copies(barrier(S::COLUMNS_FULL + ring.stage), lane);
+    }
+
+    // Loads the columns of a tile, and as soon as its first block is under way the rows of the tile after.
+    __device__ __forceinline__ void columns_and_next_rows(u32 which, u32 after)
+    {
+        auto &loaded = TILES::loaded(control, warp, which);
+        if (TILES::WAITS_FOR_ROWS && loaded.tile.rows != 0)
+            warp_wait(barrier(S::ROWS_FULL + slot.stage), slot.phase);
+        bool begun = false;
+#pragma unroll 1
+        for (;;) {
+            __syncwarp();
+            Block block = loaded.block;
+            const bool exists = block.count != 0, own = exists && warp / S::STAGE_WARPS == ring.stage;
+            typename TILES::Found found;
+            if (own)
+                tiles.look_up(loaded, block, control.rows[slot.stage], found);
+            if (exists) {
+                tiles.advance(loaded.tile, block);
+                __syncwarp();
+                loaded.block = block;
+            }
+            if (own)
+                load(loaded, found, block.count == 0);
+            if (!begun && (own || !exists)) {
+                begin(after, which ^ 1);
+                begun = true;
+            }
+            if (!exists)
+                break;
+            ring.advance();
+        }
+        if (loaded.tile.rows != 0)
+            slot.advance();
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        put_number(draw());
+        put_number(draw());
+        u32 drawn = draw();
+        // Before the first tile comes one without rows.
+        if (lane == 0) {
+            auto &loaded = TILES::loaded(control, warp, 0);
+            loaded.tile.rows = 0;
+            loaded.block.count = 0;
+        }
+        __syncwarp();
+        u32 which = 0, after;
+#pragma unroll 1
+        do {
+            after = take_number();
+            columns_and_next_rows(which, after);
+            which ^= 1;
+            put_number(drawn);
+            drawn = draw();
+        } while (after < tiles.count());
     }
 };
 

@@ -91,7 +91,7 @@ template <u32 KEYS> __device__ __forceinline__ bool claim_tile(const AttendParam
 
 // Moves to the block after `block`.
 template <u32 KEYS>
-__device__ __forceinline__ void advance(const AttendParams &p, const TileMemory<KEYS> &memory, u32 lowest, u32 highest,
+__device__ __forceinline__ void advance(const AttendParams &p, const Tile &tile, u32 lowest, u32 highest,
                                         KeyBlock &block)
 {
     block.offset += block.count;
@@ -100,9 +100,9 @@ __device__ __forceinline__ void advance(const AttendParams &p, const TileMemory<
     for (;;) {
         while (block.offset >= block.end) {
             ++block.number;
-            if (block.number >= memory.tile.segments)
+            if (block.number >= tile.segments)
                 return;
-            block.segment = p.segments[memory.tile.first_segment + block.number];
+            block.segment = p.segments[tile.first_segment + block.number];
             block.offset = 0;
             block.end = block.segment.count;
             // Positions ascend with j here, so that keys beyond every row's limit are a tail.
@@ -136,10 +136,9 @@ __device__ __forceinline__ void advance(const AttendParams &p, const TileMemory<
         block.flags |= BLOCK_MASKED | BLOCK_STRADDLES;
 }
 
-// Place of the block's key j.
-template <u32 KEYS>
-__device__ __forceinline__ KeyPlace place(const AttendParams &p, const TileMemory<KEYS> &memory, u32 highest,
-                                          const KeyBlock &block, u32 j)
+// Place of the block's key j, `order` being that of the KV head's keys. What is read does not wait for what else is.
+__device__ __forceinline__ KeyPlace place(const AttendParams &p, const u32 *order, u32 highest, const KeyBlock &block,
+                                          u32 j)
 {
     const Segment &segment = block.segment;
     if (j >= block.count)
@@ -147,12 +146,11 @@ __device__ __forceinline__ KeyPlace place(const AttendParams &p, const TileMemor
     if (segment.flags & SEGMENT_EXTRA)
         return {segment.first + block.offset + j, 0};
     u32 position = p.position(segment, block.offset + j);
-    if (position >= segment.hidden_start && position < segment.hidden_end)
-        return {NO_KEY, NO_KEY};
+    u32 row = p.key_row(order, segment, block.offset + j, position);
+    bool hidden = position >= segment.hidden_start && position < segment.hidden_end;
     // Seen by no row of the tile: its key and value must not even be read as numbers.
-    if ((segment.flags & SEGMENT_LIMITED) && position >= highest)
-        return {NO_KEY, NO_KEY};
-    return {p.key_row(memory.tile, segment, block.offset + j, position), position};
+    hidden |= (segment.flags & SEGMENT_LIMITED) && position >= highest;
+    return hidden ? KeyPlace{NO_KEY, NO_KEY} : KeyPlace{row, position};
 }
 
 // Finds the block after the one in the other slot, the tile's first one if `first`, and its key number threadIdx.x. For
@@ -171,10 +169,10 @@ __device__ __forceinline__ KeyPlace find_block(const AttendParams &p, TileMemory
         lowest = memory.lowest_limit[i] < lowest ? memory.lowest_limit[i] : lowest;
         highest = memory.highest_limit[i] > highest ? memory.highest_limit[i] : highest;
     }
-    advance<KEYS>(p, memory, lowest, highest, block);
+    advance<KEYS>(p, memory.tile, lowest, highest, block);
     if (threadIdx.x == 0)
         memory.blocks[slot] = block;
-    return place<KEYS>(p, memory, highest, block, threadIdx.x);
+    return place(p, p.order_of_keys(memory.tile.batch, memory.kv_head), highest, block, threadIdx.x);
 }
 
 template <u32 KEYS> __device__ __forceinline__ void put_key(TileMemory<KEYS> &memory, u32 slot, KeyPlace key)

@@ -135,13 +135,19 @@ struct AttendParams {
         return segment.flags & SEGMENT_LISTED ? positions[segment.first + j] : segment.first + j;
     }
 
-    // Row of key j of a segment, whose position that is.
-    __device__ __forceinline__ u32 key_row(const Tile &tile, const Segment &segment, u32 j, u32 position) const
+    // The order of a KV head's keys.
+    __device__ __forceinline__ const u32 *order_of_keys(u32 batch, u32 kv_head) const
+    {
+        return key_order + (u64)(batch * heads_kv() + kv_head) * n_k;
+    }
+
+    // Row of key j of a segment, whose position that is, in that order.
+    __device__ __forceinline__ u32 key_row(const u32 *order, const Segment &segment, u32 j, u32 position) const
     {
         if ((segment.flags & SEGMENT_SORTED) && (segment.flags & SEGMENT_LISTED))
             return listed_rows[segment.first + j];
         if (segment.flags & SEGMENT_SORTED)
-            return key_order[(u64)(tile.batch * heads_kv() + kv_head(tile)) * n_k + position];
+            return order[position];
         return position;
     }
 };
