@@ -442,8 +442,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
         initialize(S::ROWS_EMPTY, ROW_SLOTS, CONSUMER_WARPS);
         initialize(S::COLUMNS_FULL, S::STAGES, S::STAGE_WARPS * LOADER_ARRIVALS);
         initialize(S::COLUMNS_EMPTY, S::STAGES, CONSUMER_WARPS);
-        initialize(S::NUMBER_FULL, NUMBER_STAGES, 1);
-        initialize(S::NUMBER_EMPTY, NUMBER_STAGES, LOADER_WARPS);
+        initialize(S::DRAWN_FULL, DRAWN_STAGES, 1);
+        initialize(S::DRAWN_EMPTY, DRAWN_STAGES, LOADER_WARPS);
         hopper::barrier_init_fence();
     }
     __syncthreads();

@@ -14,7 +14,6 @@ namespace backward_hopper {
 using hopper::ALL_LANES;
 using hopper::LOADER_ARRIVALS;
 using hopper::LOADER_WARPS;
-using hopper::NUMBER_STAGES;
 using hopper::ROW_BYTES;
 using hopper::ROW_ELEMENTS;
 using hopper::WARPGROUP;
@@ -35,6 +34,7 @@ static_assert(LOADER_REGISTERS[0] + CONSUMERS * CONSUMER_REGISTERS[0] <= (1 + CO
 constexpr u32 CONSUMER_BARRIER = 1;
 
 constexpr u32 ROW_SLOTS = 2;
+constexpr u32 DRAWN_STAGES = 2;
 // Those that load a tile's rows: one the first vectors, one the second.
 constexpr u32 ROW_WARPS = LOADER_WARPS / ROW_SLOTS;
 static_assert(ROW_WARPS == 2, "there are two vectors");
@@ -83,6 +83,13 @@ template <u32 COLUMNS> struct alignas(16) ColumnStage {
     float log_weight;
 };
 
+// A tile on its way to the loading warps, a word for each lane of half a warp; the last tells whether there is one.
+struct DrawnTile {
+    u32 words[16];
+};
+constexpr u32 DRAWN_EXISTS = 15;
+static_assert(sizeof(Tile) <= DRAWN_EXISTS * 4 && sizeof(KeyTile) <= DRAWN_EXISTS * 4, "words of a tile");
+
 // What a loading warp keeps of a tile, with the block of columns that it is at: registers are scarce.
 struct LoadedQueryTile {
     Tile tile;
@@ -102,6 +109,9 @@ template <u32 DIM> struct Shape {
     static constexpr u32 STAGES = DIM <= 64 ? 4 : 2;
     // Those that load the blocks of a stage: one all of it, or one the first vectors and one the second.
     static constexpr u32 STAGE_WARPS = LOADER_WARPS / STAGES;
+    // Whether a block is looked up before the one before it in its stage is loaded. With more stages there are as many
+    // blocks being looked up anyway.
+    static constexpr bool AHEAD = STAGES == 2;
     static constexpr u32 CHUNKS = DIM / ROW_ELEMENTS;
     static constexpr u32 ROW_CHUNK_BYTES = TILE_ROWS * ROW_BYTES;
     static constexpr u32 ROWS_BYTES = CHUNKS * ROW_CHUNK_BYTES;
@@ -117,13 +127,13 @@ template <u32 DIM> struct Shape {
     static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + ROW_SLOTS;
     static constexpr u32 COLUMNS_EMPTY = COLUMNS_FULL + STAGES;
     // "Full" for all loading warps, "empty" for the one that draws.
-    static constexpr u32 NUMBER_FULL = COLUMNS_EMPTY + STAGES;
-    static constexpr u32 NUMBER_EMPTY = NUMBER_FULL + NUMBER_STAGES;
-    static constexpr u32 BARRIERS = NUMBER_EMPTY + NUMBER_STAGES;
+    static constexpr u32 DRAWN_FULL = COLUMNS_EMPTY + STAGES;
+    static constexpr u32 DRAWN_EMPTY = DRAWN_FULL + DRAWN_STAGES;
+    static constexpr u32 BARRIERS = DRAWN_EMPTY + DRAWN_STAGES;
 
     struct Control {
         u64 barriers[BARRIERS];
-        u32 number[NUMBER_STAGES];
+        DrawnTile drawn[DRAWN_STAGES];
         RowSlot rows[ROW_SLOTS];
         ColumnStage<COLUMNS> columns[STAGES];
         // What each loading warp is copying, see hopper::list_rows().

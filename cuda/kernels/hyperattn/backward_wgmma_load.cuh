@@ -5,9 +5,9 @@
 // one of the slots, and the blocks that go to one of the ring's stages. So look-ups of one go on beside copies of
 // others. A tile's rows are loaded while the columns of the tile before are.
 //
-// Nobody waits forever. In the order in which the computing warps read, what a warp waits for before it loads something
-// depends on earlier things only, and it has loaded all earlier ones that are its own; but for the rows of the next
-// tile, which come before later blocks of this one and wait for the tile before this one only.
+// Nobody waits for ever. What a warp waits for before it loads something comes earlier in the order in which the
+// computing warps read than all that it has looked up but not loaded: rows wait for the tile before the last, of which
+// everything is loaded then, and a block for one that is a ring's length before.
 #pragma once
 
 #include "backward_wgmma_layout.cuh"
@@ -47,9 +47,9 @@ __device__ __forceinline__ void prefetch_row(const float *row, u32 dim)
 // The tiles of queries: their rows, and their blocks of keys.
 template <u32 DIM> struct QueryTiles {
     using S = Shape<DIM>;
+    using TILE = Tile;
     using Block = key_stream::KeyBlock;
     static constexpr u32 LANE_ROWS = TILE_ROWS / 32, LANE_COLUMNS = S::COLUMNS / 32;
-    static constexpr bool WAITS_FOR_ROWS = false;
 
     // Of a block that was looked up.
     struct Found {
@@ -73,13 +73,17 @@ template <u32 DIM> struct QueryTiles {
     {
         return control.queries[warp][which];
     }
-    // Of a tile: for one thread.
-    __device__ __forceinline__ void take(u32 number, LoadedQueryTile &loaded) const
+    __device__ __forceinline__ const Tile *list() const { return p.tiles; }
+
+    // What follows from the tile: for one thread.
+    __device__ __forceinline__ void complete(LoadedQueryTile &loaded) const
     {
-        loaded.tile = p.tiles[number];
         loaded.kv_head = p.kv_head(loaded.tile);
         loaded.order = p.order_of_keys(loaded.tile.batch, loaded.kv_head);
     }
+
+    // Whether blocks are looked up with what is known of the rows.
+    __device__ __forceinline__ static bool needs_rows(const Tile &) { return false; }
 
     __device__ __forceinline__ static Block before_first()
     {
@@ -132,16 +136,17 @@ template <u32 DIM> struct QueryTiles {
         slot.first_output = 0;
     }
 
-    // Asks for the sums that the tile goes on from.
-    __device__ __forceinline__ void prefetch(const Tile &tile, const u32 (&row)[LANE_ROWS], u32 which, RowSlot &) const
+    // Asks for the sums that the tile goes on from, for the warp that has described its rows.
+    __device__ __forceinline__ void prefetch(const Tile &tile, const RowSlot &slot) const
     {
-        if (!(tile.flags & TILE_RESUME) || which != 0)
+        if (!(tile.flags & TILE_RESUME))
             return;
-        u64 first_row = (u64)(tile.batch * p.heads_q + tile.head) * p.n_q;
+        const float *sums = p.state_accumulated + (u64)(tile.batch * p.heads_q + tile.head) * p.n_q * p.head_dim;
 #pragma unroll
         for (u32 i = 0; i < LANE_ROWS; ++i) {
-            if (row[i] != NO_KEY)
-                prefetch_row(p.state_accumulated + (first_row + row[i]) * p.head_dim, p.head_dim);
+            u32 row = slot.row[32 * i + lane];
+            if (row != NO_KEY)
+                prefetch_row(sums + (u64)row * p.head_dim, p.head_dim);
         }
     }
 
@@ -151,7 +156,8 @@ template <u32 DIM> struct QueryTiles {
                           : vectors(params.dout, tile.batch, tile.head, p.value_dim);
     }
 
-    __device__ __forceinline__ void look_up(const LoadedQueryTile &loaded, const Block &block, const RowSlot &, Found &found) const
+    __device__ __forceinline__ void look_up(const LoadedQueryTile &loaded, const Block &block, const RowSlot &,
+                                            Found &found) const
     {
         u32 beyond = highest(loaded.tile);
 #pragma unroll
@@ -185,9 +191,9 @@ template <u32 DIM> struct QueryTiles {
 // The tiles of keys: their rows, and their blocks of queries.
 template <u32 DIM> struct KeyTiles {
     using S = Shape<DIM>;
+    using TILE = KeyTile;
     using Block = query_stream::QueryBlock;
     static constexpr u32 LANE_ROWS = TILE_ROWS / 32, LANE_COLUMNS = S::COLUMNS / 32;
-    static constexpr bool WAITS_FOR_ROWS = true;
 
     struct Found {
         u32 row[LANE_COLUMNS];
@@ -214,9 +220,13 @@ template <u32 DIM> struct KeyTiles {
     {
         return control.keys[warp][which];
     }
-    __device__ __forceinline__ void take(u32 number, LoadedKeyTile &loaded) const
+    __device__ __forceinline__ const KeyTile *list() const { return params.key_tiles; }
+
+    __device__ __forceinline__ static void complete(LoadedKeyTile &) {}
+
+    __device__ __forceinline__ static bool needs_rows(const KeyTile &tile)
     {
-        loaded.tile = params.key_tiles[number];
+        return tile.flags & (KEY_TILE_LIMITED | KEY_TILE_HIDING);
     }
 
     __device__ __forceinline__ static Block before_first() { return query_stream::before_first(); }
@@ -245,25 +255,26 @@ template <u32 DIM> struct KeyTiles {
         }
         slot.head = tile.kv_head;
         slot.first_output = tile.first_output;
+        if (!(tile.flags & KEY_TILE_RESUME))
+            return;
+        u64 first_row = params.sums_row(tile, 0);
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i)
+            slot.resumes[32 * i + lane] = row[i] == NO_KEY ? 0 : params.key_stored[first_row + row[i]];
     }
 
-    __device__ __forceinline__ void prefetch(const KeyTile &tile, const u32 (&row)[LANE_ROWS], u32 which,
-                                             RowSlot &slot) const
+    __device__ __forceinline__ void prefetch(const KeyTile &tile, const RowSlot &slot) const
     {
         if (!(tile.flags & KEY_TILE_RESUME))
             return;
-        const float *sums = which == 0 ? params.key_sums : params.value_sums;
-        u32 dim = which == 0 ? p.head_dim : p.value_dim;
-        bool resumes[LANE_ROWS];
-#pragma unroll
-        for (u32 i = 0; i < LANE_ROWS; ++i)
-            resumes[i] = row[i] != NO_KEY && params.key_stored[params.sums_row(tile, row[i])] != 0;
+        u64 first_row = params.sums_row(tile, 0);
 #pragma unroll
         for (u32 i = 0; i < LANE_ROWS; ++i) {
-            if (resumes[i])
-                prefetch_row(sums + params.sums_row(tile, row[i]) * dim, dim);
-            if (which == 0)
-                slot.resumes[32 * i + lane] = resumes[i];
+            u64 row = first_row + slot.row[32 * i + lane];
+            if (!slot.resumes[32 * i + lane])
+                continue;
+            prefetch_row(params.key_sums + row * p.head_dim, p.head_dim);
+            prefetch_row(params.value_sums + row * p.value_dim, p.value_dim);
         }
     }
 
@@ -336,18 +347,30 @@ template <u32 DIM> struct KeyTiles {
 template <u32 DIM, typename TILES> struct Loader {
     using S = Shape<DIM>;
     using Block = typename TILES::Block;
+    using Found = typename TILES::Found;
     const TILES tiles;
     typename S::Control &control;
     const u32 data;
     const u32 warp;
     const u32 lane;
+
+    // Of the first warp: the lane's word of the tile that is passed on next, and the first lane's number of the one
+    // after that.
+    u32 word;
+    u32 number;
+    Ring<DRAWN_STAGES> put_place;
+    Ring<DRAWN_STAGES> take_place;
     // The next tile's rows go here.
     Ring<ROW_SLOTS> next_slot;
-    // The rows of the tile whose columns are loaded.
+    // Which of the two loaded tiles has the block that is looked up next, its rows, and the block's stage.
+    u32 which = 0;
     Ring<ROW_SLOTS> slot;
-    Ring<S::STAGES> ring;
-    Ring<NUMBER_STAGES> put_place;
-    Ring<NUMBER_STAGES> take_place;
+    u32 stage = 0;
+    // Whether the tile after it is loaded too, and whether there is none.
+    bool begun = false;
+    bool ended = false;
+    // Of the stage that is the warp's.
+    u32 phase = 1;
 
     __device__ __forceinline__ Loader(const BackwardParams &params, typename S::Control &shared_control,
                                       u32 shared_data)
@@ -357,31 +380,57 @@ template <u32 DIM, typename TILES> struct Loader {
     }
 
     __device__ __forceinline__ u32 barrier(u32 number) const { return shared_address(&control.barriers[number]); }
+    __device__ __forceinline__ auto &loaded(u32 which) const { return TILES::loaded(control, warp, which); }
 
-    // The number of a tile, for the first warp's first lane. Nobody waits for it here.
-    __device__ __forceinline__ u32 draw() const
+    // Nobody waits for the number here.
+    __device__ __forceinline__ void draw()
     {
-        return warp == 0 && lane == 0 ? atomicAdd(tiles.p.next_tile, 1u) : 0;
+        if (lane == 0)
+            number = atomicAdd(tiles.p.next_tile, 1u);
     }
 
-    // Passes a drawn number on to all warps.
-    __device__ __forceinline__ void put_number(u32 number)
+    // Nobody waits for the words here.
+    __device__ __forceinline__ void read_drawn()
     {
-        if (warp == 0 && lane == 0) {
-            barrier_wait(barrier(S::NUMBER_EMPTY + put_place.stage), put_place.phase ^ 1);
-            control.number[put_place.stage] = number;
-            barrier_arrive(barrier(S::NUMBER_FULL + put_place.stage));
-        }
+        using TILE = typename TILES::TILE;
+        u32 drawn = __shfl_sync(ALL_LANES, number, 0);
+        bool exists = drawn < tiles.count();
+        word = lane == DRAWN_EXISTS ? exists : 0;
+        if (exists && lane < sizeof(TILE) / 4)
+            word = ((const u32 *)(tiles.list() + drawn))[lane];
+    }
+
+    __device__ __forceinline__ void put_drawn()
+    {
+        warp_wait(barrier(S::DRAWN_EMPTY + put_place.stage), put_place.phase ^ 1);
+        if (lane <= DRAWN_EXISTS)
+            control.drawn[put_place.stage].words[lane] = word;
+        warp_arrive(barrier(S::DRAWN_FULL + put_place.stage), 1, lane);
         put_place.advance();
     }
 
-    __device__ __forceinline__ u32 take_number()
+    // Takes the next tile; false when there is none. The first warp passes on the one after.
+    __device__ __forceinline__ bool take(u32 which)
     {
-        warp_wait(barrier(S::NUMBER_FULL + take_place.stage), take_place.phase);
-        u32 number = control.number[take_place.stage];
-        warp_arrive(barrier(S::NUMBER_EMPTY + take_place.stage), 1, lane);
+        warp_wait(barrier(S::DRAWN_FULL + take_place.stage), take_place.phase);
+        const DrawnTile &drawn = control.drawn[take_place.stage];
+        auto &to = loaded(which);
+        if (lane < sizeof(to.tile) / 4)
+            ((u32 *)&to.tile)[lane] = drawn.words[lane];
+        bool exists = drawn.words[DRAWN_EXISTS];
+        warp_arrive(barrier(S::DRAWN_EMPTY + take_place.stage), 1, lane);
         take_place.advance();
-        return number;
+        if (lane == 0) {
+            tiles.complete(to);
+            to.block.count = 0;
+        }
+        __syncwarp();
+        if (warp == 0) {
+            put_drawn();
+            read_drawn();
+            draw();
+        }
+        return exists;
     }
 
     // Lists rows 32 i + lane, for the copies that follow when the warp has been synchronized. Whether all are rows.
@@ -400,15 +449,18 @@ template <u32 DIM, typename TILES> struct Loader {
         hopper::copy_rows<ROWS, S::CHUNKS>(to, control.list[warp], whole, lane, from.data, from.row_stride, from.dim);
     }
 
-    // Goes to a tile's first block, and loads the tile's rows if they go to this warp's slot.
-    __device__ __forceinline__ void begin(u32 number, u32 which)
+    // Goes to the first block of the tile after, and loads that tile's rows if they go to this warp's slot.
+    __device__ __forceinline__ void begin_next()
     {
-        auto &loaded = TILES::loaded(control, warp, which);
         const bool loads = warp / ROW_WARPS == next_slot.stage;
         const u32 vector = warp % ROW_WARPS;
         RowSlot &rows = control.rows[next_slot.stage];
         const u32 empty = barrier(S::ROWS_EMPTY + next_slot.stage), full = barrier(S::ROWS_FULL + next_slot.stage);
-        if (number >= tiles.count()) {
+        begun = true;
+        auto &next = loaded(which ^ 1);
+        const auto &tile = next.tile;
+        ended = !take(which ^ 1);
+        if (ended) {
             // Tells the computing warps that there are no more tiles.
             if (loads) {
                 warp_wait(empty, next_slot.phase ^ 1);
@@ -418,13 +470,6 @@ template <u32 DIM, typename TILES> struct Loader {
             }
             return;
         }
-        __syncwarp();
-        if (lane == 0) {
-            tiles.take(number, loaded);
-            loaded.block.count = 0;
-        }
-        __syncwarp();
-        const auto &tile = loaded.tile;
         if (tile.rows == 0)
             return;
         u32 row[TILES::LANE_ROWS];
@@ -436,12 +481,11 @@ template <u32 DIM, typename TILES> struct Loader {
         Block block = TILES::before_first();
         tiles.advance(tile, block);
         // All lanes write the same.
-        loaded.block = block;
+        next.block = block;
         if (loads) {
             bool whole = list(row);
             warp_wait(empty, next_slot.phase ^ 1);
             copy<TILE_ROWS>(data + (next_slot.stage * 2 + vector) * S::ROWS_BYTES, whole, tiles.rows_of(tile, vector));
-            tiles.prefetch(tile, row, vector, rows);
             if (vector == 0) {
 #pragma unroll
                 for (u32 i = 0; i < TILES::LANE_ROWS; ++i)
@@ -450,86 +494,109 @@ template <u32 DIM, typename TILES> struct Loader {
                 rows.batch = tile.batch;
                 rows.rows = tile.rows;
                 rows.flags = tile.flags;
-                rows.has_columns = loaded.block.count;
+                rows.has_columns = next.block.count;
             }
             warp_arrive_after_copies(full, lane);
         }
         next_slot.advance();
     }
 
-    // Loads a block that was looked up.
-    template <typename LOADED>
-    __device__ __forceinline__ void load(const LOADED &loaded, const typename TILES::Found &found, bool last)
+    // Goes to the tile that was loaded last.
+    __device__ __forceinline__ void go_to_next()
     {
-        bool whole = list(found.row);
-        warp_wait(barrier(S::COLUMNS_EMPTY + ring.stage), ring.phase ^ 1);
-        ColumnStage<S::COLUMNS> &stage = control.columns[ring.stage];
-        if (warp % S::STAGE_WARPS == 0) {
-            tiles.describe(found, stage);
-            stage.flags = found.flags | (last ? (u32)STAGE_LAST : 0);
-        }
-        u32 to = data + S::COLUMNS_AT + ring.stage * 2 * S::COLUMNS_BYTES;
-#pragma unroll 1
-        for (u32 vector = warp % S::STAGE_WARPS; vector < 2; vector += S::STAGE_WARPS)
-            copy<S::COLUMNS>(to + vector * S::COLUMNS_BYTES, whole, tiles.columns_of(loaded, found, vector));
-        warp_arrive_after_copies(barrier(S::COLUMNS_FULL + ring.stage), lane);
+        if (loaded(which).tile.rows != 0)
+            slot.advance();
+        which ^= 1;
+        begun = false;
+        const auto &tile = loaded(which).tile;
+        if (tile.rows == 0)
+            return;
+        if (TILES::needs_rows(tile))
+            warp_wait(barrier(S::ROWS_FULL + slot.stage), slot.phase);
+        // Not earlier: a long tile's columns would displace them from the cache.
+        if (warp == slot.stage * ROW_WARPS)
+            tiles.prefetch(tile, control.rows[slot.stage]);
     }
 
-    // Loads the columns of a tile, and as soon as its first block is under way the rows of the tile after.
-    __device__ __forceinline__ void columns_and_next_rows(u32 which, u32 after)
+    // Looks up the warp's next block, as far as tiles are loaded.
+    __device__ __forceinline__ bool look_up(Found &found)
     {
-        auto &loaded = TILES::loaded(control, warp, which);
-        if (TILES::WAITS_FOR_ROWS && loaded.tile.rows != 0)
-            warp_wait(barrier(S::ROWS_FULL + slot.stage), slot.phase);
-        bool begun = false;
 #pragma unroll 1
         for (;;) {
             __syncwarp();
-            Block block = loaded.block;
-            const bool exists = block.count != 0, own = exists && warp / S::STAGE_WARPS == ring.stage;
-            typename TILES::Found found;
-            if (own)
-                tiles.look_up(loaded, block, control.rows[slot.stage], found);
-            if (exists) {
-                tiles.advance(loaded.tile, block);
-                __syncwarp();
-                loaded.block = block;
+            Block block = loaded(which).block;
+            if (block.count == 0) {
+                if (!begun || ended)
+                    return false;
+                go_to_next();
+                continue;
             }
+            const bool own = warp / S::STAGE_WARPS == stage;
             if (own)
-                load(loaded, found, block.count == 0);
-            if (!begun && (own || !exists)) {
-                begin(after, which ^ 1);
-                begun = true;
+                tiles.look_up(loaded(which), block, control.rows[slot.stage], found);
+            tiles.advance(loaded(which).tile, block);
+            __syncwarp();
+            loaded(which).block = block;
+            stage = (stage + 1) % S::STAGES;
+            if (own) {
+                found.flags |= block.count == 0 ? (u32)STAGE_LAST : 0;
+                return true;
             }
-            if (!exists)
-                break;
-            ring.advance();
         }
-        if (loaded.tile.rows != 0)
-            slot.advance();
+    }
+
+    // Loads a block of a tile that was looked up.
+    __device__ __forceinline__ void load(u32 which, const Found &found)
+    {
+        const u32 own = warp / S::STAGE_WARPS;
+        bool whole = list(found.row);
+        warp_wait(barrier(S::COLUMNS_EMPTY + own), phase);
+        phase ^= 1;
+        ColumnStage<S::COLUMNS> &columns = control.columns[own];
+        if (warp % S::STAGE_WARPS == 0) {
+            tiles.describe(found, columns);
+            columns.flags = found.flags;
+        }
+        u32 to = data + S::COLUMNS_AT + own * 2 * S::COLUMNS_BYTES;
+#pragma unroll 1
+        for (u32 vector = warp % S::STAGE_WARPS; vector < 2; vector += S::STAGE_WARPS)
+            copy<S::COLUMNS>(to + vector * S::COLUMNS_BYTES, whole, tiles.columns_of(loaded(which), found, vector));
+        warp_arrive_after_copies(barrier(S::COLUMNS_FULL + own), lane);
     }
 
     __device__ __forceinline__ void run()
     {
-        put_number(draw());
-        put_number(draw());
-        u32 drawn = draw();
+        if (warp == 0) {
+            draw();
+            read_drawn();
+            draw();
+            put_drawn();
+            read_drawn();
+            draw();
+        }
         // Before the first tile comes one without rows.
         if (lane == 0) {
-            auto &loaded = TILES::loaded(control, warp, 0);
-            loaded.tile.rows = 0;
-            loaded.block.count = 0;
+            loaded(0).tile.rows = 0;
+            loaded(0).block.count = 0;
         }
-        __syncwarp();
-        u32 which = 0, after;
+        Found found;
+        u32 found_in = 0;
+        bool pending = false;
 #pragma unroll 1
         do {
-            after = take_number();
-            columns_and_next_rows(which, after);
-            which ^= 1;
-            put_number(drawn);
-            drawn = draw();
-        } while (after < tiles.count());
+            Found next;
+            bool more = S::AHEAD && look_up(next);
+            if (pending)
+                load(found_in, found);
+            // As soon as the first block of a tile is under way, the rows of the tile after.
+            if (!begun && (pending ? found_in == which : !more))
+                begin_next();
+            if (!S::AHEAD)
+                more = look_up(next);
+            found = next;
+            found_in = which;
+            pending = more;
+        } while (pending || !ended);
     }
 };
 
