@@ -216,19 +216,18 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
             return;
         for (; found != 0; found &= found - 1) {
             u64 row = (u64)number * params.chunks * samples + first + __ffs(found) - 1;
+            // Several chunks' sums are read before they are added.
+#pragma unroll 4
+            for (u32 chunk = 0; chunk < chunks; ++chunk, row += samples) {
+                const float *of_key = params.key_partials + row * params.head_dim;
+                const float *of_value = params.value_partials + row * params.value_dim;
 #pragma unroll
-            for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-                u32 column = lane + 32 * i;
-                if (column >= columns)
-                    continue;
-                bool of_key = column < params.head_dim;
-                u32 dim = of_key ? params.head_dim : params.value_dim;
-                const float *partial = of_key ? params.key_partials + row * dim + column
-                                              : params.value_partials + row * dim + column - params.head_dim;
-                // Several are read before they are added.
-#pragma unroll 8
-                for (u32 chunk = 0; chunk < chunks; ++chunk)
-                    sums[i] += partial[(u64)chunk * samples * dim];
+                for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
+                    u32 column = lane + 32 * i;
+                    const float *from = column < params.head_dim ? of_key + column : of_value + column - params.head_dim;
+                    if (column < columns)
+                        sums[i] += *from;
+                }
             }
         }
     }

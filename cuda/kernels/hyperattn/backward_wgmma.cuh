@@ -37,6 +37,19 @@ struct Bounds {
     u32 count[2];
 };
 
+// Adds get(n), a pair, to f32 sums as write_pairs() writes, without waiting for them.
+template <u32 DIM, typename Get> __device__ __forceinline__ void add_pairs(float *to, u32 dim, Get get)
+{
+#pragma unroll
+    for (u32 n = 0; n < DIM / 8; ++n) {
+        u32 column = n * 8 + threadIdx.x % 4 * 2;
+        if (column >= dim)
+            continue;
+        float2 pair = get(n);
+        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to + column), "f"(pair.x), "f"(pair.y) : "memory");
+    }
+}
+
 // A computing warpgroup: 64 rows of each tile, of keys or of queries.
 template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     using S = Shape<DIM>;
@@ -47,9 +60,10 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     const u32 data;
     const u32 group;
     const u32 lane;
-    Ring<ROW_SLOTS> slots;
+    // Of the rows.
+    u32 rows_phase = 0;
     Ring<S::STAGES> ring;
-    // This thread's first row of the tile; the second is 8 behind.
+    // This thread's first row of the half; the second is 8 behind.
     u32 first_row;
     // Of queries.
     RowTerms terms[2];
@@ -64,7 +78,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     __device__ __forceinline__ Consumer(const BackwardParams &backward, typename S::Control &shared_control,
                                         u32 shared_data, u32 number)
         : params(backward), p(backward.attend), control(shared_control), data(shared_data), group(number),
-          lane(threadIdx.x % 32), first_row(number * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4)
+          lane(threadIdx.x % 32), first_row(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4)
     {
     }
 
@@ -103,7 +117,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 
     __device__ __forceinline__ void multiply(float (&products)[COLUMNS / 2], u32 which)
     {
-        u32 rows = opaque(data + (slots.stage * 2 + which) * S::ROWS_BYTES + group * 64 * ROW_BYTES);
+        u32 rows = opaque(data + (group * 2 + which) * S::ROWS_BYTES);
         u32 columns = opaque(columns_at(which));
 #pragma unroll
         for (u32 k = 0; k < DIM / 16; ++k) {
@@ -137,7 +151,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 
     __device__ __forceinline__ Bounds bounds(u32 flags) const
     {
-        const RowSlot &rows = control.rows[slots.stage];
+        const HalfRows &rows = control.rows[group];
         Bounds bounds;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
@@ -189,7 +203,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         // What is left of a row's bits.
         u32 left[2] = {};
         if constexpr (MASK == MASK_ROWS) {
-            u32 hidden = columns.hidden[first_row / 32] >> first_row % 32;
+            u32 hidden = columns.hidden[group * 2 + first_row / 32] >> first_row % 32;
             left[0] = (hidden & 1) - 1;
             left[1] = (hidden >> 8 & 1) - 1;
         }
@@ -287,6 +301,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                     take_out_not_finite(value_sums, flags, 1);
             }
         }
+        // The next tile's rows may be loaded while sums are finished and written.
+        if (flags & STAGE_LAST)
+            release(control.barriers[S::ROWS_EMPTY + group]);
         pin(slopes);
         pin(sums);
         if constexpr (OF_KEYS) {
@@ -311,8 +328,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     __device__ __forceinline__ void run()
     {
         for (;;) {
-            wait(control.barriers[S::ROWS_FULL + slots.stage], slots.phase);
-            const RowSlot &rows = control.rows[slots.stage];
+            wait(control.barriers[S::ROWS_FULL + group], rows_phase);
+            rows_phase ^= 1;
+            const HalfRows &rows = control.rows[group];
             if (rows.rows == 0)
                 return;
             const u32 batch = rows.batch, head = rows.head, flags = rows.flags, first_output = rows.first_output;
@@ -322,8 +340,17 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 terms[0] = rows.terms[first_row];
                 terms[1] = rows.terms[first_row + 8];
             }
-            begin(batch, head, flags, row);
+            bool resumes[2];
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                resumes[half] = flags & (OF_KEYS ? (u32)KEY_TILE_RESUME : (u32)TILE_RESUME);
+                if (OF_KEYS)
+                    resumes[half] = resumes[half] && rows.resumes[first_row + 8 * half];
+            }
             bool more = rows.has_columns != 0;
+            if (!more)
+                release(control.barriers[S::ROWS_EMPTY + group]);
+            begin(batch, head, flags, row, resumes);
             while (more) {
                 wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
                 u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
@@ -335,10 +362,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 else
                     step<MASK_NONE>(block_flags);
             }
-            release(control.barriers[S::ROWS_EMPTY + slots.stage]);
-            slots.advance();
-            end<0>(batch, head, flags, row[0], first_output);
-            end<1>(batch, head, flags, row[1], first_output);
+            end<0>(batch, head, flags, row[0], first_output, resumes[0]);
+            end<1>(batch, head, flags, row[1], first_output, resumes[1]);
         }
     }
 
@@ -360,7 +385,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             return (u64)(batch * p.heads_q + head) * p.n_q + row;
     }
 
-    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2])
+    // Sums that are not stored again go on from those that are. To the others end() adds.
+    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2],
+                                          const bool (&resumes)[2])
     {
 #pragma unroll
         for (u32 i = 0; i < DIM / 2; ++i)
@@ -370,11 +397,11 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             for (u32 i = 0; i < DIM / 2; ++i)
                 value_sums[i] = 0.0f;
         }
-        if (!(flags & (OF_KEYS ? (u32)KEY_TILE_RESUME : (u32)TILE_RESUME)))
+        if (flags & (OF_KEYS ? (u32)KEY_TILE_STORE : (u32)TILE_STORE))
             return;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            if (row[half] == NO_KEY)
+            if (row[half] == NO_KEY || !resumes[half])
                 continue;
             u64 at = number(batch, head, row[half]);
             auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
@@ -384,8 +411,6 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 });
             };
             if constexpr (OF_KEYS) {
-                if (!control.rows[slots.stage].resumes[first_row + 8 * half])
-                    continue;
                 load(sums, params.key_sums, p.head_dim);
                 load(value_sums, params.value_sums, p.value_dim);
             } else {
@@ -395,7 +420,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     }
 
     template <u32 HALF>
-    __device__ __forceinline__ void end(u32 batch, u32 head, u32 flags, u32 row, u32 first_output)
+    __device__ __forceinline__ void end(u32 batch, u32 head, u32 flags, u32 row, u32 first_output, bool resumes)
     {
         if (row == NO_KEY)
             return;
@@ -404,12 +429,21 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
             });
         };
+        // Nobody else adds to the row in this launch, so that the order of sums is known.
+        auto store = [&](const float (&from)[DIM / 2], float *to, u32 dim) {
+            if (resumes)
+                add_pairs<DIM>(to, dim, [&](u32 n) {
+                    return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
+                });
+            else
+                write(from, (char *)to, F32, dim, 1.0f);
+        };
         if constexpr (OF_KEYS) {
             if (flags & KEY_TILE_STORE) {
                 bool compact = flags & KEY_TILE_COMPACT;
                 u64 at = compact ? (u64)first_output + first_row + 8 * HALF : number(batch, head, row);
-                write(sums, (char *)(params.key_sums + at * p.head_dim), F32, p.head_dim, 1.0f);
-                write(value_sums, (char *)(params.value_sums + at * p.value_dim), F32, p.value_dim, 1.0f);
+                store(sums, params.key_sums + at * p.head_dim, p.head_dim);
+                store(value_sums, params.value_sums + at * p.value_dim, p.value_dim);
                 if (!compact && lane % 4 == 0)
                     params.key_stored[at] = 1;
                 return;
@@ -417,8 +451,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             write(sums, params.dk.row(batch, head, row), params.dk_type, p.head_dim, params.scale);
             write(value_sums, params.dv.row(batch, head, row), params.dv_type, p.value_dim, 1.0f);
         } else if (flags & TILE_STORE) {
-            u64 at = number(batch, head, row);
-            write(sums, (char *)(p.state_accumulated + at * p.head_dim), F32, p.head_dim, 1.0f);
+            store(sums, p.state_accumulated + number(batch, head, row) * p.head_dim, p.head_dim);
         } else {
             write(sums, p.out.row(batch, head, row), p.out_type, p.head_dim, params.scale);
         }
@@ -438,9 +471,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
             for (u32 i = first; i < first + count; ++i)
                 hopper::barrier_init(shared_address(&control.barriers[i]), arrivals);
         };
-        initialize(S::ROWS_FULL, ROW_SLOTS, ROW_WARPS * LOADER_ARRIVALS);
-        initialize(S::ROWS_EMPTY, ROW_SLOTS, CONSUMER_WARPS);
-        initialize(S::COLUMNS_FULL, S::STAGES, S::STAGE_WARPS * LOADER_ARRIVALS);
+        initialize(S::ROWS_FULL, CONSUMERS, ROW_WARPS * LOADER_ARRIVALS);
+        initialize(S::ROWS_EMPTY, CONSUMERS, CONSUMER_WARPS / CONSUMERS);
+        initialize(S::COLUMNS_FULL, S::STAGES, LOADER_ARRIVALS);
         initialize(S::COLUMNS_EMPTY, S::STAGES, CONSUMER_WARPS);
         initialize(S::DRAWN_FULL, DRAWN_STAGES, 1);
         initialize(S::DRAWN_EMPTY, DRAWN_STAGES, LOADER_WARPS);

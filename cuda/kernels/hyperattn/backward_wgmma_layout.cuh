@@ -1,7 +1,7 @@
 // Shared memory of the Hopper backward kernels, and what their loading warps tell the computing ones.
 //
-// The rows of a tile, with two vectors each, lie in one of two places; the columns that they meet, with two vectors
-// each, stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all rows, swizzled by 128
+// The rows of a tile, with two vectors each, lie in two halves, one for each computing warpgroup; the columns that they
+// meet, with two vectors each, stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all rows, swizzled by 128
 // bytes; elements past the tensors' dimensions are 0.
 #pragma once
 
@@ -33,14 +33,14 @@ static_assert(LOADER_REGISTERS[0] + CONSUMERS * CONSUMER_REGISTERS[0] <= (1 + CO
 // The named barrier of the computing threads.
 constexpr u32 CONSUMER_BARRIER = 1;
 
-constexpr u32 ROW_SLOTS = 2;
+constexpr u32 HALF_ROWS = TILE_ROWS / CONSUMERS;
 constexpr u32 DRAWN_STAGES = 2;
-// Those that load a tile's rows: one the first vectors, one the second.
-constexpr u32 ROW_WARPS = LOADER_WARPS / ROW_SLOTS;
+// Loading warps of a half's rows: one of the first vectors, one of the second.
+constexpr u32 ROW_WARPS = LOADER_WARPS / CONSUMERS;
 static_assert(ROW_WARPS == 2, "there are two vectors");
 
-// A tile's rows. `rows` is 0 when there are no more tiles.
-struct alignas(16) RowSlot {
+// Half of a tile's rows. `rows`, the tile's, is 0 when there are no more tiles.
+struct alignas(16) HalfRows {
     u32 batch;
     u32 head;
     u32 rows;
@@ -49,14 +49,14 @@ struct alignas(16) RowSlot {
     u32 first_output;
     // Of queries: no share of a column of zeros is above 2^(its log weight + this), nor is its product with a delta.
     float exponent;
-    u32 row[TILE_ROWS];
+    u32 row[HALF_ROWS];
     // Of queries.
-    RowTerms terms[TILE_ROWS];
+    RowTerms terms[HALF_ROWS];
     // A query sees positions below `hidden_start`; a key is hidden from positions [hidden_start, hidden_start + count).
-    u32 hidden_start[TILE_ROWS];
-    u32 hidden_count[TILE_ROWS];
+    u32 hidden_start[HALF_ROWS];
+    u32 hidden_count[HALF_ROWS];
     // Of keys: whether there are sums to go on from.
-    u32 resumes[TILE_ROWS];
+    u32 resumes[HALF_ROWS];
 };
 
 enum StageFlags : u32 {
@@ -106,25 +106,21 @@ struct LoadedKeyTile {
 
 template <u32 DIM> struct Shape {
     static constexpr u32 COLUMNS = DIM <= 64 ? 128 : 64;
-    static constexpr u32 STAGES = DIM <= 64 ? 4 : 2;
-    // Those that load the blocks of a stage: one all of it, or one the first vectors and one the second.
-    static constexpr u32 STAGE_WARPS = LOADER_WARPS / STAGES;
-    // Whether a block is looked up before the one before it in its stage is loaded. With more stages there are as many
-    // blocks being looked up anyway.
-    static constexpr bool AHEAD = STAGES == 2;
+    // Each is loaded by a warp of its own.
+    static constexpr u32 STAGES = LOADER_WARPS;
     static constexpr u32 CHUNKS = DIM / ROW_ELEMENTS;
-    static constexpr u32 ROW_CHUNK_BYTES = TILE_ROWS * ROW_BYTES;
+    static constexpr u32 ROW_CHUNK_BYTES = HALF_ROWS * ROW_BYTES;
     static constexpr u32 ROWS_BYTES = CHUNKS * ROW_CHUNK_BYTES;
     static constexpr u32 COLUMN_CHUNK_BYTES = COLUMNS * ROW_BYTES;
     static constexpr u32 COLUMNS_BYTES = CHUNKS * COLUMN_CHUNK_BYTES;
-    // Both vectors of a slot or stage lie behind each other.
-    static constexpr u32 COLUMNS_AT = ROW_SLOTS * 2 * ROWS_BYTES;
+    // Both vectors of a half or stage lie behind each other.
+    static constexpr u32 COLUMNS_AT = CONSUMERS * 2 * ROWS_BYTES;
     static constexpr u32 CONTROL_AT = COLUMNS_AT + STAGES * 2 * COLUMNS_BYTES;
 
     // Numbers of the first barriers of each kind: "full" for the computing warps, "empty" for the loading ones.
     static constexpr u32 ROWS_FULL = 0;
-    static constexpr u32 ROWS_EMPTY = ROWS_FULL + ROW_SLOTS;
-    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + ROW_SLOTS;
+    static constexpr u32 ROWS_EMPTY = ROWS_FULL + CONSUMERS;
+    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + CONSUMERS;
     static constexpr u32 COLUMNS_EMPTY = COLUMNS_FULL + STAGES;
     // "Full" for all loading warps, "empty" for the one that draws.
     static constexpr u32 DRAWN_FULL = COLUMNS_EMPTY + STAGES;
@@ -134,14 +130,13 @@ template <u32 DIM> struct Shape {
     struct Control {
         u64 barriers[BARRIERS];
         DrawnTile drawn[DRAWN_STAGES];
-        RowSlot rows[ROW_SLOTS];
+        HalfRows rows[CONSUMERS];
         ColumnStage<COLUMNS> columns[STAGES];
         // What each loading warp is copying, see hopper::list_rows().
         alignas(16) u32 list[LOADER_WARPS][TILE_ROWS];
-        // The tile whose columns a warp loads, and the one after.
         union {
-            LoadedQueryTile queries[LOADER_WARPS][2];
-            LoadedKeyTile keys[LOADER_WARPS][2];
+            LoadedQueryTile queries[LOADER_WARPS];
+            LoadedKeyTile keys[LOADER_WARPS];
         };
     };
 
