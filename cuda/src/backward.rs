@@ -190,9 +190,9 @@ impl Backward<'_, '_> {
     /// # Safety
     /// As for [`Self::run`], like what follows.
     unsafe fn row_terms(&self) -> Result<()> {
-        /// Threads of a block, and its rows (BACKWARD_ROWS_THREADS, BACKWARD_ROWS_LANES).
+        /// Threads of a block, and its rows (BACKWARD_ROWS_THREADS, BACKWARD_ROWS_LANES, BACKWARD_ROWS_AT_ONCE).
         const THREADS: u32 = 256;
-        const ROWS: usize = 16;
+        const ROWS: usize = 64;
         let (problem, tensors) = (&self.call.problem, &self.call.tensors);
         let rows = problem.batch * problem.heads_q * problem.n_q;
         let Ok(grid) = i32::try_from(rows.div_ceil(ROWS)) else {

@@ -64,8 +64,8 @@ struct BackwardPaperParams {
 static_assert(sizeof(BackwardPaperParams) == 248, "the host's mirror of this struct counts on it");
 
 constexpr u32 BACKWARD_SAMPLES_THREADS = 128;
-// Columns of a key and a value together that a lane adds up.
-constexpr u32 BACKWARD_SAMPLES_COLUMNS = 16;
+// Columns of a key and a value together that a thread adds up.
+constexpr u32 BACKWARD_SAMPLES_COLUMNS = 4;
 
 } // namespace hyperattn
 
@@ -186,8 +186,8 @@ extern "C" __global__ void __launch_bounds__(128)
     params.segments[number] = segment;
 }
 
-// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the warp of the
-// first. Grid: ceil(kv_heads * rectangles * sample_size / 4); block BACKWARD_SAMPLES_THREADS, a warp for each sample.
+// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the block of the
+// first. Grid: kv_heads * rectangles * sample_size; block BACKWARD_SAMPLES_THREADS.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS)
     backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params)
 {
@@ -195,10 +195,7 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
     constexpr u32 ALL_LANES = 0xffffffffu;
     const PassTiles &common = params.common;
     u32 lane = threadIdx.x % 32, samples = common.sample_size;
-    u64 at = (u64)blockIdx.x * (BACKWARD_SAMPLES_THREADS / 32) + threadIdx.x / 32;
-    if (at >= (u64)common.kv_heads * common.pass.count * samples)
-        return;
-    u32 own = (u32)(at % samples), number = (u32)(at / samples);
+    u32 own = blockIdx.x % samples, number = blockIdx.x / samples;
     Rectangle rectangle;
     if (!common.rectangle(number % common.pass.count, rectangle))
         return;
@@ -211,23 +208,24 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
     for (u32 first = 0; first < samples; first += 32) {
         bool same = first + lane < samples && positions[first + lane] == position;
         u32 found = __ballot_sync(ALL_LANES, same);
-        // An earlier sample's warp adds this one.
+        // An earlier sample's block adds this one.
         if (found != 0 && first + __ffs(found) - 1 < own)
             return;
         for (; found != 0; found &= found - 1) {
             u64 row = (u64)number * params.chunks * samples + first + __ffs(found) - 1;
-            // Several chunks' sums are read before they are added.
-#pragma unroll 4
-            for (u32 chunk = 0; chunk < chunks; ++chunk, row += samples) {
-                const float *of_key = params.key_partials + row * params.head_dim;
-                const float *of_value = params.value_partials + row * params.value_dim;
 #pragma unroll
-                for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-                    u32 column = lane + 32 * i;
-                    const float *from = column < params.head_dim ? of_key + column : of_value + column - params.head_dim;
-                    if (column < columns)
-                        sums[i] += *from;
-                }
+            for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
+                u32 column = threadIdx.x + BACKWARD_SAMPLES_THREADS * i;
+                if (column >= columns)
+                    continue;
+                bool of_key = column < params.head_dim;
+                u32 dim = of_key ? params.head_dim : params.value_dim;
+                const float *partial = of_key ? params.key_partials + row * dim + column
+                                              : params.value_partials + row * dim + column - params.head_dim;
+                // Several are read before they are added.
+#pragma unroll 8
+                for (u32 chunk = 0; chunk < chunks; ++chunk)
+                    sums[i] += partial[(u64)chunk * samples * dim];
             }
         }
     }
@@ -237,14 +235,14 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
     bool stored = params.key_stored[to] != 0;
 #pragma unroll
     for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-        u32 column = lane + 32 * i;
+        u32 column = threadIdx.x + BACKWARD_SAMPLES_THREADS * i;
         if (column >= columns)
             continue;
         float *sum = column < params.head_dim ? params.key_sums + to * params.head_dim + column
                                               : params.value_sums + to * params.value_dim + column - params.head_dim;
         *sum = stored ? *sum + sums[i] : sums[i];
     }
-    __syncwarp();
-    if (lane == 0)
+    __syncthreads();
+    if (threadIdx.x == 0)
         params.key_stored[to] = 1;
 }

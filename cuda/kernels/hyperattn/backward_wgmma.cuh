@@ -10,6 +10,7 @@
 
 #include "attend_mma.cuh"
 #include "backward_pairs.cuh"
+#include "backward_quads.cuh"
 #include "backward_wgmma_load.cuh"
 
 namespace hyperattn {
@@ -36,19 +37,6 @@ struct Bounds {
     u32 start[2];
     u32 count[2];
 };
-
-// Adds get(n), a pair, to f32 sums as write_pairs() writes, without waiting for them.
-template <u32 DIM, typename Get> __device__ __forceinline__ void add_pairs(float *to, u32 dim, Get get)
-{
-#pragma unroll
-    for (u32 n = 0; n < DIM / 8; ++n) {
-        u32 column = n * 8 + threadIdx.x % 4 * 2;
-        if (column >= dim)
-            continue;
-        float2 pair = get(n);
-        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to + column), "f"(pair.x), "f"(pair.y) : "memory");
-    }
-}
 
 // A computing warpgroup: 64 rows of each tile, of keys or of queries.
 template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
@@ -109,16 +97,16 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         async_proxy_fence();
     }
 
-    // The first or second vectors of the block.
-    __device__ __forceinline__ u32 columns_at(u32 which) const
+    // The first or second vectors of a block.
+    __device__ __forceinline__ u32 columns_at(u32 stage, u32 which) const
     {
-        return data + S::COLUMNS_AT + (ring.stage * 2 + which) * S::COLUMNS_BYTES;
+        return data + S::COLUMNS_AT + (stage * 2 + which) * S::COLUMNS_BYTES;
     }
 
     __device__ __forceinline__ void multiply(float (&products)[COLUMNS / 2], u32 which)
     {
         u32 rows = opaque(data + (group * 2 + which) * S::ROWS_BYTES);
-        u32 columns = opaque(columns_at(which));
+        u32 columns = opaque(columns_at(ring.stage, which));
 #pragma unroll
         for (u32 k = 0; k < DIM / 16; ++k) {
             u32 within = k % 4 * 32;
@@ -128,9 +116,10 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         products_commit();
     }
 
-    __device__ __forceinline__ void accumulate(float (&to)[DIM / 2], const u32 (&weights)[COLUMNS / 4], u32 which)
+    __device__ __forceinline__ void accumulate(float (&to)[DIM / 2], const u32 (&weights)[COLUMNS / 4], u32 stage,
+                                               u32 which)
     {
-        u32 columns = opaque(columns_at(which));
+        u32 columns = opaque(columns_at(stage, which));
 #pragma unroll
         for (u32 k = 0; k < COLUMNS / 16; ++k)
             multiply_registers<TYPE, DIM>(to, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
@@ -239,7 +228,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     // threads call it.
     __device__ __forceinline__ void take_out_not_finite(float (&to)[DIM / 2], u32 flags, u32 which)
     {
-        u32 columns = columns_at(which), thread = threadIdx.x - WARPGROUP;
+        u32 columns = columns_at(ring.stage, which), thread = threadIdx.x - WARPGROUP;
         bool found = false;
         for (u32 word = thread; word < S::COLUMNS_BYTES / 4; word += CONSUMERS * WARPGROUP) {
             u32 pair = load_shared(columns + word * 4);
@@ -282,17 +271,29 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         return word;
     }
 
-    // One block. The products of second vectors go on while shares are computed.
-    template <Mask MASK> __device__ __forceinline__ void step(u32 flags)
+    // One block. The products of second vectors go on while shares are computed. Of queries, for which there are
+    // registers, so do those that add the block before to the sums, if there is one: AFTER.
+    template <Mask MASK, bool AFTER> __device__ __forceinline__ void step(u32 flags)
     {
+        if constexpr (AFTER)
+            pin_sums();
         products_begin();
         multiply(s, 0);
         multiply(dp, 1);
-        products_wait<1>();
+        if constexpr (AFTER) {
+            accumulate(sums, slopes, stage_before(), 0);
+            products_wait<2>();
+        } else {
+            products_wait<1>();
+        }
         pin(s);
         weigh<MASK>(flags);
         products_wait<0>();
         pin(dp);
+        if constexpr (AFTER) {
+            pin_sums();
+            release(control.barriers[S::COLUMNS_EMPTY + stage_before()]);
+        }
         differentiate<MASK>();
         if constexpr (MASK == MASK_PAIRS) {
             if (flags & STAGE_STRADDLES) {
@@ -304,25 +305,34 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         // The next tile's rows may be loaded while sums are finished and written.
         if (flags & STAGE_LAST)
             release(control.barriers[S::ROWS_EMPTY + group]);
-        pin(slopes);
-        pin(sums);
-        if constexpr (OF_KEYS) {
-            pin(shares);
-            pin(value_sums);
-        }
+        if (OF_KEYS)
+            add_block(ring.stage);
+        ring.advance();
+    }
+
+    __device__ __forceinline__ u32 stage_before() const { return (ring.stage + S::STAGES - 1) % S::STAGES; }
+
+    // Adds a block to the sums.
+    __device__ __forceinline__ void add_block(u32 stage)
+    {
+        pin_sums();
         products_begin();
         if constexpr (OF_KEYS)
-            accumulate(value_sums, shares, 1);
-        accumulate(sums, slopes, 0);
+            accumulate(value_sums, shares, stage, 1);
+        accumulate(sums, slopes, stage, 0);
         products_wait<0>();
+        pin_sums();
+        release(control.barriers[S::COLUMNS_EMPTY + stage]);
+    }
+
+    __device__ __forceinline__ void pin_sums()
+    {
         pin(sums);
         pin(slopes);
         if constexpr (OF_KEYS) {
             pin(value_sums);
             pin(shares);
         }
-        release(control.barriers[S::COLUMNS_EMPTY + ring.stage]);
-        ring.advance();
     }
 
     __device__ __forceinline__ void run()
@@ -351,17 +361,27 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             if (!more)
                 release(control.barriers[S::ROWS_EMPTY + group]);
             begin(batch, head, flags, row, resumes);
+            // Whether the block before is still to be added.
+            bool held = false;
             while (more) {
                 wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
                 u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
                 more = !(block_flags & STAGE_LAST);
-                if (masked(block_flags, exponent))
-                    step<MASK_PAIRS>(block_flags);
-                else if (OF_KEYS && (block_flags & STAGE_HIDES))
-                    step<OF_KEYS ? MASK_ROWS : MASK_NONE>(block_flags);
-                else
-                    step<MASK_NONE>(block_flags);
+                if (masked(block_flags, exponent)) {
+                    if (held)
+                        add_block(stage_before());
+                    step<MASK_PAIRS, false>(block_flags);
+                } else if (OF_KEYS && (block_flags & STAGE_HIDES)) {
+                    step<OF_KEYS ? MASK_ROWS : MASK_NONE, false>(block_flags);
+                } else if (held) {
+                    step<MASK_NONE, !OF_KEYS>(block_flags);
+                } else {
+                    step<MASK_NONE, false>(block_flags);
+                }
+                held = !OF_KEYS;
             }
+            if (held)
+                add_block(stage_before());
             end<0>(batch, head, flags, row[0], first_output, resumes[0]);
             end<1>(batch, head, flags, row[1], first_output, resumes[1]);
         }
@@ -422,21 +442,19 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     template <u32 HALF>
     __device__ __forceinline__ void end(u32 batch, u32 head, u32 flags, u32 row, u32 first_output, bool resumes)
     {
-        if (row == NO_KEY)
-            return;
-        auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float factor) {
-            write_pairs<TYPE, DIM>(to, type, dim, factor, [&](u32 n) {
-                return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
-            });
-        };
+        const bool exists = row != NO_KEY;
         // Nobody else adds to the row in this launch, so that the order of sums is known.
         auto store = [&](const float (&from)[DIM / 2], float *to, u32 dim) {
-            if (resumes)
-                add_pairs<DIM>(to, dim, [&](u32 n) {
-                    return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
+            write_sums<DIM>(to, dim, exists, resumes, [&](u32 n) { return pair<HALF>(from, n); });
+        };
+        auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float factor) {
+            if (type == F32)
+                write_sums<DIM>((float *)to, dim, exists, false, [&](u32 n) {
+                    float2 sum = pair<HALF>(from, n);
+                    return make_float2(sum.x * factor, sum.y * factor);
                 });
             else
-                write(from, (char *)to, F32, dim, 1.0f);
+                write_rounded<TYPE, DIM>((u16 *)to, dim, exists, factor, [&](u32 n) { return pair<HALF>(from, n); });
         };
         if constexpr (OF_KEYS) {
             if (flags & KEY_TILE_STORE) {
@@ -444,7 +462,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 u64 at = compact ? (u64)first_output + first_row + 8 * HALF : number(batch, head, row);
                 store(sums, params.key_sums + at * p.head_dim, p.head_dim);
                 store(value_sums, params.value_sums + at * p.value_dim, p.value_dim);
-                if (!compact && lane % 4 == 0)
+                if (exists && !compact && lane % 4 == 0)
                     params.key_stored[at] = 1;
                 return;
             }
@@ -455,6 +473,12 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         } else {
             write(sums, p.out.row(batch, head, row), p.out_type, p.head_dim, params.scale);
         }
+    }
+
+    // Of the first or second row.
+    template <u32 HALF> __device__ __forceinline__ static float2 pair(const float (&from)[DIM / 2], u32 n)
+    {
+        return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
     }
 };
 
@@ -483,13 +507,13 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
 
     u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
-        hopper::registers_decrease<LOADER_REGISTERS[OF_KEYS]>();
+        hopper::registers_decrease<LOADER_REGISTERS>();
         if constexpr (OF_KEYS)
             Loader<DIM, KeyTiles<DIM>>(params, control, data).run();
         else
             Loader<DIM, QueryTiles<DIM>>(params, control, data).run();
     } else {
-        hopper::registers_increase<CONSUMER_REGISTERS[OF_KEYS]>();
+        hopper::registers_increase<CONSUMER_REGISTERS>();
         Consumer<TYPE, DIM, OF_KEYS>(params, control, data, warpgroup - 1).run();
     }
 }

@@ -23,11 +23,10 @@ constexpr u32 NO_KEY = key_stream::NO_KEY;
 constexpr u32 CONSUMERS = 2;
 constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
-// Of a thread, for tiles of queries and of keys; together no more than the block starts with, 168 for each.
-constexpr u32 LOADER_REGISTERS[2] = {72, 56};
-constexpr u32 CONSUMER_REGISTERS[2] = {216, 224};
-static_assert(LOADER_REGISTERS[0] + CONSUMERS * CONSUMER_REGISTERS[0] <= (1 + CONSUMERS) * 168 &&
-                  LOADER_REGISTERS[1] + CONSUMERS * CONSUMER_REGISTERS[1] <= (1 + CONSUMERS) * 168,
+// Of a thread; together no more than the block starts with, 168 for each.
+constexpr u32 LOADER_REGISTERS = 56;
+constexpr u32 CONSUMER_REGISTERS = 224;
+static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168,
               "or a warpgroup waits for ever");
 
 // The named barrier of the computing threads.

@@ -17,7 +17,7 @@ use crate::workspace::{Carver, Pointer};
 
 /// Queries that a sampled key meets before its sums are stored.
 const CHUNK_QUERIES: usize = 4096;
-/// Threads of the blocks that add the samples' sums, a warp for each (BACKWARD_SAMPLES_THREADS).
+/// Threads of the blocks that add the samples' sums, one for each sample (BACKWARD_SAMPLES_THREADS).
 const ADD_THREADS: u32 = 128;
 
 const KEY_TILE_STORE: u32 = 4;
@@ -231,7 +231,7 @@ impl Paper<'_, '_> {
         partial.key_sums = buffers.key_partials;
         partial.value_sums = buffers.value_partials;
         let grid = |items| blocks_of(items, THREADS);
-        let add_grid = blocks_of(samples, ADD_THREADS as usize / 32);
+        let add_grid = blocks_of(samples, 1);
         let (queue, threads) = (self.queue, THREADS as u32);
         // SAFETY: this is the kernels' parameter; every buffer is written before it is read.
         unsafe {
