@@ -27,11 +27,14 @@
 #include "hyperattn/attend_mma.cuh"
 #include "hyperattn/attend_wgmma.cuh"
 
+#include "hyperattn/backward_add_parts.cuh"
 #include "hyperattn/backward_any.cuh"
+#include "hyperattn/backward_block_mask_tiles.cuh"
 #include "hyperattn/backward_exact_tiles.cuh"
 #include "hyperattn/backward_mma.cuh"
 #include "hyperattn/backward_paper_tiles.cuh"
 #include "hyperattn/backward_rows.cuh"
+#include "hyperattn/backward_samples.cuh"
 #include "hyperattn/backward_wgmma.cuh"
 
 // The host's mirrors in cuda/src/abi.rs count on these.
