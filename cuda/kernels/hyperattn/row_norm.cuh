@@ -438,15 +438,20 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     float log2_sum[ROW_NORM_WARP_ROWS];
 #pragma unroll
-    for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++) {
-        float sampled = sums[r].log2_of_warp();
-        log2_sum[r] = log2_add(exact[r], floor > sampled ? floor : sampled);
-        // Where tau / kappa takes the place of the whole sum, all its terms are constants.
-        if (params.bounds && lane == 0 && warp * ROW_NORM_WARP_ROWS + r < count)
-            params.bounds[state(r)] = floor > sampled ? minus_infinity() : cap[r];
-    }
-    if (params.bounds)
+    for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++)
+        log2_sum[r] = sums[r].log2_of_warp();
+    if (params.bounds) {
+#pragma unroll
+        for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++) {
+            // Where tau / kappa takes the place of the whole sum, all its terms are constants.
+            if (lane == 0 && warp * ROW_NORM_WARP_ROWS + r < count)
+                params.bounds[state(r)] = floor > log2_sum[r] ? minus_infinity() : cap[r];
+        }
         return;
+    }
+#pragma unroll
+    for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++)
+        log2_sum[r] = log2_add(exact[r], floor > log2_sum[r] ? floor : log2_sum[r]);
 
     // Line 4 of Algorithm 3: the product with the values.
     for (u32 at = 0; at < params.sample_size; at += ROW_NORM_KEYS) {

@@ -83,12 +83,15 @@ const ANY: [Launch; 3] = [
     },
 ];
 
+/// Rows of the thread blocks of backward_samples.cuh, for each of [`DIMS`].
+const SAMPLES_ROWS: [usize; 3] = [64, 32, 16];
+
 /// How the kernels of samples that are met apart are launched (backward_samples.cuh).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SamplesLaunch {
     pub(crate) block: u32,
     pub(crate) shared_bytes: u32,
-    /// Rows of a thread block (Shape::ROWS).
+    /// Rows of a thread block.
     pub(crate) rows: usize,
     pub(crate) queries: &'static CStr,
     pub(crate) keys: &'static CStr,
@@ -103,7 +106,7 @@ pub(crate) fn samples_launch(dim: usize) -> SamplesLaunch {
         (c"backward_samples_queries_256", c"backward_samples_keys_256"),
     ][size];
     let Launch { block, shared_bytes, .. } = ANY[size];
-    SamplesLaunch { block, shared_bytes, rows: 4096 / DIMS[size], queries, keys }
+    SamplesLaunch { block, shared_bytes, rows: SAMPLES_ROWS[size], queries, keys }
 }
 
 /// Number of the kernels' size.
@@ -204,6 +207,10 @@ mod tests {
                 );
                 assert!(entry.contains(&line), "{line}");
             }
+        }
+        for (dim, rows) in DIMS.iter().zip(SAMPLES_ROWS) {
+            let line = format!("backward_simt::Shape<{dim}>::ROWS == {rows}, \"backward_samples\");");
+            assert!(entry.contains(&line), "{line}");
         }
     }
 }
