@@ -1,5 +1,5 @@
-// Gradients of keys or values of a KV head whose query heads are in several parts of a call, each of which leaves its own
-// in f32: sums in the order of the parts.
+// Gradients of keys or values of a KV head whose query heads are in several parts of a call, each of which leaves its
+// own in f32: sums in the order of the parts.
 #pragma once
 
 #include "convert.cuh"
