@@ -5,7 +5,7 @@ use hyperattn_conformance::run::Workspace;
 use hyperattn_core::{
     DType, Division, Gradients, Kernels, Result, TensorMut, TensorRef, Tensors, backward, backward_workspace,
 };
-use hyperattn_cuda::DeviceGradients;
+use hyperattn_cuda::{DeviceGradients, DeviceTensors};
 use hyperattn_reference::Generator;
 
 use super::call::{Call, Prepared};
@@ -17,6 +17,8 @@ use super::tensor::{Arrangement, Tensor, rounded};
 pub struct BackwardCall<'a> {
     /// The forward call; its outputs are the backward's inputs.
     pub forward: Call<'a>,
+    /// How both are divided.
+    pub division: Division<'a>,
     /// Element type of dout.
     pub dout: DType,
     /// Element types of dq, and of dk and dv.
@@ -39,6 +41,7 @@ impl<'a> BackwardCall<'a> {
         let dtypes = forward.inputs.dtypes;
         BackwardCall {
             forward,
+            division: Division::default(),
             dout: dtypes.q,
             gradients: [dtypes.q, dtypes.kv],
             arrangement: Arrangement::Packed,
@@ -57,10 +60,13 @@ impl<'a> BackwardCall<'a> {
     }
 
     /// Runs the forward and puts everything for the backward on the device.
-    pub fn prepare(&self) -> PreparedBackward {
-        let forward = self.forward.prepare();
-        let stream = Stream::new();
-        forward.enqueue(&stream).expect("a legal call");
+    pub fn prepare(&self) -> PreparedBackward<'a> {
+        let (forward, division) = (self.forward.prepare(), self.division);
+        let (params, stream) = (forward.params(), Stream::new());
+        let tensors = DeviceTensors { error: None, keys_per_query: None, ..forward.tensors() };
+        // SAFETY: all tensors are the device's memory, which outlives the work, as it is waited for.
+        unsafe { hyperattn_cuda::forward_divided(params, &division, &tensors, None, stream.raw()) }
+            .expect("a legal call");
         stream.synchronize();
         let shape = &self.forward.inputs.shape;
         let [dout, dlse] = self.losses();
@@ -69,13 +75,14 @@ impl<'a> BackwardCall<'a> {
             Tensor::new(values, extents, dtype, self.forward.arrangements[0])
         };
         let wanted = |extents, dtype| Tensor::poisoned(extents, dtype, self.arrangement);
-        let need = hyperattn_cuda::backward_workspace(self.forward.params, &forward.tensors())
+        let need = hyperattn_cuda::backward_divided_workspace(self.forward.params, &division, &tensors)
             .unwrap_or_else(|error| panic!("{:?}: {error:?}", self.forward.params));
         assert_eq!(need.align, 256);
         let workspace = Memory::filled(need.size + GUARD.len(), 0xff);
         workspace.write(need.size, &GUARD);
         PreparedBackward {
             forward,
+            division,
             dout: given(&dout, shape.out(), self.dout),
             dlse: self.of_lse.then(|| given(&dlse, shape.lse(), DType::F32)),
             gradients: [
@@ -89,10 +96,9 @@ impl<'a> BackwardCall<'a> {
     }
 
     /// What the CPU makes of the numbers that are on the device.
-    pub fn on_cpu(&self, prepared: &PreparedBackward) -> Found {
+    pub fn on_cpu(&self, prepared: &PreparedBackward<'_>) -> Found {
         let (inputs, shape) = (self.forward.inputs, &self.forward.inputs.shape);
-        let outcome = prepared.forward.outcome();
-        let (mut out, mut lse) = (outcome.out, outcome.lse);
+        let [mut out, mut lse] = prepared.forward.out_and_lse();
         let [dout, dlse] = self.losses();
         let mut found = [&inputs.q, &inputs.k, &inputs.v].map(|values| vec![f32::NAN; values.len()]);
         let [dq, dk, dv] = &mut found;
@@ -116,7 +122,7 @@ impl<'a> BackwardCall<'a> {
             dv: TensorMut::contiguous(dv, shape.v()).expect("as many values"),
         };
         let executor = Threads { lanes: 4, threads: 4, order: Order::Forward };
-        let (params, kernels, division) = (self.forward.params, Kernels::detect(None), Division::default());
+        let (params, kernels, division) = (self.forward.params, Kernels::detect(None), self.division);
         let layout = backward_workspace(params, &division, &tensors.layouts(), kernels, &executor)
             .expect("a legal call");
         let mut workspace = Workspace::new(layout, |_| 0xFF);
@@ -200,8 +206,9 @@ fn relative_error(found: &[f32], expected: &[f32], cancelled: f64) -> f64 {
 const GUARD: [u8; 1024] = [0x5c; 1024];
 
 /// A backward call whose tensors and workspace are on the device.
-pub struct PreparedBackward {
+pub struct PreparedBackward<'a> {
     pub forward: Prepared,
+    division: Division<'a>,
     dout: Tensor,
     dlse: Option<Tensor>,
     gradients: [Tensor; 3],
@@ -210,7 +217,7 @@ pub struct PreparedBackward {
     pub needed: usize,
 }
 
-impl PreparedBackward {
+impl PreparedBackward<'_> {
     /// As the library takes them.
     pub fn gradients(&self) -> DeviceGradients {
         let [dq, dk, dv] = self.gradients.each_ref().map(Tensor::view);
@@ -229,8 +236,9 @@ impl PreparedBackward {
         // SAFETY: all tensors and the workspace are the device's memory, which outlives the stream's work: every test
         // waits for it before it drops them.
         unsafe {
-            hyperattn_cuda::backward(
+            hyperattn_cuda::backward_divided(
                 self.forward.params(),
+                &self.division,
                 &self.forward.tensors(),
                 &self.gradients(),
                 workspace,
