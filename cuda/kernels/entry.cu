@@ -31,6 +31,9 @@
 #include "hyperattn/backward_exact_tiles.cuh"
 #include "hyperattn/backward_mma.cuh"
 #include "hyperattn/backward_paper_tiles.cuh"
+#include "hyperattn/backward_refined_finish.cuh"
+#include "hyperattn/backward_refined_rest.cuh"
+#include "hyperattn/backward_refined_tiles.cuh"
 #include "hyperattn/backward_rows.cuh"
 #include "hyperattn/backward_wgmma.cuh"
 

@@ -361,6 +361,13 @@ fn times() {
         normal.iter().flat_map(|&x| hyperattn_core::bf16::from_f32(x).to_le_bytes()).collect();
     let estimated =
         |mask| Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() };
+    let refined = Params {
+        method: Method::Refined,
+        mask: Mask::CausalBottomRight,
+        budget: 3392,
+        target_error: 0.0,
+        ..Params::default()
+    };
     for (params, n, dim) in [
         (exact(Mask::CausalBottomRight), 16_384, 128),
         (exact(Mask::CausalBottomRight), 16_384, 64),
@@ -369,6 +376,7 @@ fn times() {
         (estimated(Mask::CausalBottomRight), 131_072, 64),
         (estimated(Mask::None), 131_072, 128),
         (estimated(Mask::CausalBottomRight), 131_072, 128),
+        (refined, 131_072, 128),
     ] {
         let heads = 32;
         let tensors: Vec<_> = (0..8).map(|_| cheap_tensor(&numbers, heads, n, dim)).collect();
