@@ -134,7 +134,6 @@ struct Buffers {
     method: MethodBuffers,
 }
 
-#[expect(clippy::large_enum_variant, reason = "a call has one")]
 enum MethodBuffers {
     Exact(exact::Buffers),
     Paper(paper::Buffers),

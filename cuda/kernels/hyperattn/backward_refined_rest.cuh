@@ -14,9 +14,54 @@ constexpr u32 SPREAD_COLUMNS = SPREAD_THREADS * SPREAD_COLUMNS_OF_THREAD;
 constexpr u32 SPREAD_BLOCKS = 16;
 constexpr u32 SPREAD_PLACES = 32;
 
+// Elements of a row that a thread reads at a time, and threads that read a row together.
+constexpr u32 UNIT = 8;
+constexpr u32 LANES_OF_ROW = 8;
+
 struct ColumnShared {
     float shares[QUERY_TILE_ROWS];
     float slopes[QUERY_TILE_ROWS];
+    // Of every slice of the rows.
+    float sums[COLUMN_THREADS * UNIT];
+};
+
+// Rows of one tensor.
+struct TileRows {
+    const char *data;
+    i64 stride;
+    u32 dim;
+    u32 type;
+    bool aligned;
+
+    __device__ __forceinline__ TileRows(const View &tensor, const QueryTile &tile, u32 dim, u32 type)
+        : data(tensor.row(tile.batch, tile.head, tile.first_query)), stride(tensor.row_stride), dim(dim), type(type),
+          aligned(dim % UNIT == 0 && ((u64)data | (u64)stride) % 16 == 0)
+    {
+    }
+
+    __device__ __forceinline__ void load(u32 row, u32 column, float x[UNIT]) const
+    {
+        load_8(data + row * stride, column, dim, type, aligned, x);
+    }
+
+    // This lane's part of the product of a row and another, whose elements have the type `other_type`.
+    __device__ __forceinline__ float product(u32 row, const char *other, u32 other_type) const
+    {
+        float sum = 0.0f;
+        for (u32 column = threadIdx.x % LANES_OF_ROW * UNIT; column < dim; column += LANES_OF_ROW * UNIT) {
+            float x[UNIT], y[UNIT];
+            load(row, column, x);
+            // The workspace's rows are aligned if their lengths are.
+            load_8(other, column, dim, other_type, dim % UNIT == 0, y);
+#pragma unroll
+            for (u32 i = 0; i < UNIT; ++i)
+                sum = fmaf(x[i], y[i], sum);
+        }
+#pragma unroll
+        for (u32 lanes = 1; lanes < LANES_OF_ROW; lanes *= 2)
+            sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+        return sum;
+    }
 };
 
 // The gradient of the extra column of a place of the chunk. The blocks' weights become their shares in the column,
@@ -24,7 +69,7 @@ struct ColumnShared {
 __device__ __forceinline__ void column_gradient(const RefinedParams &p, const BackwardParams &backward,
                                                 const RefinedGradientParams &g, ColumnShared &shared)
 {
-    u32 lane = threadIdx.x % 32, in_chunk = blockIdx.x / GROUP_TILES, i = blockIdx.x % GROUP_TILES;
+    u32 in_chunk = blockIdx.x / GROUP_TILES, i = blockIdx.x % GROUP_TILES;
     u32 group = p.chunk_first + in_chunk, place = (group - p.pass_first) * GROUP_TILES + i;
     QueryTile tile = tile_of_group(p, group, i);
     Frame frame = frame_of(p, tile);
@@ -41,46 +86,53 @@ __device__ __forceinline__ void column_gradient(const RefinedParams &p, const Ba
         weights[block] = counts ? weights[block] / whole : 0.0f;
     }
 
-    u32 value_bytes = p.kv_type == F32 ? 4 : 2, width = p.summary_width();
+    u32 value_bytes = p.kv_type == F32 ? 4 : 2;
     const char *key = p.extra_keys + (u64)place * p.head_dim * value_bytes;
     const char *value = p.extra_values + (u64)place * p.value_dim * value_bytes;
-    const char *queries = p.q.row(tile.batch, tile.head, tile.first_query);
-    const char *gradients = backward.dout.row(tile.batch, tile.head, tile.first_query);
+    TileRows queries(p.q, tile, p.head_dim, p.q_type);
+    TileRows gradients(backward.dout, tile, p.value_dim, backward.dout_type);
     const RowTerms *row_terms = backward.row_terms + (u64)tile.head_number * p.n_q + tile.first_query;
-#pragma unroll 2
-    for (u32 row = threadIdx.x / 32; row < tile.queries; row += COLUMN_THREADS / 32) {
-        const char *query = queries + row * p.q.row_stride;
-        const char *gradient = gradients + row * backward.dout.row_stride;
-        float product = 0.0f, value_product = 0.0f;
-        for (u32 column = lane; column < p.head_dim; column += 32)
-            product = fmaf(f32_of(query, column, p.q_type), f32_of(key, column, p.kv_type), product);
-        for (u32 column = lane; column < p.value_dim; column += 32)
-            value_product = fmaf(f32_of(gradient, column, backward.dout_type), f32_of(value, column, p.kv_type),
-                                 value_product);
-#pragma unroll
-        for (u32 other = 1; other < 32; other *= 2) {
-            product += __shfl_xor_sync(ALL_LANES, product, other);
-            value_product += __shfl_xor_sync(ALL_LANES, value_product, other);
-        }
+    for (u32 first = 0; first < tile.queries; first += COLUMN_THREADS / LANES_OF_ROW) {
+        // Threads beyond the last row repeat it.
+        u32 row = min(first + threadIdx.x / LANES_OF_ROW, tile.queries - 1);
+        float product = queries.product(row, key, p.kv_type);
+        float slope = gradients.product(row, value, p.kv_type);
         RowTerms terms = row_terms[row];
         float share = exp2_approximately(fmaf(product, p.scale_log2, segment->log_weight - terms.lse));
-        if (lane == 0) {
+        if (threadIdx.x % LANES_OF_ROW == 0) {
             shared.shares[row] = share;
-            shared.slopes[row] = share * (value_product - terms.delta);
+            shared.slopes[row] = share * (slope - terms.delta);
         }
     }
     __syncthreads();
-    for (u32 column = threadIdx.x; column < width; column += COLUMN_THREADS) {
-        bool of_key = column < p.head_dim;
-        u32 within = of_key ? column : column - p.head_dim, type = of_key ? p.q_type : backward.dout_type;
-        const char *from = of_key ? queries : gradients;
+    u32 units_of_key = (p.head_dim + (UNIT - 1)) / UNIT, units = units_of_key + (p.value_dim + (UNIT - 1)) / UNIT;
+    u32 slices = COLUMN_THREADS / units, slice = threadIdx.x / units, unit = threadIdx.x % units;
+    if (slice < slices) {
+        bool of_key = unit < units_of_key;
+        TileRows rows = of_key ? queries : gradients;
         const float *factors = of_key ? shared.slopes : shared.shares;
-        i64 stride = of_key ? p.q.row_stride : backward.dout.row_stride;
+        u32 column = (of_key ? unit : unit - units_of_key) * UNIT;
+        float sums[UNIT] = {};
+#pragma unroll 4
+        for (u32 row = slice; row < tile.queries; row += slices) {
+            float x[UNIT];
+            rows.load(row, column, x);
+#pragma unroll
+            for (u32 e = 0; e < UNIT; ++e)
+                sums[e] = fmaf(factors[row], x[e], sums[e]);
+        }
+#pragma unroll
+        for (u32 e = 0; e < UNIT; ++e)
+            shared.sums[threadIdx.x * UNIT + e] = sums[e];
+    }
+    __syncthreads();
+    float *to = g.column_gradients + (u64)blockIdx.x * p.summary_width();
+    for (u32 column = threadIdx.x; column < p.summary_width(); column += COLUMN_THREADS) {
+        u32 at = column < p.head_dim ? column : units_of_key * UNIT + column - p.head_dim;
         float sum = 0.0f;
-#pragma unroll 8
-        for (u32 row = 0; row < tile.queries; ++row)
-            sum = fmaf(factors[row], f32_of(from + row * stride, within, type), sum);
-        g.column_gradients[(u64)blockIdx.x * width + column] = sum;
+        for (u32 i = 0; i < slices; ++i)
+            sum += shared.sums[i * units * UNIT + at];
+        to[column] = sum;
     }
 }
 

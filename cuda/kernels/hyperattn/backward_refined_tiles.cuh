@@ -8,12 +8,14 @@
 namespace hyperattn::refined {
 
 constexpr u32 NEAR_THREADS = 128;
-constexpr u32 LISTED_THREADS = 128;
-constexpr u32 ADD_THREADS = 128;
-constexpr u32 ADD_COLUMNS_OF_THREAD = 2;
-constexpr u32 ADD_COLUMNS = ADD_THREADS * ADD_COLUMNS_OF_THREAD;
-// Rows that a thread loads before it adds the first.
+constexpr u32 LISTED_THREADS = 512;
+constexpr u32 ADD_THREADS = 256;
+constexpr u32 ADD_WARPS = ADD_THREADS / 32;
+constexpr u32 ADD_COLUMNS_OF_LANE = 8;
+constexpr u32 ADD_COLUMNS = 32 * ADD_COLUMNS_OF_LANE;
+// Rows that a warp loads before it adds the first, and keys whose sums it has.
 constexpr u32 ADD_ROWS = 4;
+constexpr u32 KEYS_OF_WARP = ADDED_KEYS / ADD_WARPS;
 
 // Queries of a head, from the first on, whose tiles have the key of this position among their near keys or before:
 // tiles see no less than those before them, and their near keys begin no earlier. Tiles without representatives are
@@ -113,103 +115,115 @@ __device__ __forceinline__ void write_listed_tiles(const RefinedParams &p, const
 }
 
 struct AddShared {
-    float sums[ADDED_KEYS][ADD_COLUMNS];
-    // Of ADD_THREADS places: row of partial sums, and key within the range.
+    // Of ADD_THREADS places, place by place: row of partial sums, and key within the range.
     u32 rows[ADD_THREADS * ADDED_KEYS];
     u8 keys[ADD_THREADS * ADDED_KEYS];
-    u32 counts[ADD_THREADS / 32];
+    u32 counts[ADD_WARPS];
 };
 
-// Adds the partial sums of a range of keys of one KV head to those of the keys, place by place.
+// Lists the rows that up to ADD_THREADS places of the turn from `first_place` on have for a range of keys; how many.
+__device__ __forceinline__ u32 list_rows(const RefinedParams &p, const RefinedGradientParams &g, AddShared &shared,
+                                         u32 first_place, u32 end_place)
+{
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, place = first_place + threadIdx.x, start = 0, count = 0;
+    if (place < end_place) {
+        const u32 *starts = g.range_starts + (u64)place * (g.added_ranges(p) + 1) + blockIdx.x;
+        start = starts[0];
+        count = starts[1] - start;
+    }
+    u32 before = count;
+#pragma unroll
+    for (u32 distance = 1; distance < 32; distance *= 2) {
+        u32 other = __shfl_up_sync(ALL_LANES, before, distance);
+        before += lane >= distance ? other : 0;
+    }
+    if (lane == 31)
+        shared.counts[warp] = before;
+    __syncthreads();
+    before -= count;
+    u32 all = 0;
+#pragma unroll
+    for (u32 i = 0; i < ADD_WARPS; ++i) {
+        before += i < warp ? shared.counts[i] : 0;
+        all += shared.counts[i];
+    }
+    const u32 *positions = p.positions + (u64)(g.first_place + place) * p.most_positions + start;
+    for (u32 i = 0; i < count; ++i) {
+        shared.rows[before + i] = place * p.most_positions + start + i;
+        shared.keys[before + i] = (u8)(positions[i] - blockIdx.x * ADDED_KEYS);
+    }
+    __syncthreads();
+    return all;
+}
+
+// Adds the partial sums of a range of keys of one KV head to those of the keys, place by place. A warp has some of the
+// keys.
 __device__ __forceinline__ void add_listed(const RefinedParams &p, const RefinedGradientParams &g, AddShared &shared)
 {
-    u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    u32 first_key = blockIdx.x * ADDED_KEYS, width = p.summary_width(), ranges = g.added_ranges(p);
-    u32 places_of_kv_head = p.group * p.groups_of_head * GROUP_TILES;
-    u64 earlier = (u64)p.pass_first * GROUP_TILES;
-    u64 turn_first = earlier + g.first_place, turn_end = turn_first + g.places;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = p.summary_width();
+    u64 places_of_kv_head = (u64)p.group * p.groups_of_head * GROUP_TILES;
+    u64 turn_first = (u64)p.pass_first * GROUP_TILES + g.first_place, turn_end = turn_first + g.places;
     u32 kv_head = (u32)(turn_first / places_of_kv_head) + blockIdx.y;
-    u64 first = (u64)kv_head * places_of_kv_head, end = first + places_of_kv_head;
+    u64 first = kv_head * places_of_kv_head, end = first + places_of_kv_head;
     u32 first_in_turn = first > turn_first ? (u32)(first - turn_first) : 0;
     u32 end_in_turn = end < turn_end ? (u32)(end - turn_first) : g.places;
 
-    const float *partials[ADD_COLUMNS_OF_THREAD];
-    float *sums[ADD_COLUMNS_OF_THREAD];
-    u32 dims[ADD_COLUMNS_OF_THREAD];
-    u64 first_sum = (u64)(kv_head - g.first_kv_head) * p.n_k + first_key;
+    // Lanes beyond the last column repeat it.
+    const float *partials[ADD_COLUMNS_OF_LANE];
+    u32 dims[ADD_COLUMNS_OF_LANE];
 #pragma unroll
-    for (u32 i = 0; i < ADD_COLUMNS_OF_THREAD; ++i) {
-        // Threads beyond the last column repeat it.
-        u32 column = min(blockIdx.z * ADD_COLUMNS + i * ADD_THREADS + thread, width - 1);
+    for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c) {
+        u32 column = min(blockIdx.z * ADD_COLUMNS + c * 32 + lane, width - 1);
         bool of_key = column < p.head_dim;
-        u32 within = of_key ? column : column - p.head_dim;
-        dims[i] = of_key ? p.head_dim : p.value_dim;
-        partials[i] = (of_key ? g.key_partials : g.value_partials) + within;
-        sums[i] = (of_key ? g.key_sums : g.value_sums) + first_sum * dims[i] + within;
-#pragma unroll
-        for (u32 key = 0; key < ADDED_KEYS; ++key)
-            shared.sums[key][i * ADD_THREADS + thread] = 0.0f;
+        partials[c] = of_key ? g.key_partials + column : g.value_partials + (column - p.head_dim);
+        dims[c] = of_key ? p.head_dim : p.value_dim;
     }
-    u32 touched = 0;
-    for (u32 first_place = first_in_turn; first_place < end_in_turn; first_place += ADD_THREADS) {
-        u32 place = first_place + thread, start = 0, count = 0;
-        if (place < end_in_turn) {
-            const u32 *starts = g.range_starts + (u64)place * (ranges + 1) + blockIdx.x;
-            start = starts[0];
-            count = starts[1] - start;
-        }
-        u32 before = count;
+    float sums[KEYS_OF_WARP][ADD_COLUMNS_OF_LANE] = {};
+    u32 met = 0;
+    for (u32 place = first_in_turn; place < end_in_turn; place += ADD_THREADS) {
+        u32 count = list_rows(p, g, shared, place, end_in_turn);
 #pragma unroll
-        for (u32 distance = 1; distance < 32; distance *= 2) {
-            u32 other = __shfl_up_sync(ALL_LANES, before, distance);
-            before += lane >= distance ? other : 0;
-        }
-        // Everybody has added the rows before.
-        __syncthreads();
-        if (lane == 31)
-            shared.counts[warp] = before;
-        __syncthreads();
-        before -= count;
-        u32 all = 0;
+        for (u32 k = 0; k < KEYS_OF_WARP; ++k) {
+            for (u32 listed = 0; listed < count; listed += 32) {
+                bool own = listed + lane < count && shared.keys[listed + lane] == k * ADD_WARPS + warp;
+                u32 found = __ballot_sync(ALL_LANES, own);
+                met |= found ? 1u << k : 0;
+                while (found) {
+                    float x[ADD_ROWS][ADD_COLUMNS_OF_LANE];
+                    bool there[ADD_ROWS];
 #pragma unroll
-        for (u32 i = 0; i < ADD_THREADS / 32; ++i) {
-            before += i < warp ? shared.counts[i] : 0;
-            all += shared.counts[i];
-        }
-        const u32 *positions = p.positions + (u64)(g.first_place + place) * p.most_positions;
-        for (u32 i = 0; i < count; ++i) {
-            shared.rows[before + i] = place * p.most_positions + start + i;
-            shared.keys[before + i] = (u8)(positions[start + i] - first_key);
-        }
-        __syncthreads();
-        for (u32 i = 0; i < all; i += ADD_ROWS) {
-            float x[ADD_ROWS][ADD_COLUMNS_OF_THREAD];
+                    for (u32 i = 0; i < ADD_ROWS; ++i) {
+                        there[i] = found != 0;
+                        u64 row = shared.rows[listed + (there[i] ? __ffs(found) - 1 : 0)];
+                        found &= found - 1;
 #pragma unroll
-            for (u32 j = 0; j < ADD_ROWS; ++j) {
-                u64 row = shared.rows[min(i + j, all - 1)];
+                        for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c)
+                            x[i][c] = there[i] ? partials[c][row * dims[c]] : 0.0f;
+                    }
 #pragma unroll
-                for (u32 c = 0; c < ADD_COLUMNS_OF_THREAD; ++c)
-                    x[j][c] = partials[c][row * dims[c]];
-            }
+                    for (u32 i = 0; i < ADD_ROWS; ++i) {
 #pragma unroll
-            for (u32 j = 0; j < ADD_ROWS; ++j) {
-                if (i + j >= all)
-                    break;
-                u32 key = shared.keys[i + j];
-                touched |= 1u << key;
-#pragma unroll
-                for (u32 c = 0; c < ADD_COLUMNS_OF_THREAD; ++c)
-                    shared.sums[key][c * ADD_THREADS + thread] += x[j][c];
+                        for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c)
+                            sums[k][c] += x[i][c];
+                    }
+                }
             }
         }
+        // Everybody has read the list.
+        __syncthreads();
     }
-    for (u32 key = 0; key < ADDED_KEYS; ++key) {
-        if (!(touched >> key & 1))
+#pragma unroll
+    for (u32 k = 0; k < KEYS_OF_WARP; ++k) {
+        if (!(met >> k & 1))
             continue;
+        u64 row = (u64)(kv_head - g.first_kv_head) * p.n_k + blockIdx.x * ADDED_KEYS + k * ADD_WARPS + warp;
 #pragma unroll
-        for (u32 i = 0; i < ADD_COLUMNS_OF_THREAD; ++i) {
-            if (blockIdx.z * ADD_COLUMNS + i * ADD_THREADS + thread < width)
-                sums[i][(u64)key * dims[i]] += shared.sums[key][i * ADD_THREADS + thread];
+        for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c) {
+            u32 column = blockIdx.z * ADD_COLUMNS + c * 32 + lane;
+            if (column < p.head_dim)
+                g.key_sums[row * p.head_dim + column] += sums[k][c];
+            else if (column < width)
+                g.value_sums[row * p.value_dim + column - p.head_dim] += sums[k][c];
         }
     }
 }

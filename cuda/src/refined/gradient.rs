@@ -23,8 +23,8 @@ const TURN_BYTES: usize = 512 << 20;
 // Numbers of kernels/hyperattn/backward_refined_params.cuh, and of the kernels' launches.
 const ADDED_KEYS: usize = 16;
 const NEAR_THREADS: u32 = 128;
-const LISTED_THREADS: u32 = 128;
-const ADD_THREADS: u32 = 128;
+const LISTED_THREADS: u32 = 512;
+const ADD_THREADS: u32 = 256;
 const ADD_COLUMNS: u32 = 256;
 const COLUMN_THREADS: u32 = 256;
 const SPREAD_THREADS: u32 = 128;
