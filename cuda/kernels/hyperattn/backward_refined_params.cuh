@@ -6,8 +6,14 @@
 
 namespace hyperattn::refined {
 
-// Keys whose sums of chosen pairs are added up by one thread block.
-constexpr u32 ADDED_KEYS = 16;
+// Neighbouring keys of which a word says whether a place lists them.
+constexpr u32 RANGE_KEYS = 32;
+
+// What a place lists of a range of keys: a bit for each key, and the number of the first of them in its list.
+struct alignas(8) ListedRange {
+    u32 first;
+    u32 keys;
+};
 
 // A set of KV heads, numbered over all batch items, has sums of its own for all keys. Places of a pass are taken in
 // turns, for each of which partial sums of the listed keys are stored.
@@ -28,8 +34,8 @@ struct RefinedGradientParams {
     KeyTile *listed_tiles;
     // [place of the turn].
     Segment *listed_segments;
-    // [place of the turn][range of ADDED_KEYS keys + 1]: the first of its listed keys that is not before the range.
-    u32 *range_starts;
+    // [range][place of the turn].
+    ListedRange *listed_ranges;
     // [place of the turn][most_positions][head_dim] and [place of the turn][most_positions][value_dim].
     const float *key_partials;
     const float *value_partials;
@@ -44,9 +50,9 @@ struct RefinedGradientParams {
         return (p.most_positions + (TILE_ROWS - 1)) / TILE_ROWS;
     }
 
-    __device__ __forceinline__ static u32 added_ranges(const RefinedParams &p)
+    __device__ __forceinline__ static u32 ranges(const RefinedParams &p)
     {
-        return (p.n_k + (ADDED_KEYS - 1)) / ADDED_KEYS;
+        return (p.n_k + (RANGE_KEYS - 1)) / RANGE_KEYS;
     }
 };
 

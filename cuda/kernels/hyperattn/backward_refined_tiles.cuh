@@ -11,11 +11,11 @@ constexpr u32 NEAR_THREADS = 128;
 constexpr u32 LISTED_THREADS = 512;
 constexpr u32 ADD_THREADS = 256;
 constexpr u32 ADD_WARPS = ADD_THREADS / 32;
-constexpr u32 ADD_COLUMNS_OF_LANE = 8;
-constexpr u32 ADD_COLUMNS = 32 * ADD_COLUMNS_OF_LANE;
-// Rows that a warp loads before it adds the first, and keys whose sums it has.
+// Columns of a row that a lane adds up: rows have 256 at most.
+constexpr u32 ADD_COLUMNS = 8;
+// Rows that a warp loads before it adds the first, and places that it looks through at a time.
 constexpr u32 ADD_ROWS = 4;
-constexpr u32 KEYS_OF_WARP = ADDED_KEYS / ADD_WARPS;
+constexpr u32 ADD_PLACES = 256;
 
 // Queries of a head, from the first on, whose tiles have the key of this position among their near keys or before:
 // tiles see no less than those before them, and their near keys begin no earlier. Tiles without representatives are
@@ -102,130 +102,103 @@ __device__ __forceinline__ void write_listed_tiles(const RefinedParams &p, const
     }
     if (threadIdx.x == 0)
         g.listed_segments[in_turn] = {tile.first_query, tile.queries, 0, 0.0f, 0, 0};
-    u32 ranges = g.added_ranges(p);
-    u32 *starts = g.range_starts + (u64)in_turn * (ranges + 1);
     const u32 *positions = p.positions + (u64)place * p.most_positions;
-    // They ascend; the one behind the last is in no range.
-    for (u32 i = threadIdx.x; i <= count; i += LISTED_THREADS) {
-        u32 from = i > 0 ? positions[i - 1] / ADDED_KEYS + 1 : 0;
-        u32 to = i < count ? positions[i] / ADDED_KEYS : ranges;
-        for (u32 range = from; range <= to; ++range)
-            starts[range] = i;
+    for (u32 range = threadIdx.x; range < g.ranges(p); range += LISTED_THREADS) {
+        // They ascend.
+        u32 low = 0, high = count;
+        while (low < high) {
+            u32 middle = (low + high) / 2;
+            if (positions[middle] < range * RANGE_KEYS)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        ListedRange found = {low, 0};
+        for (; low < count && positions[low] / RANGE_KEYS == range; ++low)
+            found.keys |= 1u << positions[low] % RANGE_KEYS;
+        g.listed_ranges[(u64)range * g.places + in_turn] = found;
     }
 }
 
+// Rows of partial sums of each warp's key.
 struct AddShared {
-    // Of ADD_THREADS places, place by place: row of partial sums, and key within the range.
-    u32 rows[ADD_THREADS * ADDED_KEYS];
-    u8 keys[ADD_THREADS * ADDED_KEYS];
-    u32 counts[ADD_WARPS];
+    u32 rows[ADD_WARPS][ADD_PLACES];
 };
 
-// Lists the rows that up to ADD_THREADS places of the turn from `first_place` on have for a range of keys; how many.
-__device__ __forceinline__ u32 list_rows(const RefinedParams &p, const RefinedGradientParams &g, AddShared &shared,
-                                         u32 first_place, u32 end_place)
+// A warp adds the partial sums of one key to those in `sums`, place by place. Both have rows of `dim`.
+__device__ __forceinline__ void add_key(const RefinedParams &p, const RefinedGradientParams &g, u32 *rows,
+                                        u32 set_kv_head, u32 position, u32 first_place, u32 end_place,
+                                        const float *partials, float *sums, u32 dim)
 {
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, place = first_place + threadIdx.x, start = 0, count = 0;
-    if (place < end_place) {
-        const u32 *starts = g.range_starts + (u64)place * (g.added_ranges(p) + 1) + blockIdx.x;
-        start = starts[0];
-        count = starts[1] - start;
-    }
-    u32 before = count;
+    u32 lane = threadIdx.x % 32, bit = 1u << position % RANGE_KEYS;
+    const ListedRange *ranges = g.listed_ranges + (u64)(position / RANGE_KEYS) * g.places;
+    float added[ADD_COLUMNS] = {};
+    bool met = false;
+    for (u32 first = first_place; first < end_place; first += ADD_PLACES) {
+        ListedRange range[ADD_PLACES / 32];
 #pragma unroll
-    for (u32 distance = 1; distance < 32; distance *= 2) {
-        u32 other = __shfl_up_sync(ALL_LANES, before, distance);
-        before += lane >= distance ? other : 0;
-    }
-    if (lane == 31)
-        shared.counts[warp] = before;
-    __syncthreads();
-    before -= count;
-    u32 all = 0;
+        for (u32 i = 0; i < ADD_PLACES / 32; ++i) {
+            u32 place = first + 32 * i + lane;
+            range[i] = place < end_place ? ranges[place] : ListedRange{0, 0};
+        }
+        u32 count = 0;
 #pragma unroll
-    for (u32 i = 0; i < ADD_WARPS; ++i) {
-        before += i < warp ? shared.counts[i] : 0;
-        all += shared.counts[i];
+        for (u32 i = 0; i < ADD_PLACES / 32; ++i) {
+            bool listed = range[i].keys & bit;
+            u32 found = __ballot_sync(ALL_LANES, listed);
+            if (listed)
+                rows[count + __popc(found & ((1u << lane) - 1))] = (first + 32 * i + lane) * p.most_positions +
+                                                                    range[i].first +
+                                                                    __popc(range[i].keys & (bit - 1));
+            count += __popc(found);
+        }
+        __syncwarp();
+        met |= count > 0;
+        for (u32 i = 0; i < count; i += ADD_ROWS) {
+            float x[ADD_ROWS][ADD_COLUMNS];
+#pragma unroll
+            for (u32 j = 0; j < ADD_ROWS; ++j) {
+                const float *from = partials + (u64)rows[min(i + j, count - 1)] * dim;
+#pragma unroll
+                for (u32 c = 0; c < ADD_COLUMNS; ++c)
+                    x[j][c] = i + j < count && lane + 32 * c < dim ? from[lane + 32 * c] : 0.0f;
+            }
+#pragma unroll
+            for (u32 j = 0; j < ADD_ROWS; ++j) {
+#pragma unroll
+                for (u32 c = 0; c < ADD_COLUMNS; ++c)
+                    added[c] += x[j][c];
+            }
+        }
+        // All lanes have read the rows.
+        __syncwarp();
     }
-    const u32 *positions = p.positions + (u64)(g.first_place + place) * p.most_positions + start;
-    for (u32 i = 0; i < count; ++i) {
-        shared.rows[before + i] = place * p.most_positions + start + i;
-        shared.keys[before + i] = (u8)(positions[i] - blockIdx.x * ADDED_KEYS);
+    if (!met)
+        return;
+    float *to = sums + ((u64)set_kv_head * p.n_k + position) * dim;
+#pragma unroll
+    for (u32 c = 0; c < ADD_COLUMNS; ++c) {
+        if (lane + 32 * c < dim)
+            to[lane + 32 * c] += added[c];
     }
-    __syncthreads();
-    return all;
 }
 
-// Adds the partial sums of a range of keys of one KV head to those of the keys, place by place. A warp has some of the
-// keys.
+// Adds the partial sums of the turn's places to those of the keys of a KV head.
 __device__ __forceinline__ void add_listed(const RefinedParams &p, const RefinedGradientParams &g, AddShared &shared)
 {
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = p.summary_width();
+    u32 warp = threadIdx.x / 32, position = blockIdx.x * ADD_WARPS + warp;
+    if (position >= p.n_k)
+        return;
     u64 places_of_kv_head = (u64)p.group * p.groups_of_head * GROUP_TILES;
     u64 turn_first = (u64)p.pass_first * GROUP_TILES + g.first_place, turn_end = turn_first + g.places;
     u32 kv_head = (u32)(turn_first / places_of_kv_head) + blockIdx.y;
     u64 first = kv_head * places_of_kv_head, end = first + places_of_kv_head;
-    u32 first_in_turn = first > turn_first ? (u32)(first - turn_first) : 0;
-    u32 end_in_turn = end < turn_end ? (u32)(end - turn_first) : g.places;
-
-    // Lanes beyond the last column repeat it.
-    const float *partials[ADD_COLUMNS_OF_LANE];
-    u32 dims[ADD_COLUMNS_OF_LANE];
-#pragma unroll
-    for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c) {
-        u32 column = min(blockIdx.z * ADD_COLUMNS + c * 32 + lane, width - 1);
-        bool of_key = column < p.head_dim;
-        partials[c] = of_key ? g.key_partials + column : g.value_partials + (column - p.head_dim);
-        dims[c] = of_key ? p.head_dim : p.value_dim;
-    }
-    float sums[KEYS_OF_WARP][ADD_COLUMNS_OF_LANE] = {};
-    u32 met = 0;
-    for (u32 place = first_in_turn; place < end_in_turn; place += ADD_THREADS) {
-        u32 count = list_rows(p, g, shared, place, end_in_turn);
-#pragma unroll
-        for (u32 k = 0; k < KEYS_OF_WARP; ++k) {
-            for (u32 listed = 0; listed < count; listed += 32) {
-                bool own = listed + lane < count && shared.keys[listed + lane] == k * ADD_WARPS + warp;
-                u32 found = __ballot_sync(ALL_LANES, own);
-                met |= found ? 1u << k : 0;
-                while (found) {
-                    float x[ADD_ROWS][ADD_COLUMNS_OF_LANE];
-                    bool there[ADD_ROWS];
-#pragma unroll
-                    for (u32 i = 0; i < ADD_ROWS; ++i) {
-                        there[i] = found != 0;
-                        u64 row = shared.rows[listed + (there[i] ? __ffs(found) - 1 : 0)];
-                        found &= found - 1;
-#pragma unroll
-                        for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c)
-                            x[i][c] = there[i] ? partials[c][row * dims[c]] : 0.0f;
-                    }
-#pragma unroll
-                    for (u32 i = 0; i < ADD_ROWS; ++i) {
-#pragma unroll
-                        for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c)
-                            sums[k][c] += x[i][c];
-                    }
-                }
-            }
-        }
-        // Everybody has read the list.
-        __syncthreads();
-    }
-#pragma unroll
-    for (u32 k = 0; k < KEYS_OF_WARP; ++k) {
-        if (!(met >> k & 1))
-            continue;
-        u64 row = (u64)(kv_head - g.first_kv_head) * p.n_k + blockIdx.x * ADDED_KEYS + k * ADD_WARPS + warp;
-#pragma unroll
-        for (u32 c = 0; c < ADD_COLUMNS_OF_LANE; ++c) {
-            u32 column = blockIdx.z * ADD_COLUMNS + c * 32 + lane;
-            if (column < p.head_dim)
-                g.key_sums[row * p.head_dim + column] += sums[k][c];
-            else if (column < width)
-                g.value_sums[row * p.value_dim + column - p.head_dim] += sums[k][c];
-        }
-    }
+    u32 first_place = first > turn_first ? (u32)(first - turn_first) : 0;
+    u32 end_place = end < turn_end ? (u32)(end - turn_first) : g.places;
+    bool of_key = blockIdx.z == 0;
+    add_key(p, g, shared.rows[warp], kv_head - g.first_kv_head, position, first_place, end_place,
+            of_key ? g.key_partials : g.value_partials, of_key ? g.key_sums : g.value_sums,
+            of_key ? p.head_dim : p.value_dim);
 }
 
 } // namespace hyperattn::refined
@@ -250,7 +223,8 @@ extern "C" __global__ void __launch_bounds__(hyperattn::refined::LISTED_THREADS)
     hyperattn::refined::write_listed_tiles(p, g);
 }
 
-// Grid: (ranges of ADDED_KEYS keys, KV heads of the turn, slices of ADD_COLUMNS of a key's sums); block ADD_THREADS.
+// Grid: (ceil(n_k / (ADD_THREADS / 32)), KV heads of the turn, 2: keys and values); block ADD_THREADS, a warp for each
+// key.
 extern "C" __global__ void __launch_bounds__(hyperattn::refined::ADD_THREADS)
     backward_refined_add_listed(const __grid_constant__ hyperattn::refined::RefinedParams p,
                                 const __grid_constant__ hyperattn::refined::RefinedGradientParams g)

@@ -21,16 +21,18 @@ const SET_BYTES: usize = 1 << 30;
 const TURN_BYTES: usize = 512 << 20;
 
 // Numbers of kernels/hyperattn/backward_refined_params.cuh, and of the kernels' launches.
-const ADDED_KEYS: usize = 16;
+const RANGE_KEYS: usize = 32;
 const NEAR_THREADS: u32 = 128;
 const LISTED_THREADS: u32 = 512;
 const ADD_THREADS: u32 = 256;
-const ADD_COLUMNS: u32 = 256;
 const COLUMN_THREADS: u32 = 256;
 const SPREAD_THREADS: u32 = 128;
 const SPREAD_COLUMNS: u32 = 256;
 const SPREAD_BLOCKS: u32 = 16;
 const FINISH_THREADS: u32 = 256;
+
+/// Mirror of the struct in backward_refined_params.cuh: `first` and `keys`.
+type ListedRange = [u32; 2];
 
 /// Mirror of RefinedGradientParams in backward_refined_params.cuh, which says what the fields mean.
 #[repr(C)]
@@ -45,7 +47,7 @@ struct RefinedGradientParams {
     column_gradients: Pointer<f32>,
     listed_tiles: Pointer<KeyTile>,
     listed_segments: Pointer<Segment>,
-    range_starts: Pointer<u32>,
+    listed_ranges: Pointer<ListedRange>,
     key_partials: Pointer<f32>,
     value_partials: Pointer<f32>,
     first_kv_head: u32,
@@ -74,17 +76,17 @@ fn tiles_of_place(shape: &RefinedParams) -> usize {
     (shape.most_positions as usize).div_ceil(TILE_ROWS)
 }
 
-/// Ranges of keys that are added up by one thread block.
-fn added_ranges(problem: &Problem) -> usize {
-    problem.n_k.div_ceil(ADDED_KEYS)
+/// Ranges of a KV head's keys.
+fn ranges(problem: &Problem) -> usize {
+    problem.n_k.div_ceil(RANGE_KEYS)
 }
 
-/// Bytes of the tiles, the starts of ranges and the partial sums of a place.
+/// Bytes of the tiles, the ranges and the partial sums of a place.
 fn bytes_of_place(problem: &Problem, shape: &RefinedParams) -> usize {
     let tiles = tiles_of_place(shape) * size_of::<KeyTile>() + size_of::<Segment>();
-    let starts = (added_ranges(problem) + 1) * size_of::<u32>();
+    let ranges = ranges(problem) * size_of::<ListedRange>();
     let columns = problem.head_dim + problem.value_dim;
-    tiles + starts + shape.most_positions as usize * columns * size_of::<f32>()
+    tiles + ranges + shape.most_positions as usize * columns * size_of::<f32>()
 }
 
 /// Bytes of the sums and near tiles of a KV head.
@@ -125,7 +127,7 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
         }),
         listed_tiles: carver.take(places * tiles_of_place(shape)),
         listed_segments: carver.take(places),
-        range_starts: carver.take(places * (added_ranges(problem) + 1)),
+        listed_ranges: carver.take(places * ranges(problem)),
         key_partials: carver.take(listed.saturating_mul(problem.head_dim)),
         value_partials: carver.take(listed.saturating_mul(problem.value_dim)),
         first_kv_head: 0,
@@ -230,7 +232,7 @@ impl Set<'_, '_> {
 
     /// dq of a pass, and the sums of its listed keys, turn by turn.
     unsafe fn listed(&self, pass: &RefinedParams) -> Result<()> {
-        let (queue, problem) = (self.queue, &self.call.problem);
+        let queue = self.queue;
         let mut params = *self.params;
         take_lists(&mut params.attend, pass);
         // SAFETY: the caller's contract; the lists are those of the selection.
@@ -239,8 +241,7 @@ impl Set<'_, '_> {
         params.query_segments = self.own.listed_segments;
         params.key_sums = self.own.key_partials;
         params.value_sums = self.own.value_partials;
-        let ranges = added_ranges(problem) as u32;
-        let slices = (pass.head_dim + pass.value_dim).div_ceil(ADD_COLUMNS);
+        let keys_of_block = ADD_THREADS / 32;
         let places_of_kv_head = pass.group * pass.groups_of_head * GROUP_TILES as u32;
         let all = pass.pass_groups * GROUP_TILES as u32;
         for first in (0..all).step_by(self.buffers.places) {
@@ -250,7 +251,7 @@ impl Set<'_, '_> {
             params.key_tile_count = own.places * tiles_of_place(pass) as u32;
             let first_of_all = pass.pass_first * GROUP_TILES as u32 + first;
             let kv_heads = parts_of_range(first_of_all, own.places, places_of_kv_head);
-            let grid = [ranges, kv_heads, slices];
+            let grid = [pass.n_k.div_ceil(keys_of_block), kv_heads, 2];
             let arguments = args![*pass, own];
             // SAFETY: these are the kernels' parameters; the lists and partial sums are written before they are read.
             unsafe {
