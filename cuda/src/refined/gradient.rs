@@ -18,7 +18,7 @@ use crate::workspace::{Carver, Pointer};
 const SET_BYTES: usize = 1 << 30;
 
 /// Memory of the partial sums of a turn: enough tiles to keep a large device busy.
-const TURN_BYTES: usize = 512 << 20;
+const TURN_BYTES: usize = 1 << 30;
 
 // Numbers of kernels/hyperattn/backward_refined_params.cuh, and of the kernels' launches.
 const RANGE_KEYS: usize = 32;
