@@ -19,8 +19,8 @@ use crate::forward::{Run, check_workspace, measured, with_workspace};
 use crate::gradients::DeviceGradients;
 use crate::image::loaded;
 use crate::launch::{Queue, args};
-use crate::paper;
 use crate::workspace::{Carver, Pointer, WORKSPACE_ALIGN};
+use crate::{paper, refined};
 use shared_heads::SharedHeads;
 
 /// Size and alignment of the workspace that [`backward`] needs for these options and tensors. Needs no device, and no
@@ -125,10 +125,10 @@ struct Buffers {
     method: MethodBuffers,
 }
 
-#[expect(clippy::large_enum_variant, reason = "a call has one")]
 enum MethodBuffers {
     Exact(exact::Buffers),
     Paper(paper::Buffers),
+    Refined(refined::gradient::Buffers),
 }
 
 impl Buffers {
@@ -141,12 +141,7 @@ impl Buffers {
             method: match Run::of(call) {
                 Run::Exact => MethodBuffers::Exact(exact::Buffers::carve(call, carver)?),
                 Run::Paper => MethodBuffers::Paper(paper::carve_gradient(call, carver)?),
-                Run::Refined => {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        format_args!("METHOD_REFINED has no backward pass on CUDA where it estimates"),
-                    ));
-                }
+                Run::Refined => MethodBuffers::Refined(refined::gradient::carve(call, carver)?),
             },
         })
     }
@@ -172,6 +167,10 @@ impl Backward<'_, '_> {
             // SAFETY: as above.
             MethodBuffers::Paper(buffers) => unsafe {
                 paper::run_gradient(self.queue, self.call, buffers, &self.params())
+            },
+            // SAFETY: as above.
+            MethodBuffers::Refined(buffers) => unsafe {
+                refined::gradient::run(self.queue, self.call, buffers, &self.params())
             },
         }
     }

@@ -558,6 +558,13 @@ fn times() {
         normal.iter().flat_map(|&x| hyperattn_core::bf16::from_f32(x).to_le_bytes()).collect();
     let estimated =
         |mask| Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() };
+    let refined = Params {
+        method: Method::Refined,
+        mask: Mask::CausalBottomRight,
+        budget: 3392,
+        target_error: 0.0,
+        ..Params::default()
+    };
     let row_norm = Params { residual: Residual::RowNorm, ..estimated(Mask::None) };
     // Four of 1024 blocks for each.
     let blocks = OwnedMask::random([131_072; 2], [128; 2], 1, 4.0 / 1024.0, 81);
@@ -572,6 +579,7 @@ fn times() {
         (estimated(Mask::CausalBottomRight), 131_072, 128, false),
         (estimated(Mask::None), 131_072, 64, true),
         (row_norm, 131_072, 64, false),
+        (refined, 131_072, 128, false),
     ] {
         let heads = 32;
         let tensors: Vec<_> = (0..8).map(|_| cheap_tensor(&numbers, heads, n, dim)).collect();

@@ -18,8 +18,10 @@ use crate::types::*;
 ///
 /// Linear in the sequence: 8 bytes for every query row, and the lists of tiles; for METHOD_PAPER what
 /// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask or with
-/// RESIDUAL_ROW_NORM, and of 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. Head_methods that
-/// differ among the query heads of one KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
+/// RESIDUAL_ROW_NORM, and of 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. For METHOD_REFINED what
+/// that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
+/// to 1 GiB, or what the listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
+/// KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
     params: *const hyperattn_params,
@@ -52,8 +54,6 @@ pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
 ///
 /// The samples of RESIDUAL_ROW_NORM, and dk and dv of the samples with a block mask, are computed in f32 whatever the types,
 /// without the tensor cores, and take longer than those of RESIDUAL_UNIFORM.
-///
-/// UNSUPPORTED: METHOD_REFINED where it estimates.
 ///
 ///     /* After hyperattn_cuda_forward(&params, &tensors, &exec) with an lse. */
 ///     if (hyperattn_cuda_backward(&params, &tensors, &grads, &exec) != HYPERATTN_STATUS_OK)

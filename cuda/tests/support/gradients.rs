@@ -1,9 +1,12 @@
 //! A backward call: on the device, and by the CPU on the same numbers.
 
 use hyperattn_conformance::executors::{Order, Threads};
+use hyperattn_conformance::inputs::DTypes;
 use hyperattn_conformance::run::Workspace;
+use hyperattn_conformance::storage;
 use hyperattn_core::{
-    DType, Division, Gradients, Kernels, Result, TensorMut, TensorRef, Tensors, backward, backward_workspace,
+    DType, Division, Gradients, Kernels, Method, Result, TensorMut, TensorRef, Tensors, backward,
+    backward_workspace,
 };
 use hyperattn_cuda::{DeviceGradients, DeviceTensors};
 use hyperattn_reference::Generator;
@@ -103,10 +106,20 @@ impl<'a> BackwardCall<'a> {
         let mut found = [&inputs.q, &inputs.k, &inputs.v].map(|values| vec![f32::NAN; values.len()]);
         let [dq, dk, dv] = &mut found;
         let read = |values, extents| TensorRef::contiguous(values, extents).expect("as many values");
+        // Which keys REFINED meets depends on the types.
+        let typed = |values: &[f32], extents, dtype| {
+            storage::Tensor::new(values, extents, dtype, storage::Arrangement::Packed, f32::NAN)
+        };
+        let DTypes { q: of_queries, kv: of_keys } = inputs.dtypes;
+        let [mut q, mut k, mut v] = [
+            typed(&inputs.q, shape.q(), of_queries),
+            typed(&inputs.k, shape.k(), of_keys),
+            typed(&inputs.v, shape.v(), of_keys),
+        ];
         let tensors = Tensors {
-            q: read(&inputs.q, shape.q()),
-            k: read(&inputs.k, shape.k()),
-            v: read(&inputs.v, shape.v()),
+            q: q.view(),
+            k: k.view(),
+            v: v.view(),
             out: TensorMut::contiguous(&mut out, shape.out()).expect("as many values"),
             lse: Some(TensorMut::contiguous(&mut lse, shape.lse()).expect("as many values")),
             block_mask: self.forward.block_mask,
@@ -138,7 +151,8 @@ impl<'a> BackwardCall<'a> {
         let found = prepared.run();
         let expected = self.on_cpu(&prepared);
         let errors = [0, 1, 2].map(|at| relative_error(&found[at], &expected[at], self.cancelled(at)));
-        let tolerances = [0, 1, 2].map(|at| self.tolerance(self.gradients[at.min(1)]));
+        let selection = self.selection(&prepared);
+        let tolerances = [0, 1, 2].map(|at| self.tolerance(self.gradients[at.min(1)]) + selection);
         let Call { params, inputs, .. } = self.forward;
         println!(
             "{:?} {:?} {:?}/{:?}/{:?} seed {}: dq {:.1e} dk {:.1e} dv {:.1e}, allowed {:.1e} {:.1e}",
@@ -180,6 +194,17 @@ impl<'a> BackwardCall<'a> {
         let dtypes = self.forward.inputs.dtypes;
         let pairs = if dtypes.q == dtypes.kv && self.dout == dtypes.kv { half_step(dtypes.kv) } else { 0.0 };
         3e-5 + 1.5 * pairs + half_step(of_gradient)
+    }
+
+    /// What may be off besides where REFINED weighs blocks and keys in numbers that are rounded differently: a key near
+    /// the edge is met on one side and left to its block on the other. The outputs differ by that too, and a gradient of
+    /// theirs by a few times as much at most.
+    fn selection(&self, prepared: &PreparedBackward) -> f64 {
+        if self.forward.params.method != Method::Refined {
+            return 0.0;
+        }
+        let of_cpu = self.forward.on_cpu(self.forward.inputs.dtypes);
+        5.0 * relative_error(&prepared.forward.outcome().out, &of_cpu.out, 0.0)
     }
 
     /// Rounding errors in f32 that are left where slopes cancel: of sums of head_dim products of numbers of this size.
