@@ -153,8 +153,9 @@ fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<
     // Of one KV head.
     let query_rows = group.saturating_mul(problem.n_q);
     let states = usize::from(stateful) + usize::from(is_row_norm);
+    let query_sums = gradient::QuerySums::new(call, &steps);
     let state = if is_gradient {
-        gradient::bytes_of_sums(problem, stateful)
+        query_sums.bytes(problem)
     } else {
         query_rows.saturating_mul((problem.value_dim + 2) * size_of::<f32>() * states)
     };
@@ -201,7 +202,7 @@ fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<
     let when = |wanted: bool, len: usize| if wanted { len } else { 0 };
     let normals = problem.heads_kv.saturating_mul(projection_rows(call) * projection_width(params));
     let gradient = if is_gradient {
-        Some(gradient::Buffers::carve(call, &plan, &planned, heads, stateful, carver)?)
+        Some(gradient::Buffers::carve(call, &plan, &planned, heads, query_sums, carver)?)
     } else {
         None
     };

@@ -8,8 +8,12 @@ use hyperattn_core::device::{PaperParts, Problem};
 use hyperattn_core::{Mask, Result};
 
 use super::lists::{Lists as ForwardLists, Step};
-use super::{Paper, SEGMENT_SORTED, THREADS, blocks_of, mirror, sample_size, tile_count, unsupported};
+use super::{
+    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, VISITED_ALL, blocks_of, mirror, sample_size, tile_count,
+    unsupported,
+};
 use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS};
+use crate::backward::fused::{self, Fused, Sums};
 use crate::backward::launch::{keys, queries};
 use crate::call::Call;
 use crate::launch::{Queue, args};
@@ -22,11 +26,33 @@ const ADD_THREADS: u32 = 128;
 
 const KEY_TILE_STORE: u32 = 4;
 
-/// What the sums of one KV head and its query heads take, with those of queries where several passes meet them.
-pub(super) fn bytes_of_sums(problem: &Problem, stateful: bool) -> usize {
-    let of_queries = problem.group.saturating_mul(problem.n_q).saturating_mul(problem.head_dim);
-    let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
-    of_keys.saturating_add(if stateful { of_queries } else { 0 }).saturating_mul(size_of::<f32>())
+/// Which sums of queries there are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct QuerySums {
+    /// Several passes meet them, or the fused kernel does.
+    kept: bool,
+    /// The fused kernel meets them.
+    in_turn: bool,
+}
+
+impl QuerySums {
+    pub(super) fn new(call: &Call<'_>, steps: &[Step]) -> Self {
+        let in_turn = fused::may_serve(call) && steps.iter().any(|step| step.kind == PASS_LEAVES);
+        QuerySums { kept: in_turn || steps.iter().any(|step| step.stores), in_turn }
+    }
+
+    /// [sums, turns] of so many queries.
+    fn lens(self, problem: &Problem, queries: usize) -> [usize; 2] {
+        let sums = if self.kept { queries.saturating_mul(problem.head_dim) } else { 0 };
+        [sums, if self.in_turn { queries } else { 0 }]
+    }
+
+    /// What the sums of one KV head and its query heads take.
+    pub(super) fn bytes(self, problem: &Problem) -> usize {
+        let of_queries = self.lens(problem, problem.group.saturating_mul(problem.n_q));
+        let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
+        of_queries.into_iter().fold(of_keys, usize::saturating_add).saturating_mul(size_of::<f32>())
+    }
 }
 
 /// How long the inverse lists of one rectangle of a pass are, for one KV head.
@@ -79,7 +105,7 @@ pub(super) struct Buffers {
     hidden: Pointer<u32>,
     key_partials: Pointer<f32>,
     value_partials: Pointer<f32>,
-    query_sums: Pointer<f32>,
+    query_sums: Sums,
     key_sums: Pointer<f32>,
     value_sums: Pointer<f32>,
     key_stored: Pointer<u32>,
@@ -94,7 +120,7 @@ impl Buffers {
         plan: &PaperParts,
         steps: &[(Step, ForwardLists, usize)],
         heads: usize,
-        stateful: bool,
+        query_sums: QuerySums,
         carver: &mut Carver,
     ) -> Result<Self> {
         let problem = &call.problem;
@@ -111,6 +137,7 @@ impl Buffers {
         }
         let [tiles, hidden, partials] = lens;
         let queries = problem.group.saturating_mul(problem.n_q).saturating_mul(heads);
+        let [of_queries, turns] = query_sums.lens(problem, queries);
         let keys = problem.n_k.saturating_mul(heads);
         Ok(Buffers {
             tiles: carver.take(tiles),
@@ -118,7 +145,7 @@ impl Buffers {
             hidden: carver.take(hidden),
             key_partials: carver.take(partials.saturating_mul(problem.head_dim)),
             value_partials: carver.take(partials.saturating_mul(problem.value_dim)),
-            query_sums: carver.take(if stateful { queries.saturating_mul(problem.head_dim) } else { 0 }),
+            query_sums: Sums { queries: carver.take(of_queries), turns: carver.take(turns) },
             key_sums: carver.take(keys.saturating_mul(problem.head_dim)),
             value_sums: carver.take(keys.saturating_mul(problem.value_dim)),
             key_stored: carver.take(keys),
@@ -205,13 +232,62 @@ impl Paper<'_, '_> {
             let common = self.sort_rectangles(heads, step, lists, rectangles)?;
             self.select(heads, step, lists, &common)?;
             let mut params = self.gradient_params(heads, &common, buffers, params);
-            queries(self.queue, &params)?;
             let inverse = Lists::new(self.call, step, lists);
-            let arguments = self.inverse(step, &common, &inverse, buffers);
+            let mut arguments = self.inverse(step, &common, &inverse, buffers);
+            if let Some(fused) = self.fused(heads, step, buffers, &params)? {
+                return self.leaves_gradient(&fused, heads, step, &mut arguments, &mut params, buffers);
+            }
+            queries(self.queue, &params)?;
             if common.sample_size > 0 {
                 self.samples_gradient(&arguments, &mut params, buffers)?;
             }
             self.keys_gradient(&arguments, &mut params)
+        }
+    }
+
+    /// The fused kernel, for leaves.
+    fn fused(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        buffers: &Buffers,
+        params: &BackwardParams,
+    ) -> Result<Option<Fused>> {
+        if step.kind != PASS_LEAVES {
+            return Ok(None);
+        }
+        let group = self.call.problem.group;
+        let query_heads = heads.start * group..heads.end * group;
+        Fused::new(self.queue, self.call, params, &buffers.query_sums, query_heads, true)
+    }
+
+    /// All gradients of leaves by the fused kernel.
+    unsafe fn leaves_gradient(
+        &self,
+        fused: &Fused,
+        heads: &Range<usize>,
+        step: &Step,
+        arguments: &mut mirror::BackwardPaperParams,
+        params: &mut BackwardParams,
+        buffers: &Buffers,
+    ) -> Result<()> {
+        let (problem, common) = (&self.call.problem, &arguments.common);
+        let multiprocessors = self.queue.device.multiprocessors;
+        let together = fused.rectangles_together(multiprocessors, problem.mask, problem.group, step.queries);
+        // SAFETY: the caller's contract; a rectangle's queries are rows of the sums.
+        unsafe {
+            // The first leaf, which is the longest, has met no pass.
+            if common.visited != VISITED_ALL && common.pass.first == 0 {
+                let (first, words) =
+                    (common.pass.square.query_start as usize, step.queries * problem.head_dim);
+                for head in 0..heads.len() * problem.group {
+                    let before = (head * problem.n_q + first) * problem.head_dim * size_of::<f32>();
+                    self.queue.zero(buffers.query_sums.queries.address() + before as u64, words)?;
+                }
+            }
+            arguments.section = together.min(common.pass.count as usize) as u32;
+            self.key_tiles(arguments, params)?;
+            fused.run(self.queue, params)
         }
     }
 
@@ -250,15 +326,25 @@ impl Paper<'_, '_> {
         arguments: &mirror::BackwardPaperParams,
         params: &mut BackwardParams,
     ) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            self.key_tiles(arguments, params)?;
+            keys(self.queue, params)
+        }
+    }
+
+    /// The tiles of all keys of the rectangles.
+    unsafe fn key_tiles(
+        &self,
+        arguments: &mirror::BackwardPaperParams,
+        params: &mut BackwardParams,
+    ) -> Result<()> {
         let common = &arguments.common;
         let tiles = (common.kv_heads * common.pass.count) as usize * arguments.key_tiles as usize;
         params.key_tile_count = tiles as u32;
         let grid = blocks_of(tiles, THREADS);
-        // SAFETY: this is the kernel's parameter; the lists are written before they are read.
-        unsafe {
-            self.queue.launch(c"backward_paper_key_tiles", grid, THREADS as u32, 0, args![*arguments])?;
-            keys(self.queue, params)
-        }
+        // SAFETY: this is the kernel's parameter, and it writes tiles and segments only.
+        unsafe { self.queue.launch(c"backward_paper_key_tiles", grid, THREADS as u32, 0, args![*arguments]) }
     }
 
     /// Gradients of keys that no further query meets.
@@ -314,7 +400,7 @@ impl Paper<'_, '_> {
         own.attend.query_order = self.buffers.orders[0].before(earlier[0]);
         own.attend.key_order = self.buffers.orders[1].before(earlier[1]);
         own.attend.listed_rows = self.buffers.listed_rows;
-        own.attend.state_accumulated = buffers.query_sums.before(earlier[0] * problem.head_dim);
+        own.attend.state_accumulated = buffers.query_sums.queries.before(earlier[0] * problem.head_dim);
         own.key_tiles = buffers.tiles;
         own.query_segments = buffers.segments;
         own.hidden = buffers.hidden;
@@ -358,7 +444,7 @@ impl Paper<'_, '_> {
             n_k: problem.n_k as u32,
             head_dim: problem.head_dim as u32,
             value_dim: problem.value_dim as u32,
-            reserved: 0,
+            section: 1,
         }
     }
 }
