@@ -2,10 +2,10 @@
 // 16-bit type: five products for a pair.
 //
 // A thread block owns a tile of keys, whose dk and dv are sums in registers, and walks the blocks of queries that see
-// it, the last one first. With keys as rows, the logits and the products of values and output gradients of a block give
-// its shares and slopes, which are operands in registers for dv and dk. The slopes go through shared memory too, for the
-// block's part of dq, which is added to sums in memory, in the order of the tiles: tile t + 1 is at a block when tile t
-// has passed it, so that it rarely waits.
+// it, the last one first. With keys as rows, the logits and the products of values and output gradients of a block
+// give its shares and slopes, which are operands in registers for dv and dk. The slopes go through shared memory too,
+// for the block's part of dq, which is added to sums in memory, in the order of the tiles: tile t + 1 is at a block
+// when tile t has passed it, so that it rarely waits.
 //
 // Lists: tiles of one segment, and of all members of the group. Those with the same queries follow each other in the
 // list by their `turn`, and each meets no query that the one before does not meet.
@@ -199,7 +199,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     // Slopes to shared memory: keys are rows.
     __device__ __forceinline__ void put_slopes() const
     {
-        // Of the four matrices of 8 x 8 that a warp writes at once, lane i has the address of row i % 8 of number i / 8.
+        // Of the four matrices of 8 x 8 that a warp writes at once, lane i has the address of row i % 8 of number i /
+        // 8.
         u32 row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
         for (u32 j = 0; j < QUERIES / 8; j += 2) {
@@ -246,29 +247,43 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return word;
     }
 
-    __device__ __forceinline__ static void store_shared(u32 address, u32 word)
-    {
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
-    }
-
     // Whether any of `BYTES` has an element that is not finite; all computing threads call it.
     template <u32 BYTES> __device__ __forceinline__ static bool any_not_finite(u32 from)
     {
-        bool found = false;
-        for (u32 at = (threadIdx.x - WARPGROUP) * 4; at < BYTES; at += CONSUMER_THREADS * 4) {
-            u32 pair = load_shared(from + at);
-            found |= mma::finite_part<TYPE>(pair) != pair;
+        static_assert(BYTES % (CONSUMER_THREADS * 16) == 0, "whole turns");
+        u32 sums[4] = {};
+#pragma unroll 2
+        for (u32 at = (threadIdx.x - WARPGROUP) * 16; at < BYTES; at += CONSUMER_THREADS * 16) {
+            u32 words[4];
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                         : "r"(from + at)
+                         : "memory");
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i)
+                sums[i] = hopper::add_times_zero<TYPE>(words[i], sums[i]);
         }
-        return consumers_or(found);
+        return consumers_or(((sums[0] | sums[1] | sums[2] | sums[3]) & 0x7fff7fff) != 0);
     }
 
-    // Takes what is not finite out of the vectors of a block, some of whose queries do not see some keys, and adds it to
-    // the keys that they see; all computing threads call it.
-    __device__ __forceinline__ void take_out_of_queries(float (&to)[DIM / 2], u32 which)
+    // Sets what is not finite to 0 in `BYTES`, and calls found(at) for its words.
+    template <u32 BYTES, typename Found> __device__ __forceinline__ static void make_finite(u32 from, Found found)
+    {
+        for (u32 at = (threadIdx.x - WARPGROUP) * 4; at < BYTES; at += CONSUMER_THREADS * 4) {
+            u32 pair = load_shared(from + at), finite = mma::finite_part<TYPE>(pair);
+            if (pair != finite) {
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(from + at), "r"(finite) : "memory");
+                found(at);
+            }
+        }
+        async_proxy_fence();
+        consumers_or(false);
+    }
+
+    // Adds what is not finite in the queries or output gradients of a block to the keys that they see.
+    __device__ __forceinline__ void add_not_finite(float (&to)[DIM / 2], u32 which) const
     {
         u32 queries = queries_at(ring.stage, which);
-        if (!any_not_finite<S::QUERY_BYTES>(queries))
-            return;
 #pragma unroll 1
         for (u32 j = 0; j < QUERIES; ++j) {
             const bool counts[2] = {seen(0).has(j), seen(1).has(j)};
@@ -286,11 +301,19 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 }
             }
         }
+    }
+
+    // Takes what is not finite out of the vectors of a block, some of whose queries do not see some keys, and adds it
+    // to the keys that they see; all computing threads call it.
+    __device__ __forceinline__ void take_out_of_queries()
+    {
+        u32 queries = queries_at(ring.stage, 0);
+        if (!any_not_finite<2 * S::QUERY_BYTES>(queries))
+            return;
+        add_not_finite(key_sums, 0);
+        add_not_finite(value_sums, 1);
         consumers_or(false);
-        for (u32 at = (threadIdx.x - WARPGROUP) * 4; at < S::QUERY_BYTES; at += CONSUMER_THREADS * 4)
-            store_shared(queries + at, mma::finite_part<TYPE>(load_shared(queries + at)));
-        async_proxy_fence();
-        consumers_or(false);
+        make_finite<2 * S::QUERY_BYTES>(queries, [](u32) {});
     }
 
     // Takes what is not finite out of the tile's keys, for queries that do not see them; from then on their logits are
@@ -300,19 +323,10 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         keys_are_finite = true;
         if (!any_not_finite<S::KEY_BYTES>(data))
             return;
-        u32 thread = threadIdx.x - WARPGROUP;
-        if (thread < TILE_ROWS)
-            control.tainted[thread] = 0;
+        if (threadIdx.x - WARPGROUP < TILE_ROWS)
+            control.tainted[threadIdx.x - WARPGROUP] = 0;
         consumers_or(false);
-        for (u32 at = thread * 4; at < S::KEY_BYTES; at += CONSUMER_THREADS * 4) {
-            u32 pair = load_shared(data + at), finite = mma::finite_part<TYPE>(pair);
-            if (pair != finite) {
-                store_shared(data + at, finite);
-                control.tainted[at / ROW_BYTES % TILE_ROWS] = 1;
-            }
-        }
-        async_proxy_fence();
-        consumers_or(false);
+        make_finite<S::KEY_BYTES>(data, [&](u32 at) { control.tainted[at / ROW_BYTES % TILE_ROWS] = 1; });
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             if (control.tainted[first_row + 8 * half])
@@ -330,10 +344,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(dp);
         differentiate<MASKED>();
         if constexpr (MASKED) {
-            if (flags & STAGE_HIDES) {
-                take_out_of_queries(key_sums, 0);
-                take_out_of_queries(value_sums, 1);
-            }
+            if (flags & STAGE_HIDES)
+                take_out_of_queries();
             if (!keys_are_finite)
                 take_out_of_keys();
         }
@@ -403,14 +415,14 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             query_end = tile.query_end;
             // Not known yet.
             keys_are_finite = false;
-            begin(batch, head, flags, first_key, rows);
             if (more) {
                 barrier_wait(barrier(S::STAGE_FULL + ring.stage), ring.phase);
                 products_begin();
                 multiply(s, ring.stage, 0);
-                products_wait<0>();
-                pin(s);
             }
+            begin(batch, head, flags, first_key, rows);
+            products_wait<0>();
+            pin(s);
             while (more) {
                 u32 block_flags = __shfl_sync(ALL_LANES, control.stages[ring.stage].flags, 0);
                 more = !(block_flags & STAGE_LAST);
@@ -440,13 +452,11 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             return;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            if (first_row + 8 * half >= rows)
-                continue;
-            u64 at = number(batch, head, first_key + first_row + 8 * half);
-            if (params.key_stored[at] == 0)
-                continue;
+            u32 row = first_row + 8 * half;
+            u64 at = number(batch, head, first_key + row);
+            bool stored = row < rows && params.key_stored[at] != 0;
             auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
-                load_pairs<DIM>(from + at * dim, dim, [&](u32 n, float first, float second) {
+                load_row<DIM>(stored, from + at * dim, dim, [&](u32 n, float first, float second) {
                     to[4 * n + 2 * half] = first;
                     to[4 * n + 2 * half + 1] = second;
                 });
@@ -460,10 +470,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     __device__ __forceinline__ void end(u32 batch, u32 head, u32 flags, u32 first_key, u32 rows)
     {
         u32 row = first_row + 8 * HALF, key = first_key + row;
-        if (row >= rows)
-            return;
+        bool exists = row < rows;
         auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float scale) {
-            write_pairs<TYPE, DIM>(to, type, dim, scale, [&](u32 n) {
+            write_row<TYPE, DIM>(exists, to, type, dim, scale, [&](u32 n) {
                 return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
             });
         };
@@ -471,7 +480,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             u64 at = number(batch, head, key);
             write(key_sums, (char *)(params.key_sums + at * p.head_dim), F32, p.head_dim, 1.0f);
             write(value_sums, (char *)(params.value_sums + at * p.value_dim), F32, p.value_dim, 1.0f);
-            if (lane % 4 == 0)
+            if (exists && lane % 4 == 0)
                 params.key_stored[at] = 1;
             return;
         }

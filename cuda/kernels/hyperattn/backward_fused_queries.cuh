@@ -12,8 +12,8 @@ constexpr u32 FUSED_QUERIES_COLUMNS = 8;
 
 } // namespace hyperattn
 
-// A block for each of the tiles of queries; block FUSED_QUERIES_THREADS. head_dim is a multiple of 8, and rows of dq are
-// aligned to 16 bytes. Queries that see no key have no sums.
+// A block for each of the tiles of queries; block FUSED_QUERIES_THREADS. head_dim is a multiple of 8, and rows of dq
+// are aligned to 16 bytes. Queries that see no key have no sums.
 extern "C" __global__ void __launch_bounds__(hyperattn::FUSED_QUERIES_THREADS)
     backward_fused_queries(const __grid_constant__ hyperattn::BackwardParams params)
 {

@@ -56,16 +56,20 @@ impl Backward<'_, '_> {
         let mut params = self.params();
         let heads = 0..problem.batch * problem.heads_q;
         let fused = Fused::new(queue, call, &params, &buffers.sums, heads, false)?;
-        let columns = problem.head_dim + problem.value_dim;
-        let bytes = problem.n_q * problem.group * columns * call.tensors.q.layout.dtype.size();
-        let mut section = section(call, bytes, queue.device.l2_bytes);
-        if let Some(fused) = &fused {
-            let multiprocessors = queue.device.multiprocessors;
-            let together =
-                fused.rectangles_together(multiprocessors, problem.mask, problem.group, problem.n_q) as u32;
-            section = section.max(together).min((problem.batch * problem.heads_kv) as u32);
-            params.attend.state_accumulated = buffers.sums.queries;
-        }
+        let kv_heads = problem.batch * problem.heads_kv;
+        let section = match &fused {
+            Some(fused) => {
+                let multiprocessors = queue.device.multiprocessors;
+                params.attend.state_accumulated = buffers.sums.queries;
+                let (mask, group) = (problem.mask, problem.group);
+                fused.rectangles_together(kv_heads, multiprocessors, mask, group, problem.n_q) as u32
+            }
+            None => {
+                let columns = problem.head_dim + problem.value_dim;
+                let bytes = problem.n_q * problem.group * columns * call.tensors.q.layout.dtype.size();
+                section(call, bytes, queue.device.l2_bytes)
+            }
+        };
         params.attend.tile_count = buffers.lists.count;
         params.attend.tiles = buffers.lists.tiles;
         params.attend.segments = buffers.lists.segments;
@@ -85,7 +89,7 @@ impl Backward<'_, '_> {
                     buffers.key_tiles,
                     buffers.query_segments,
                     buffers.key_tile_count,
-                    (problem.batch * problem.heads_kv) as u32,
+                    kv_heads as u32,
                     problem.heads_kv as u32,
                     problem.group as u32,
                     problem.n_q as u32,

@@ -1,5 +1,5 @@
-//! All gradients of exact rectangles on Hopper by one kernel, whose tiles of keys add to sums of dq in memory in a fixed
-//! order.
+//! All gradients of exact rectangles on Hopper by one kernel, whose tiles of keys add to sums of dq in memory in a
+//! fixed order.
 
 use std::ffi::CStr;
 use std::ops::Range;
@@ -49,7 +49,7 @@ const LAUNCHES: [Launch; 2] = [
 const QUERIES_THREADS: u32 = 256;
 
 /// Steps between two tiles of keys that add to the same sums, so that neither waits for the other.
-const STEPS_APART: usize = 6;
+const STEPS_APART: usize = 3;
 
 /// The launch for tensors of a call's sizes.
 fn launch(call: &Call<'_>) -> Option<Launch> {
@@ -113,8 +113,8 @@ pub(crate) struct Fused {
 }
 
 impl Fused {
-    /// Where the kernel can run these tensors on this device. `heads` are the query heads, counted through the batch, that
-    /// `sums` has; with `resumes` the sums go on from what is stored there.
+    /// Where the kernel can run these tensors on this device. `heads` are the query heads, counted through the batch,
+    /// that `sums` has; with `resumes` the sums go on from what is stored there.
     pub(crate) fn new(
         queue: &Queue<'_>,
         call: &Call<'_>,
@@ -164,11 +164,12 @@ impl Fused {
         Ok(Some(Fused { launch, params: own, rows: heads.len() * problem.n_q }))
     }
 
-    /// Rectangles, of as many queries under `mask` and of all query heads of a KV head, whose tiles are to be handed out
-    /// together: tile t of each before tile t + 1 of any. The blocks that take tiles of a rectangle are then as far apart
-    /// as they have to be.
+    /// Of `rectangles`, of as many queries under `mask` and of all query heads of a KV head, those whose tiles are to
+    /// be handed out together: tile t of each before tile t + 1 of any. The blocks that take tiles of a rectangle are
+    /// then as far apart as they have to be.
     pub(crate) fn rectangles_together(
         &self,
+        rectangles: usize,
         multiprocessors: u32,
         mask: Mask,
         group: usize,
@@ -176,14 +177,15 @@ impl Fused {
     ) -> usize {
         let blocks = queries.div_ceil(self.launch.queries as usize) * group;
         let mean = if mask == Mask::None { blocks } else { blocks / 2 };
-        (STEPS_APART * multiprocessors as usize).div_ceil(mean.max(1))
+        let most = (STEPS_APART * multiprocessors as usize).div_ceil(mean.max(1));
+        // Equal shares: a last one of few rectangles would have its tiles wait.
+        rectangles.div_ceil(rectangles.div_ceil(most).max(1))
     }
 
     /// dk and dv of the tiles of keys, and dq of the tiles of queries.
-    ///
-    /// # Safety
-    /// What `params` points to is there, for as many tiles as it says; gradients and sums of their rows are this launch's
-    /// to write; `state_accumulated` of row and head are the sums; `next_tile` is one word of the workspace.
+    /// / # Safety / What `params` points to is there, for as many tiles as it says; gradients and sums of their rows
+    //are this launch's / to write; `state_accumulated` of row and head are the sums; `next_tile` is one word of the
+    //workspace.
     pub(crate) unsafe fn run(&self, queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
         let Launch { block, shared_bytes, names, .. } = self.launch;
         // SAFETY: next_tile and the turns are the workspace's, and the parameters are (BackwardParams, FusedParams) and

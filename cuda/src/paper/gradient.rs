@@ -273,7 +273,13 @@ impl Paper<'_, '_> {
     ) -> Result<()> {
         let (problem, common) = (&self.call.problem, &arguments.common);
         let multiprocessors = self.queue.device.multiprocessors;
-        let together = fused.rectangles_together(multiprocessors, problem.mask, problem.group, step.queries);
+        let together = fused.rectangles_together(
+            common.pass.count as usize,
+            multiprocessors,
+            problem.mask,
+            problem.group,
+            step.queries,
+        );
         // SAFETY: the caller's contract; a rectangle's queries are rows of the sums.
         unsafe {
             // The first leaf, which is the longest, has met no pass.
@@ -285,7 +291,7 @@ impl Paper<'_, '_> {
                     self.queue.zero(buffers.query_sums.queries.address() + before as u64, words)?;
                 }
             }
-            arguments.section = together.min(common.pass.count as usize) as u32;
+            arguments.section = together as u32;
             self.key_tiles(arguments, params)?;
             fused.run(self.queue, params)
         }
