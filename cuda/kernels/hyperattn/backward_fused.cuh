@@ -340,7 +340,19 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         products_begin();
         multiply(dp, ring.stage, 1);
         weigh<MASKED>();
-        products_wait<0>();
+        // Beside what follows, where there are registers for both; what a masked block must not meet is still to come
+        // out.
+        constexpr bool VALUES_FIRST = DIM > 64 && !MASKED;
+        if constexpr (VALUES_FIRST) {
+            pin(shares);
+            pin(value_sums);
+            products_begin();
+            accumulate(value_sums, shares, 1);
+            products_commit();
+            products_wait<1>();
+        } else {
+            products_wait<0>();
+        }
         pin(dp);
         differentiate<MASKED>();
         if constexpr (MASKED) {
@@ -356,11 +368,14 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         arrive(S::SLOPES_FULL);
 
         pin(slopes);
-        pin(shares);
         pin(key_sums);
-        pin(value_sums);
+        if constexpr (!VALUES_FIRST) {
+            pin(shares);
+            pin(value_sums);
+        }
         products_begin();
-        accumulate(value_sums, shares, 1);
+        if constexpr (!VALUES_FIRST)
+            accumulate(value_sums, shares, 1);
         accumulate(key_sums, slopes, 0);
         products_commit();
         barrier_wait(barrier(S::SLOPES_FULL), slopes_phase);
