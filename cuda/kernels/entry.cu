@@ -31,6 +31,8 @@
 #include "hyperattn/backward_any.cuh"
 #include "hyperattn/backward_block_mask_tiles.cuh"
 #include "hyperattn/backward_exact_tiles.cuh"
+#include "hyperattn/backward_fused.cuh"
+#include "hyperattn/backward_fused_queries.cuh"
 #include "hyperattn/backward_mma.cuh"
 #include "hyperattn/backward_paper_tiles.cuh"
 #include "hyperattn/backward_refined_finish.cuh"
@@ -48,6 +50,7 @@ static_assert(sizeof(hyperattn::AttendParams) == 304, "AttendParams");
 static_assert(sizeof(hyperattn::RowTerms) == 8, "RowTerms");
 static_assert(sizeof(hyperattn::KeyTile) == 48, "KeyTile");
 static_assert(sizeof(hyperattn::BackwardParams) == 480, "BackwardParams");
+static_assert(sizeof(hyperattn::backward_fused::FusedParams) == 768, "FusedParams");
 
 // The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::hopper::THREADS == 384, "attend_wgmma");
@@ -91,5 +94,11 @@ static_assert(hyperattn::backward_simt::Shape<256>::SHARED_BYTES == 71344, "back
 static_assert(hyperattn::backward_simt::Shape<64>::ROWS == 64, "backward_samples");
 static_assert(hyperattn::backward_simt::Shape<128>::ROWS == 32, "backward_samples");
 static_assert(hyperattn::backward_simt::Shape<256>::ROWS == 16, "backward_samples");
+static_assert(hyperattn::backward_fused::THREADS == 384, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<64>::QUERIES == 128, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<128>::QUERIES == 64, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<64>::SHARED_BYTES == 199984, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<128>::SHARED_BYTES == 215344, "backward_fused");
+static_assert(hyperattn::FUSED_QUERIES_THREADS == 256, "backward_fused_queries");
 static_assert(hyperattn::BACKWARD_SAMPLES_COLUMNS * 32 == 512, "backward_paper_add_samples");
 static_assert(hyperattn::BACKWARD_ROWS_THREADS / hyperattn::BACKWARD_ROWS_LANES == 16, "backward_rows");

@@ -1,9 +1,11 @@
 //! The backward pass: the gradient of the estimator that the forward ran, see core's `docs/backward.md`.
 //!
-//! Nothing is added up by atomics: a thread block owns a tile of queries, and walks the keys that they meet, for dq;
-//! another owns a tile of keys, and walks the queries that meet them, for dk and dv. Every sum has one order.
+//! A thread block owns a tile of queries, and walks the keys that they meet, for dq; another owns a tile of keys, and walks
+//! the queries that meet them, for dk and dv. On Hopper one kernel does both for exact rectangles: its tiles of keys add to
+//! sums of dq in memory, in turn. Every sum has one order.
 
 mod exact;
+pub(crate) mod fused;
 pub(crate) mod launch;
 mod shared_heads;
 

@@ -148,7 +148,8 @@ fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<
     let query_rows = group.saturating_mul(problem.n_q);
     let states = usize::from(stateful && !is_gradient) + usize::from(is_row_norm);
     let state = query_rows.saturating_mul((problem.value_dim + 2) * size_of::<f32>() * states);
-    let sums = if is_gradient { gradient::bytes_of_sums(call, stateful) } else { 0 };
+    let query_sums = gradient::QuerySums::new(call, &steps);
+    let sums = if is_gradient { query_sums.bytes(problem) } else { 0 };
     let row_words = if spare { 3 } else { 2 * usize::from(sorted) };
     let fixed = query_rows
         .saturating_add(problem.n_k)
@@ -193,7 +194,7 @@ fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<
     let when = |wanted: bool, len: usize| if wanted { len } else { 0 };
     let normals = problem.heads_kv.saturating_mul(projection_rows(call) * projection_width(params));
     let gradient = if is_gradient {
-        Some(gradient::Buffers::carve(call, &plan, &planned, heads, stateful, carver)?)
+        Some(gradient::Buffers::carve(call, &plan, &planned, heads, query_sums, carver)?)
     } else {
         None
     };

@@ -115,7 +115,7 @@ fn size_of_dim(dim: usize) -> usize {
 }
 
 /// The fastest family that can run these tensors on this device.
-fn choose(device: &Device, params: &BackwardParams) -> Family {
+pub(super) fn choose(device: &Device, params: &BackwardParams) -> Family {
     let attend = &params.attend;
     let kv = attend.kv_type;
     let sixteen_bits = kv != element_type(DType::F32) && attend.q_type == kv && params.dout_type == kv;
@@ -143,7 +143,7 @@ fn launch(device: &Device, params: &BackwardParams) -> Launch {
 }
 
 /// f16 kernels come first.
-fn element(params: &BackwardParams) -> usize {
+pub(super) fn element(params: &BackwardParams) -> usize {
     usize::from(params.attend.kv_type != element_type(DType::F16))
 }
 

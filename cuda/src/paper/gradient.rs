@@ -8,8 +8,12 @@ use hyperattn_core::device::{PaperParts, Problem, effective_residual};
 use hyperattn_core::{Mask, Residual, Result};
 
 use super::lists::{Lists as ForwardLists, Step, blocks_met};
-use super::{Paper, SEGMENT_SORTED, THREADS, blocks_of, mirror, sample_size, tile_count, unsupported};
+use super::{
+    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, VISITED_ALL, blocks_of, mirror, sample_size, tile_count,
+    unsupported,
+};
 use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS};
+use crate::backward::fused::{self, Fused, Sums};
 use crate::backward::launch::{keys, queries};
 use crate::call::Call;
 use crate::launch::{Queue, args};
@@ -27,18 +31,37 @@ fn is_row_norm(call: &Call<'_>) -> bool {
     effective_residual(call.params) == Residual::RowNorm
 }
 
-/// What the sums of one KV head and its query heads take, with those of queries where several passes meet them.
-pub(super) fn bytes_of_sums(call: &Call<'_>, stateful: bool) -> usize {
-    let problem = &call.problem;
-    let queries = problem.group.saturating_mul(problem.n_q);
-    let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
-    let of_query = match (is_row_norm(call), stateful) {
-        // With a bound.
-        (true, _) => problem.head_dim + 1,
-        (false, true) => problem.head_dim,
-        (false, false) => 0,
-    };
-    of_keys.saturating_add(queries.saturating_mul(of_query)).saturating_mul(size_of::<f32>())
+/// Which sums of queries there are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct QuerySums {
+    /// Several passes or kernels meet them.
+    kept: bool,
+    /// The fused kernel meets them.
+    in_turn: bool,
+    /// The row norms' samples have bounds.
+    bounded: bool,
+}
+
+impl QuerySums {
+    pub(super) fn new(call: &Call<'_>, steps: &[Step]) -> Self {
+        let in_turn = fused::may_serve(call) && steps.iter().any(|step| step.kind == PASS_LEAVES);
+        let bounded = is_row_norm(call);
+        QuerySums { kept: in_turn || bounded || steps.iter().any(|step| step.stores), in_turn, bounded }
+    }
+
+    /// [sums, turns, bounds] of so many queries.
+    fn lens(self, problem: &Problem, queries: usize) -> [usize; 3] {
+        let when = |wanted: bool, len: usize| if wanted { len } else { 0 };
+        let sums = queries.saturating_mul(problem.head_dim);
+        [when(self.kept, sums), when(self.in_turn, queries), when(self.bounded, queries)]
+    }
+
+    /// What the sums of one KV head and its query heads take.
+    pub(super) fn bytes(self, problem: &Problem) -> usize {
+        let of_queries = self.lens(problem, problem.group.saturating_mul(problem.n_q));
+        let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
+        of_queries.into_iter().fold(of_keys, usize::saturating_add).saturating_mul(size_of::<f32>())
+    }
 }
 
 /// The inverse lists of the caller's block mask in one rectangle.
@@ -134,7 +157,7 @@ pub(super) struct Buffers {
     pub(super) bounds: Pointer<f32>,
     /// The uniform samples where the forward's lists have only those of them that a block does not meet.
     pub(super) samples: Pointer<u32>,
-    query_sums: Pointer<f32>,
+    query_sums: Sums,
     key_sums: Pointer<f32>,
     value_sums: Pointer<f32>,
     key_stored: Pointer<u32>,
@@ -149,7 +172,7 @@ impl Buffers {
         plan: &PaperParts,
         steps: &[(Step, ForwardLists, usize)],
         heads: usize,
-        stateful: bool,
+        query_sums: QuerySums,
         carver: &mut Carver,
     ) -> Result<Self> {
         let problem = &call.problem;
@@ -166,8 +189,8 @@ impl Buffers {
             )));
         }
         let [tiles, segments, hidden, partials, covered, samples] = lens;
-        let row_norm = is_row_norm(call);
         let queries = problem.group.saturating_mul(problem.n_q).saturating_mul(heads);
+        let [of_queries, turns, bounds] = query_sums.lens(problem, queries);
         let keys = problem.n_k.saturating_mul(heads);
         Ok(Buffers {
             tiles: carver.take(tiles),
@@ -176,13 +199,9 @@ impl Buffers {
             key_partials: carver.take(partials.saturating_mul(problem.head_dim)),
             value_partials: carver.take(partials.saturating_mul(problem.value_dim)),
             covered: carver.take(covered),
-            bounds: carver.take(if row_norm { queries } else { 0 }),
+            bounds: carver.take(bounds),
             samples: carver.take(samples),
-            query_sums: carver.take(if stateful || row_norm {
-                queries.saturating_mul(problem.head_dim)
-            } else {
-                0
-            }),
+            query_sums: Sums { queries: carver.take(of_queries), turns: carver.take(turns) },
             key_sums: carver.take(keys.saturating_mul(problem.head_dim)),
             value_sums: carver.take(keys.saturating_mul(problem.value_dim)),
             key_stored: carver.take(keys),
@@ -281,16 +300,27 @@ impl Paper<'_, '_> {
             let common = self.sort_rectangles(heads, step, lists, rectangles)?;
             let inverse = Lists::new(self.call, step, lists);
             let mut params = self.gradient_params(heads, &common, buffers, params);
-            let arguments = self.inverse(step, &common, &inverse, buffers);
-            let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
+            let mut arguments = self.inverse(step, &common, &inverse, buffers);
             match &self.buffers.row_norm {
                 Some(row_norm) if step.estimated => {
+                    let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
                     self.row_norm_gradient(&pass, row_norm, buffers, &params)?;
                 }
                 _ => {
                     self.select(heads, step, lists, &common)?;
+                    if let Some(fused) = self.fused(heads, step, buffers, &params)? {
+                        return self.leaves_gradient(
+                            &fused,
+                            heads,
+                            step,
+                            &mut arguments,
+                            &mut params,
+                            buffers,
+                        );
+                    }
                     queries(self.queue, &params)?;
                     if common.sample_size > 0 && inverse.given.is_some() {
+                        let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
                         self.given_samples_gradient(&pass, buffers, &params)?;
                     } else if common.sample_size > 0 {
                         self.samples_gradient(&arguments, &mut params, buffers)?;
@@ -298,6 +328,58 @@ impl Paper<'_, '_> {
                 }
             }
             self.keys_gradient(&arguments, inverse.given, &mut params)
+        }
+    }
+
+    /// The fused kernel, for leaves.
+    fn fused(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        buffers: &Buffers,
+        params: &BackwardParams,
+    ) -> Result<Option<Fused>> {
+        if step.kind != PASS_LEAVES {
+            return Ok(None);
+        }
+        let group = self.call.problem.group;
+        let query_heads = heads.start * group..heads.end * group;
+        Fused::new(self.queue, self.call, params, &buffers.query_sums, query_heads, true)
+    }
+
+    /// All gradients of leaves by the fused kernel.
+    unsafe fn leaves_gradient(
+        &self,
+        fused: &Fused,
+        heads: &Range<usize>,
+        step: &Step,
+        arguments: &mut mirror::BackwardPaperParams,
+        params: &mut BackwardParams,
+        buffers: &Buffers,
+    ) -> Result<()> {
+        let (problem, common) = (&self.call.problem, &arguments.common);
+        let multiprocessors = self.queue.device.multiprocessors;
+        let together = fused.rectangles_together(
+            common.pass.count as usize,
+            multiprocessors,
+            problem.mask,
+            problem.group,
+            step.queries,
+        );
+        // SAFETY: the caller's contract; a rectangle's queries are rows of the sums.
+        unsafe {
+            // The first leaf, which is the longest, has met no pass.
+            if common.visited != VISITED_ALL && common.pass.first == 0 {
+                let (first, words) =
+                    (common.pass.square.query_start as usize, step.queries * problem.head_dim);
+                for head in 0..heads.len() * problem.group {
+                    let before = (head * problem.n_q + first) * problem.head_dim * size_of::<f32>();
+                    self.queue.zero(buffers.query_sums.queries.address() + before as u64, words)?;
+                }
+            }
+            arguments.section = together as u32;
+            self.key_tiles(arguments, None, params)?;
+            fused.run(self.queue, params)
         }
     }
 
@@ -345,27 +427,39 @@ impl Paper<'_, '_> {
         given: Option<GivenBlocks>,
         params: &mut BackwardParams,
     ) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            self.key_tiles(arguments, given, params)?;
+            keys(self.queue, params)
+        }
+    }
+
+    /// The tiles of all keys of the rectangles.
+    unsafe fn key_tiles(
+        &self,
+        arguments: &mirror::BackwardPaperParams,
+        given: Option<GivenBlocks>,
+        params: &mut BackwardParams,
+    ) -> Result<()> {
         let common = &arguments.common;
         let rectangles = (common.kv_heads * common.pass.count) as usize;
         let tiles = rectangles * arguments.key_tiles as usize;
         params.key_tile_count = tiles as u32;
-        let (queue, threads) = (self.queue, THREADS as u32);
-        // SAFETY: these are the kernels' parameters; the lists are written before they are read.
+        // SAFETY: these are the kernels' parameters, and they write tiles and segments only.
         unsafe {
             match given {
-                Some(GivenBlocks { count, lists, segments }) => queue.launch(
+                Some(GivenBlocks { count, lists, segments }) => self.queue.launch(
                     c"backward_block_mask_tiles",
                     blocks_of(rectangles * count, THREADS / 32),
-                    threads,
+                    THREADS as u32,
                     0,
                     args![*arguments, self.exact_blocks(), count as u32, lists as u32, segments as u32],
                 ),
                 None => {
                     let grid = blocks_of(tiles, THREADS);
-                    queue.launch(c"backward_paper_key_tiles", grid, threads, 0, args![*arguments])
+                    self.queue.launch(c"backward_paper_key_tiles", grid, THREADS as u32, 0, args![*arguments])
                 }
-            }?;
-            keys(queue, params)
+            }
         }
     }
 
@@ -422,7 +516,7 @@ impl Paper<'_, '_> {
         own.attend.query_order = self.buffers.orders[0].before(earlier[0]);
         own.attend.key_order = self.buffers.orders[1].before(earlier[1]);
         own.attend.listed_rows = self.buffers.listed_rows;
-        own.attend.state_accumulated = buffers.query_sums.before(earlier[0] * problem.head_dim);
+        own.attend.state_accumulated = buffers.query_sums.queries.before(earlier[0] * problem.head_dim);
         own.key_tiles = buffers.tiles;
         own.query_segments = buffers.segments;
         own.hidden = buffers.hidden;
@@ -466,7 +560,7 @@ impl Paper<'_, '_> {
             n_k: problem.n_k as u32,
             head_dim: problem.head_dim as u32,
             value_dim: problem.value_dim as u32,
-            reserved: 0,
+            section: 1,
         }
     }
 }

@@ -226,7 +226,7 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) n_k: u32,
     pub(crate) head_dim: u32,
     pub(crate) value_dim: u32,
-    pub(crate) reserved: u32,
+    pub(crate) section: u32,
 }
 
 #[repr(C)]
