@@ -282,3 +282,31 @@ impl Set<'_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The device code states the same numbers.
+    #[test]
+    fn numbers_are_those_of_the_device_code() {
+        let params = include_str!("../../kernels/hyperattn/backward_refined_params.cuh");
+        let tiles = include_str!("../../kernels/hyperattn/backward_refined_tiles.cuh");
+        let rest = include_str!("../../kernels/hyperattn/backward_refined_rest.cuh");
+        let finish = include_str!("../../kernels/hyperattn/backward_refined_finish.cuh");
+        for (source, name, number) in [
+            (params, "RANGE_KEYS", RANGE_KEYS as u32),
+            (tiles, "NEAR_THREADS", NEAR_THREADS),
+            (tiles, "LISTED_THREADS", LISTED_THREADS),
+            (tiles, "ADD_THREADS", ADD_THREADS),
+            (rest, "COLUMN_THREADS", COLUMN_THREADS),
+            (rest, "SPREAD_THREADS", SPREAD_THREADS),
+            (rest, "SPREAD_COLUMNS_OF_THREAD", SPREAD_COLUMNS / SPREAD_THREADS),
+            (rest, "SPREAD_BLOCKS", SPREAD_BLOCKS),
+            (finish, "FINISH_THREADS", FINISH_THREADS),
+        ] {
+            let line = format!("constexpr u32 {name} = {number};");
+            assert!(source.contains(&line), "{line}");
+        }
+    }
+}

@@ -204,7 +204,7 @@ impl<'a> BackwardCall<'a> {
             return 0.0;
         }
         let of_cpu = self.forward.on_cpu(self.forward.inputs.dtypes);
-        5.0 * relative_error(&prepared.forward.outcome().out, &of_cpu.out, 0.0)
+        5.0 * relative_error(&prepared.forward.out_and_lse()[0], &of_cpu.out, 0.0)
     }
 
     /// Rounding errors in f32 that are left where slopes cancel: of sums of head_dim products of numbers of this size.
