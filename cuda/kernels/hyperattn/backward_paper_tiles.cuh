@@ -15,7 +15,8 @@ struct BackwardPaperParams {
     // Of every sample, see KEY_TILE_HIDING.
     u32 *hidden;
     const u32 *positions;
-    const u32 *listed_rows;
+    // Of the set's keys, [KV heads of the set][n_k].
+    const u32 *key_order;
     // Sums of the samples' chunks: [KV heads of the set][rectangles][chunks][sample_size][head_dim or value_dim].
     const float *key_partials;
     const float *value_partials;
@@ -40,7 +41,8 @@ struct BackwardPaperParams {
     u32 n_k;
     u32 head_dim;
     u32 value_dim;
-    u32 reserved;
+    // Rectangles of a KV head whose tiles of keys are handed out together: tile t of each before tile t + 1 of any.
+    u32 section;
 
     // Number of a rectangle among the launch's, a KV head's next to each other.
     __device__ __forceinline__ u32 rectangle_number(u32 set_kv_head, u32 index) const
@@ -79,9 +81,11 @@ extern "C" __global__ void __launch_bounds__(128)
     u64 number = (u64)blockIdx.x * 128 + threadIdx.x;
     if (number >= (u64)common.kv_heads * common.pass.count * params.key_tiles)
         return;
-    u32 rank = (u32)(number % params.key_tiles);
-    u32 index = (u32)(number / params.key_tiles) % common.pass.count;
-    u32 set_kv_head = (u32)(number / params.key_tiles) / common.pass.count;
+    u32 of_head = common.pass.count * params.key_tiles, of_section = params.section * params.key_tiles;
+    u32 set_kv_head = (u32)(number / of_head), rest = (u32)(number % of_head);
+    u32 first = rest / of_section * params.section;
+    u32 rectangles = common.pass.count - first < params.section ? common.pass.count - first : params.section;
+    u32 rank = rest % of_section / rectangles, index = first + rest % of_section % rectangles;
     KeyTile tile = params.empty_tile(set_kv_head, (u32)number);
     Segment segment = {};
     Rectangle rectangle;
@@ -92,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(128)
         tile.flags = KEY_TILE_RESUME | params.flags;
         if (params.exact) {
             start = (u64)rank * TILE_ROWS;
+            tile.turn = rank;
             last_query = queries;
             if (params.limited) {
                 tile.flags |= KEY_TILE_LIMITED;
@@ -186,15 +191,15 @@ extern "C" __global__ void __launch_bounds__(128)
     params.segments[number] = segment;
 }
 
-// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the block of the
-// first. Grid: kv_heads * rectangles * sample_size; block BACKWARD_SAMPLES_THREADS.
+// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the thread block
+// of the first. Grid: kv_heads * rectangles * sample_size; block BACKWARD_SAMPLES_THREADS.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS)
     backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params)
 {
     using namespace hyperattn;
     constexpr u32 ALL_LANES = 0xffffffffu;
     const PassTiles &common = params.common;
-    u32 lane = threadIdx.x % 32, samples = common.sample_size;
+    u32 samples = common.sample_size;
     u32 own = blockIdx.x % samples, number = blockIdx.x / samples;
     Rectangle rectangle;
     if (!common.rectangle(number % common.pass.count, rectangle))
@@ -204,34 +209,41 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
     u32 chunks = (rectangle.query_end - rectangle.query_start + params.chunk_queries - 1) / params.chunk_queries;
     u32 columns = params.head_dim + params.value_dim;
 
+    __shared__ u32 same_as[BACKWARD_SAMPLES_THREADS / 32];
     float sums[BACKWARD_SAMPLES_COLUMNS] = {};
-    for (u32 first = 0; first < samples; first += 32) {
-        bool same = first + lane < samples && positions[first + lane] == position;
-        u32 found = __ballot_sync(ALL_LANES, same);
+    for (u32 first = 0; first < samples; first += BACKWARD_SAMPLES_THREADS) {
+        u32 other = first + threadIdx.x;
+        bool same = other < samples && positions[other] == position;
+        u32 of_warp = __ballot_sync(ALL_LANES, same);
+        if (threadIdx.x % 32 == 0)
+            same_as[threadIdx.x / 32] = of_warp;
         // An earlier sample's block adds this one.
-        if (found != 0 && first + __ffs(found) - 1 < own)
+        if (__syncthreads_or(same && other < own))
             return;
-        for (; found != 0; found &= found - 1) {
-            u64 row = (u64)number * params.chunks * samples + first + __ffs(found) - 1;
+        for (u32 word = 0; word < BACKWARD_SAMPLES_THREADS / 32; ++word) {
+            for (u32 found = same_as[word]; found != 0; found &= found - 1) {
+                u64 row = (u64)number * params.chunks * samples + first + 32 * word + __ffs(found) - 1;
 #pragma unroll
-            for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-                u32 column = threadIdx.x + BACKWARD_SAMPLES_THREADS * i;
-                if (column >= columns)
-                    continue;
-                bool of_key = column < params.head_dim;
-                u32 dim = of_key ? params.head_dim : params.value_dim;
-                const float *partial = of_key ? params.key_partials + row * dim + column
-                                              : params.value_partials + row * dim + column - params.head_dim;
-                // Several are read before they are added.
+                for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
+                    u32 column = threadIdx.x + BACKWARD_SAMPLES_THREADS * i;
+                    if (column >= columns)
+                        continue;
+                    bool of_key = column < params.head_dim;
+                    u32 dim = of_key ? params.head_dim : params.value_dim;
+                    const float *partial = of_key ? params.key_partials + row * dim + column
+                                                  : params.value_partials + row * dim + column - params.head_dim;
+                    // Several are read before they are added.
 #pragma unroll 8
-                for (u32 chunk = 0; chunk < chunks; ++chunk)
-                    sums[i] += partial[(u64)chunk * samples * dim];
+                    for (u32 chunk = 0; chunk < chunks; ++chunk)
+                        sums[i] += partial[(u64)chunk * samples * dim];
+                }
             }
         }
+        __syncthreads();
     }
 
-    u32 row = params.sorted ? params.listed_rows[(u64)number * samples + own] : position;
-    u64 to = (u64)(number / common.pass.count) * params.n_k + row;
+    u64 first_key = (u64)(number / common.pass.count) * params.n_k;
+    u64 to = first_key + (params.sorted ? params.key_order[first_key + position] : position);
     bool stored = params.key_stored[to] != 0;
 #pragma unroll
     for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {

@@ -10,7 +10,6 @@
 
 #include "attend_mma.cuh"
 #include "backward_pairs.cuh"
-#include "backward_quads.cuh"
 #include "backward_wgmma_load.cuh"
 
 namespace hyperattn {
@@ -38,6 +37,22 @@ struct Bounds {
     u32 count[2];
 };
 
+// Stores get(n), pairs of a row, if `written`; `adds` them to what is stored, without waiting for it.
+template <u32 DIM, typename Get>
+__device__ __forceinline__ void store_row(bool written, bool adds, float *to, u32 dim, Get get)
+{
+    for_each_four<DIM>(get, [&](u32 column, float4 four) {
+        if (!written || column >= dim)
+            return;
+        if (adds)
+            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + column), "f"(four.x), "f"(four.y),
+                         "f"(four.z), "f"(four.w)
+                         : "memory");
+        else
+            *(float4 *)(to + column) = four;
+    });
+}
+
 // A computing warpgroup: 64 rows of each tile, of keys or of queries.
 template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     using S = Shape<DIM>;
@@ -48,8 +63,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     const u32 data;
     const u32 group;
     const u32 lane;
-    // Of the rows.
-    u32 rows_phase = 0;
+    Ring<S::ROW_SLOTS> slot;
     Ring<S::STAGES> ring;
     // This thread's first row of the half; the second is 8 behind.
     u32 first_row;
@@ -81,13 +95,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     // A barrier of the computing threads that tells whether any of them found something.
     __device__ __forceinline__ static bool consumers_or(bool found)
     {
-        u32 any;
-        asm volatile("{\n.reg .pred mine, all;\nsetp.ne.u32 mine, %1, 0;\n"
-                     "barrier.cta.red.or.pred all, %2, %3, mine;\nselp.u32 %0, 1, 0, all;\n}\n"
-                     : "=r"(any)
-                     : "r"((u32)found), "n"(CONSUMER_BARRIER), "n"(CONSUMERS * WARPGROUP)
-                     : "memory");
-        return any;
+        return hopper::barrier_or<CONSUMER_BARRIER, CONSUMERS * WARPGROUP>(found);
     }
 
     __device__ __forceinline__ void wait(const u64 &barrier, u32 phase) const
@@ -97,6 +105,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         async_proxy_fence();
     }
 
+    // Where the warpgroup's rows are.
+    __device__ __forceinline__ u32 half_slot() const { return slot.stage * CONSUMERS + group; }
+
     // The first or second vectors of a block.
     __device__ __forceinline__ u32 columns_at(u32 stage, u32 which) const
     {
@@ -105,7 +116,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 
     __device__ __forceinline__ void multiply(float (&products)[COLUMNS / 2], u32 which)
     {
-        u32 rows = opaque(data + (group * 2 + which) * S::ROWS_BYTES);
+        u32 rows = opaque(data + (half_slot() * 2 + which) * S::ROWS_BYTES);
         u32 columns = opaque(columns_at(ring.stage, which));
 #pragma unroll
         for (u32 k = 0; k < DIM / 16; ++k) {
@@ -140,7 +151,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 
     __device__ __forceinline__ Bounds bounds(u32 flags) const
     {
-        const HalfRows &rows = control.rows[group];
+        const HalfRows &rows = control.rows[half_slot()];
         Bounds bounds;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
@@ -304,7 +315,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         }
         // The next tile's rows may be loaded while sums are finished and written.
         if (flags & STAGE_LAST)
-            release(control.barriers[S::ROWS_EMPTY + group]);
+            release(control.barriers[S::ROWS_EMPTY + half_slot()]);
         if (OF_KEYS)
             add_block(ring.stage);
         ring.advance();
@@ -338,9 +349,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     __device__ __forceinline__ void run()
     {
         for (;;) {
-            wait(control.barriers[S::ROWS_FULL + group], rows_phase);
-            rows_phase ^= 1;
-            const HalfRows &rows = control.rows[group];
+            wait(control.barriers[S::ROWS_FULL + half_slot()], slot.phase);
+            const HalfRows &rows = control.rows[half_slot()];
             if (rows.rows == 0)
                 return;
             const u32 batch = rows.batch, head = rows.head, flags = rows.flags, first_output = rows.first_output;
@@ -359,7 +369,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             }
             bool more = rows.has_columns != 0;
             if (!more)
-                release(control.barriers[S::ROWS_EMPTY + group]);
+                release(control.barriers[S::ROWS_EMPTY + half_slot()]);
             begin(batch, head, flags, row, resumes);
             // Whether the block before is still to be added.
             bool held = false;
@@ -382,6 +392,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             }
             if (held)
                 add_block(stage_before());
+            slot.advance();
             end<0>(batch, head, flags, row[0], first_output, resumes[0]);
             end<1>(batch, head, flags, row[1], first_output, resumes[1]);
         }
@@ -421,11 +432,10 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             return;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            if (row[half] == NO_KEY || !resumes[half])
-                continue;
+            bool stored = row[half] != NO_KEY && resumes[half];
             u64 at = number(batch, head, row[half]);
             auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
-                load_pairs<DIM>(from + at * dim, dim, [&](u32 n, float first, float second) {
+                load_row<DIM>(stored, from + at * dim, dim, [&](u32 n, float first, float second) {
                     to[4 * n + 2 * half] = first;
                     to[4 * n + 2 * half + 1] = second;
                 });
@@ -444,17 +454,11 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     {
         const bool exists = row != NO_KEY;
         // Nobody else adds to the row in this launch, so that the order of sums is known.
-        auto store = [&](const float (&from)[DIM / 2], float *to, u32 dim) {
-            write_sums<DIM>(to, dim, exists, resumes, [&](u32 n) { return pair<HALF>(from, n); });
-        };
         auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float factor) {
-            if (type == F32)
-                write_sums<DIM>((float *)to, dim, exists, false, [&](u32 n) {
-                    float2 sum = pair<HALF>(from, n);
-                    return make_float2(sum.x * factor, sum.y * factor);
-                });
-            else
-                write_rounded<TYPE, DIM>((u16 *)to, dim, exists, factor, [&](u32 n) { return pair<HALF>(from, n); });
+            write_row<TYPE, DIM>(exists, to, type, dim, factor, [&](u32 n) { return pair<HALF>(from, n); });
+        };
+        auto store = [&](const float (&from)[DIM / 2], float *to, u32 dim) {
+            store_row<DIM>(exists, resumes, to, dim, [&](u32 n) { return pair<HALF>(from, n); });
         };
         if constexpr (OF_KEYS) {
             if (flags & KEY_TILE_STORE) {
@@ -495,8 +499,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
             for (u32 i = first; i < first + count; ++i)
                 hopper::barrier_init(shared_address(&control.barriers[i]), arrivals);
         };
-        initialize(S::ROWS_FULL, CONSUMERS, ROW_WARPS * LOADER_ARRIVALS);
-        initialize(S::ROWS_EMPTY, CONSUMERS, CONSUMER_WARPS / CONSUMERS);
+        initialize(S::ROWS_FULL, S::HALVES, ROW_WARPS * LOADER_ARRIVALS);
+        initialize(S::ROWS_EMPTY, S::HALVES, CONSUMER_WARPS / CONSUMERS);
         initialize(S::COLUMNS_FULL, S::STAGES, LOADER_ARRIVALS);
         initialize(S::COLUMNS_EMPTY, S::STAGES, CONSUMER_WARPS);
         initialize(S::DRAWN_FULL, DRAWN_STAGES, 1);

@@ -1,8 +1,8 @@
 // Shared memory of the Hopper backward kernels, and what their loading warps tell the computing ones.
 //
 // The rows of a tile, with two vectors each, lie in two halves, one for each computing warpgroup; the columns that they
-// meet, with two vectors each, stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all rows, swizzled by 128
-// bytes; elements past the tensors' dimensions are 0.
+// meet, with two vectors each, stream through a ring of stages. Vectors lie in chunks of 64 elements (128 bytes) of all
+// rows, swizzled by 128 bytes; elements past the tensors' dimensions are 0.
 #pragma once
 
 #include "attend_wgmma_copy.cuh"
@@ -14,6 +14,7 @@ namespace backward_hopper {
 using hopper::ALL_LANES;
 using hopper::LOADER_ARRIVALS;
 using hopper::LOADER_WARPS;
+using hopper::Ring;
 using hopper::ROW_BYTES;
 using hopper::ROW_ELEMENTS;
 using hopper::WARPGROUP;
@@ -107,19 +108,22 @@ template <u32 DIM> struct Shape {
     static constexpr u32 COLUMNS = DIM <= 64 ? 128 : 64;
     // Each is loaded by a warp of its own.
     static constexpr u32 STAGES = LOADER_WARPS;
+    // Of rows, where there is memory for them.
+    static constexpr u32 ROW_SLOTS = DIM <= 64 ? 2 : 1;
+    static constexpr u32 HALVES = ROW_SLOTS * CONSUMERS;
     static constexpr u32 CHUNKS = DIM / ROW_ELEMENTS;
     static constexpr u32 ROW_CHUNK_BYTES = HALF_ROWS * ROW_BYTES;
     static constexpr u32 ROWS_BYTES = CHUNKS * ROW_CHUNK_BYTES;
     static constexpr u32 COLUMN_CHUNK_BYTES = COLUMNS * ROW_BYTES;
     static constexpr u32 COLUMNS_BYTES = CHUNKS * COLUMN_CHUNK_BYTES;
     // Both vectors of a half or stage lie behind each other.
-    static constexpr u32 COLUMNS_AT = CONSUMERS * 2 * ROWS_BYTES;
+    static constexpr u32 COLUMNS_AT = HALVES * 2 * ROWS_BYTES;
     static constexpr u32 CONTROL_AT = COLUMNS_AT + STAGES * 2 * COLUMNS_BYTES;
 
     // Numbers of the first barriers of each kind: "full" for the computing warps, "empty" for the loading ones.
     static constexpr u32 ROWS_FULL = 0;
-    static constexpr u32 ROWS_EMPTY = ROWS_FULL + CONSUMERS;
-    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + CONSUMERS;
+    static constexpr u32 ROWS_EMPTY = ROWS_FULL + HALVES;
+    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + HALVES;
     static constexpr u32 COLUMNS_EMPTY = COLUMNS_FULL + STAGES;
     // "Full" for all loading warps, "empty" for the one that draws.
     static constexpr u32 DRAWN_FULL = COLUMNS_EMPTY + STAGES;
@@ -129,7 +133,7 @@ template <u32 DIM> struct Shape {
     struct Control {
         u64 barriers[BARRIERS];
         DrawnTile drawn[DRAWN_STAGES];
-        HalfRows rows[CONSUMERS];
+        HalfRows rows[HALVES];
         ColumnStage<COLUMNS> columns[STAGES];
         // What each loading warp is copying, see hopper::list_rows().
         alignas(16) u32 list[LOADER_WARPS][TILE_ROWS];
@@ -142,20 +146,6 @@ template <u32 DIM> struct Shape {
     // Swizzled rows repeat every 1024 bytes, to which the launch's shared memory is not aligned.
     static constexpr u32 SHARED_BYTES = 1024 + CONTROL_AT + sizeof(Control);
     static_assert(SHARED_BYTES <= 227 * 1024, "shared memory of a block");
-};
-
-// A place in a ring.
-template <u32 STAGES> struct Ring {
-    u32 stage = 0;
-    u32 phase = 0;
-
-    __device__ __forceinline__ void advance()
-    {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
 };
 
 } // namespace backward_hopper

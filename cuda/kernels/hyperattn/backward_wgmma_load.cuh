@@ -324,6 +324,7 @@ template <u32 DIM, typename TILES> struct Loader {
     using S = Shape<DIM>;
     using Block = typename TILES::Block;
     using Found = typename TILES::Found;
+    using FoundRows = typename TILES::FoundRows;
     const TILES tiles;
     typename S::Control &control;
     const u32 data;
@@ -340,9 +341,9 @@ template <u32 DIM, typename TILES> struct Loader {
     Ring<DRAWN_STAGES> take_place;
     // Of the next block.
     u32 stage = 0;
-    // Of the warp's stage, and of the rows.
+    // Of the warp's stage.
     u32 stage_phase = 1;
-    u32 rows_phase = 1;
+    Ring<S::ROW_SLOTS> slot;
 
     __device__ __forceinline__ Loader(const BackwardParams &params, typename S::Control &shared_control,
                                       u32 shared_data)
@@ -420,21 +421,18 @@ template <u32 DIM, typename TILES> struct Loader {
     // The warps in the order of their blocks of the tile whose first block goes to `stage`.
     __device__ __forceinline__ u32 rank(u32 stage) const { return (warp - stage) % LOADER_WARPS; }
 
+    // Of the half that is this warp's: always the same, or it would not see every phase of the half's barrier.
+    __device__ __forceinline__ u32 first_row() const { return warp % CONSUMERS * HALF_ROWS; }
+
     // Loads this warp's part of the tile's rows: one vector of one half. With no tile it tells the computing warps so.
-    __device__ __forceinline__ void load_rows(u32 rank, bool exists, bool has_columns)
+    __device__ __forceinline__ void load_rows(u32 rank, bool exists, const FoundRows &found, bool has_columns)
     {
-        // Always of the same half, or a warp would not see every phase of its barrier.
-        const u32 half = warp % CONSUMERS, vector = rank / CONSUMERS, first = half * HALF_ROWS;
+        const u32 half = slot.stage * CONSUMERS + warp % CONSUMERS, vector = rank / CONSUMERS;
         const u32 full = barrier(S::ROWS_FULL + half);
         HalfRows &rows = control.rows[half];
-        typename TILES::FoundRows found;
-        bool whole = false;
-        if (exists) {
-            tiles.look_up_rows(loaded.tile, first, found);
-            whole = list(found.row);
-        }
-        warp_wait(barrier(S::ROWS_EMPTY + half), rows_phase);
-        rows_phase ^= 1;
+        bool whole = list(found.row);
+        warp_wait(barrier(S::ROWS_EMPTY + half), slot.phase ^ 1);
+        slot.advance();
         if (!exists) {
             if (vector == 0)
                 rows.rows = 0;
@@ -446,7 +444,7 @@ template <u32 DIM, typename TILES> struct Loader {
 #pragma unroll
             for (u32 i = 0; i < TILES::LANE_ROWS; ++i)
                 rows.row[32 * i + lane] = found.row[i];
-            tiles.describe(loaded.tile, first, found, rows);
+            tiles.describe(loaded.tile, first_row(), found, rows);
             rows.batch = loaded.tile.batch;
             rows.rows = loaded.tile.rows;
             rows.flags = loaded.tile.flags;
@@ -477,9 +475,12 @@ template <u32 DIM, typename TILES> struct Loader {
     {
         const u32 own_rank = rank(stage);
         bool rows_come = own_rank >= LOADER_WARPS / 2, rows_loaded = false;
+        FoundRows found_rows = {};
         Block block = TILES::before_first();
-        if (exists)
+        if (exists) {
+            tiles.look_up_rows(loaded.tile, first_row(), found_rows);
             tiles.advance(loaded.tile, block);
+        }
         const bool has_columns = block.count != 0;
         // All lanes write the same.
         loaded.block = block;
@@ -498,7 +499,7 @@ template <u32 DIM, typename TILES> struct Loader {
                 stage = (stage + 1) % S::STAGES;
             }
             if (!rows_loaded && (rows_come || !more)) {
-                load_rows(own_rank, exists, has_columns);
+                load_rows(own_rank, exists, found_rows, has_columns);
                 rows_loaded = true;
             }
             if (!more)

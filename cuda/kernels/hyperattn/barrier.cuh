@@ -72,6 +72,18 @@ __device__ __forceinline__ void named_barrier_sync(u32 name, u32 threads)
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// The same of COUNT threads, which tells whether any of them found something.
+template <u32 NAME, u32 COUNT> __device__ __forceinline__ bool barrier_or(bool found)
+{
+    u32 any;
+    asm volatile("{\n.reg .pred mine, all;\nsetp.ne.u32 mine, %1, 0;\n"
+                 "barrier.cta.red.or.pred all, %2, %3, mine;\nselp.u32 %0, 1, 0, all;\n}\n"
+                 : "=r"(any)
+                 : "r"((u32)found), "n"(NAME), "n"(COUNT)
+                 : "memory");
+    return any;
+}
+
 __device__ __forceinline__ void named_barrier_arrive(u32 name, u32 threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
