@@ -81,7 +81,7 @@ static_assert(hyperattn::simt::Shape<256>::SHARED_BYTES == 48288, "attend_any");
 
 // The launches in cuda/src/backward/launch.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::backward_hopper::THREADS == 384, "backward_wgmma");
-static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 212880, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 176944, "backward_wgmma");
 static_assert(hyperattn::backward_hopper::Shape<128>::SHARED_BYTES == 206640, "backward_wgmma");
 static_assert(hyperattn::backward_mma::Shape<64>::THREADS == 256, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<64>::SHARED_BYTES == 69296, "backward_mma");

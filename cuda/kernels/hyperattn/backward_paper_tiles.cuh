@@ -191,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(128)
     params.segments[number] = segment;
 }
 
-// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the thread block
-// of the first. Grid: kv_heads * rectangles * sample_size; block BACKWARD_SAMPLES_THREADS.
+// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the thread
+// block of the first. Grid: kv_heads * rectangles * sample_size; block BACKWARD_SAMPLES_THREADS.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS)
     backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params)
 {

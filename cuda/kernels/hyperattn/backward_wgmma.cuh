@@ -63,7 +63,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     const u32 data;
     const u32 group;
     const u32 lane;
-    Ring<S::ROW_SLOTS> slot;
+    // Of the rows.
+    u32 rows_phase = 0;
     Ring<S::STAGES> ring;
     // This thread's first row of the half; the second is 8 behind.
     u32 first_row;
@@ -105,19 +106,16 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         async_proxy_fence();
     }
 
-    // Where the warpgroup's rows are.
-    __device__ __forceinline__ u32 half_slot() const { return slot.stage * CONSUMERS + group; }
-
-    // The first or second vectors of a block.
-    __device__ __forceinline__ u32 columns_at(u32 stage, u32 which) const
+    // The first or second vectors of the block.
+    __device__ __forceinline__ u32 columns_at(u32 which) const
     {
-        return data + S::COLUMNS_AT + (stage * 2 + which) * S::COLUMNS_BYTES;
+        return data + S::COLUMNS_AT + (ring.stage * 2 + which) * S::COLUMNS_BYTES;
     }
 
     __device__ __forceinline__ void multiply(float (&products)[COLUMNS / 2], u32 which)
     {
-        u32 rows = opaque(data + (half_slot() * 2 + which) * S::ROWS_BYTES);
-        u32 columns = opaque(columns_at(ring.stage, which));
+        u32 rows = opaque(data + (group * 2 + which) * S::ROWS_BYTES);
+        u32 columns = opaque(columns_at(which));
 #pragma unroll
         for (u32 k = 0; k < DIM / 16; ++k) {
             u32 within = k % 4 * 32;
@@ -127,10 +125,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         products_commit();
     }
 
-    __device__ __forceinline__ void accumulate(float (&to)[DIM / 2], const u32 (&weights)[COLUMNS / 4], u32 stage,
-                                               u32 which)
+    __device__ __forceinline__ void accumulate(float (&to)[DIM / 2], const u32 (&weights)[COLUMNS / 4], u32 which)
     {
-        u32 columns = opaque(columns_at(stage, which));
+        u32 columns = opaque(columns_at(which));
 #pragma unroll
         for (u32 k = 0; k < COLUMNS / 16; ++k)
             multiply_registers<TYPE, DIM>(to, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
@@ -151,7 +148,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 
     __device__ __forceinline__ Bounds bounds(u32 flags) const
     {
-        const HalfRows &rows = control.rows[half_slot()];
+        const HalfRows &rows = control.rows[group];
         Bounds bounds;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
@@ -239,7 +236,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     // threads call it.
     __device__ __forceinline__ void take_out_not_finite(float (&to)[DIM / 2], u32 flags, u32 which)
     {
-        u32 columns = columns_at(ring.stage, which), thread = threadIdx.x - WARPGROUP;
+        u32 columns = columns_at(which), thread = threadIdx.x - WARPGROUP;
         bool found = false;
         for (u32 word = thread; word < S::COLUMNS_BYTES / 4; word += CONSUMERS * WARPGROUP) {
             u32 pair = load_shared(columns + word * 4);
@@ -282,29 +279,17 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         return word;
     }
 
-    // One block. The products of second vectors go on while shares are computed. Of queries, for which there are
-    // registers, so do those that add the block before to the sums, if there is one: AFTER.
-    template <Mask MASK, bool AFTER> __device__ __forceinline__ void step(u32 flags)
+    // One block. The products of second vectors go on while shares are computed.
+    template <Mask MASK> __device__ __forceinline__ void step(u32 flags)
     {
-        if constexpr (AFTER)
-            pin_sums();
         products_begin();
         multiply(s, 0);
         multiply(dp, 1);
-        if constexpr (AFTER) {
-            accumulate(sums, slopes, stage_before(), 0);
-            products_wait<2>();
-        } else {
-            products_wait<1>();
-        }
+        products_wait<1>();
         pin(s);
         weigh<MASK>(flags);
         products_wait<0>();
         pin(dp);
-        if constexpr (AFTER) {
-            pin_sums();
-            release(control.barriers[S::COLUMNS_EMPTY + stage_before()]);
-        }
         differentiate<MASK>();
         if constexpr (MASK == MASK_PAIRS) {
             if (flags & STAGE_STRADDLES) {
@@ -315,25 +300,16 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         }
         // The next tile's rows may be loaded while sums are finished and written.
         if (flags & STAGE_LAST)
-            release(control.barriers[S::ROWS_EMPTY + half_slot()]);
-        if (OF_KEYS)
-            add_block(ring.stage);
-        ring.advance();
-    }
-
-    __device__ __forceinline__ u32 stage_before() const { return (ring.stage + S::STAGES - 1) % S::STAGES; }
-
-    // Adds a block to the sums.
-    __device__ __forceinline__ void add_block(u32 stage)
-    {
+            release(control.barriers[S::ROWS_EMPTY + group]);
         pin_sums();
         products_begin();
         if constexpr (OF_KEYS)
-            accumulate(value_sums, shares, stage, 1);
-        accumulate(sums, slopes, stage, 0);
+            accumulate(value_sums, shares, 1);
+        accumulate(sums, slopes, 0);
         products_wait<0>();
         pin_sums();
-        release(control.barriers[S::COLUMNS_EMPTY + stage]);
+        release(control.barriers[S::COLUMNS_EMPTY + ring.stage]);
+        ring.advance();
     }
 
     __device__ __forceinline__ void pin_sums()
@@ -349,8 +325,9 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     __device__ __forceinline__ void run()
     {
         for (;;) {
-            wait(control.barriers[S::ROWS_FULL + half_slot()], slot.phase);
-            const HalfRows &rows = control.rows[half_slot()];
+            wait(control.barriers[S::ROWS_FULL + group], rows_phase);
+            rows_phase ^= 1;
+            const HalfRows &rows = control.rows[group];
             if (rows.rows == 0)
                 return;
             const u32 batch = rows.batch, head = rows.head, flags = rows.flags, first_output = rows.first_output;
@@ -369,30 +346,19 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             }
             bool more = rows.has_columns != 0;
             if (!more)
-                release(control.barriers[S::ROWS_EMPTY + half_slot()]);
+                release(control.barriers[S::ROWS_EMPTY + group]);
             begin(batch, head, flags, row, resumes);
-            // Whether the block before is still to be added.
-            bool held = false;
             while (more) {
                 wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
                 u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
                 more = !(block_flags & STAGE_LAST);
-                if (masked(block_flags, exponent)) {
-                    if (held)
-                        add_block(stage_before());
-                    step<MASK_PAIRS, false>(block_flags);
-                } else if (OF_KEYS && (block_flags & STAGE_HIDES)) {
-                    step<OF_KEYS ? MASK_ROWS : MASK_NONE, false>(block_flags);
-                } else if (held) {
-                    step<MASK_NONE, !OF_KEYS>(block_flags);
-                } else {
-                    step<MASK_NONE, false>(block_flags);
-                }
-                held = !OF_KEYS;
+                if (masked(block_flags, exponent))
+                    step<MASK_PAIRS>(block_flags);
+                else if (OF_KEYS && (block_flags & STAGE_HIDES))
+                    step<OF_KEYS ? MASK_ROWS : MASK_NONE>(block_flags);
+                else
+                    step<MASK_NONE>(block_flags);
             }
-            if (held)
-                add_block(stage_before());
-            slot.advance();
             end<0>(batch, head, flags, row[0], first_output, resumes[0]);
             end<1>(batch, head, flags, row[1], first_output, resumes[1]);
         }
@@ -432,10 +398,11 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             return;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            bool stored = row[half] != NO_KEY && resumes[half];
+            if (row[half] == NO_KEY || !resumes[half])
+                continue;
             u64 at = number(batch, head, row[half]);
             auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
-                load_row<DIM>(stored, from + at * dim, dim, [&](u32 n, float first, float second) {
+                load_pairs<DIM>(from + at * dim, dim, [&](u32 n, float first, float second) {
                     to[4 * n + 2 * half] = first;
                     to[4 * n + 2 * half + 1] = second;
                 });
@@ -499,8 +466,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
             for (u32 i = first; i < first + count; ++i)
                 hopper::barrier_init(shared_address(&control.barriers[i]), arrivals);
         };
-        initialize(S::ROWS_FULL, S::HALVES, ROW_WARPS * LOADER_ARRIVALS);
-        initialize(S::ROWS_EMPTY, S::HALVES, CONSUMER_WARPS / CONSUMERS);
+        initialize(S::ROWS_FULL, CONSUMERS, ROW_WARPS * LOADER_ARRIVALS);
+        initialize(S::ROWS_EMPTY, CONSUMERS, CONSUMER_WARPS / CONSUMERS);
         initialize(S::COLUMNS_FULL, S::STAGES, LOADER_ARRIVALS);
         initialize(S::COLUMNS_EMPTY, S::STAGES, CONSUMER_WARPS);
         initialize(S::DRAWN_FULL, DRAWN_STAGES, 1);
@@ -511,13 +478,13 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> __device__ __forceinline__ void run(c
 
     u32 warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
-        hopper::registers_decrease<LOADER_REGISTERS>();
+        hopper::registers_decrease<LOADER_REGISTERS[OF_KEYS]>();
         if constexpr (OF_KEYS)
             Loader<DIM, KeyTiles<DIM>>(params, control, data).run();
         else
             Loader<DIM, QueryTiles<DIM>>(params, control, data).run();
     } else {
-        hopper::registers_increase<CONSUMER_REGISTERS>();
+        hopper::registers_increase<CONSUMER_REGISTERS[OF_KEYS]>();
         Consumer<TYPE, DIM, OF_KEYS>(params, control, data, warpgroup - 1).run();
     }
 }

@@ -24,10 +24,11 @@ constexpr u32 NO_KEY = key_stream::NO_KEY;
 constexpr u32 CONSUMERS = 2;
 constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
-// Of a thread; together no more than the block starts with, 168 for each.
-constexpr u32 LOADER_REGISTERS = 56;
-constexpr u32 CONSUMER_REGISTERS = 224;
-static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168,
+// Of a thread, for tiles of queries and of keys; together no more than the block starts with, 168 for each.
+constexpr u32 LOADER_REGISTERS[2] = {72, 56};
+constexpr u32 CONSUMER_REGISTERS[2] = {216, 224};
+static_assert(LOADER_REGISTERS[0] + CONSUMERS * CONSUMER_REGISTERS[0] <= (1 + CONSUMERS) * 168 &&
+                  LOADER_REGISTERS[1] + CONSUMERS * CONSUMER_REGISTERS[1] <= (1 + CONSUMERS) * 168,
               "or a warpgroup waits for ever");
 
 // The named barrier of the computing threads.
@@ -108,22 +109,19 @@ template <u32 DIM> struct Shape {
     static constexpr u32 COLUMNS = DIM <= 64 ? 128 : 64;
     // Each is loaded by a warp of its own.
     static constexpr u32 STAGES = LOADER_WARPS;
-    // Of rows, where there is memory for them.
-    static constexpr u32 ROW_SLOTS = DIM <= 64 ? 2 : 1;
-    static constexpr u32 HALVES = ROW_SLOTS * CONSUMERS;
     static constexpr u32 CHUNKS = DIM / ROW_ELEMENTS;
     static constexpr u32 ROW_CHUNK_BYTES = HALF_ROWS * ROW_BYTES;
     static constexpr u32 ROWS_BYTES = CHUNKS * ROW_CHUNK_BYTES;
     static constexpr u32 COLUMN_CHUNK_BYTES = COLUMNS * ROW_BYTES;
     static constexpr u32 COLUMNS_BYTES = CHUNKS * COLUMN_CHUNK_BYTES;
     // Both vectors of a half or stage lie behind each other.
-    static constexpr u32 COLUMNS_AT = HALVES * 2 * ROWS_BYTES;
+    static constexpr u32 COLUMNS_AT = CONSUMERS * 2 * ROWS_BYTES;
     static constexpr u32 CONTROL_AT = COLUMNS_AT + STAGES * 2 * COLUMNS_BYTES;
 
     // Numbers of the first barriers of each kind: "full" for the computing warps, "empty" for the loading ones.
     static constexpr u32 ROWS_FULL = 0;
-    static constexpr u32 ROWS_EMPTY = ROWS_FULL + HALVES;
-    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + HALVES;
+    static constexpr u32 ROWS_EMPTY = ROWS_FULL + CONSUMERS;
+    static constexpr u32 COLUMNS_FULL = ROWS_EMPTY + CONSUMERS;
     static constexpr u32 COLUMNS_EMPTY = COLUMNS_FULL + STAGES;
     // "Full" for all loading warps, "empty" for the one that draws.
     static constexpr u32 DRAWN_FULL = COLUMNS_EMPTY + STAGES;
@@ -133,7 +131,7 @@ template <u32 DIM> struct Shape {
     struct Control {
         u64 barriers[BARRIERS];
         DrawnTile drawn[DRAWN_STAGES];
-        HalfRows rows[HALVES];
+        HalfRows rows[CONSUMERS];
         ColumnStage<COLUMNS> columns[STAGES];
         // What each loading warp is copying, see hopper::list_rows().
         alignas(16) u32 list[LOADER_WARPS][TILE_ROWS];

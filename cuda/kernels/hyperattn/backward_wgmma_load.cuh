@@ -4,9 +4,9 @@
 // The four warps go through all tiles, each at its own pace, and load what is their own: one vector of half a tile's
 // rows, and the blocks that go to one of the ring's stages. So look-ups of one go on beside copies of others.
 //
-// Nobody waits for ever. In the order in which the computing warps read, what a warp waits for before it loads something
-// depends on earlier things only: a block on the one that was in its stage before, rows on the tile before. All of these
-// are loaded before, for no warp loads anything of a tile before its part of the tile before.
+// Nobody waits for ever. In the order in which the computing warps read, what a warp waits for before it loads
+// something depends on earlier things only: a block on the one that was in its stage before, rows on the tile before.
+// All of these are loaded, for no warp loads anything of a tile before its part of the tile before.
 #pragma once
 
 #include "backward_wgmma_layout.cuh"
@@ -35,6 +35,39 @@ struct Vectors {
 __device__ __forceinline__ Vectors vectors(const View &tensor, u32 batch, u32 head, u32 dim)
 {
     return {tensor.row(batch, head, 0), tensor.row_stride, dim};
+}
+
+// Rows number `number` + 32 i of `count`: `at` + 32 i or what `order` has there, if there is one; NO_KEY beyond the
+// last. No branch tells them apart, so that all are asked for before the first has come.
+template <u32 COUNT>
+__device__ __forceinline__ void look_up_rows_in(const u32 *order, u32 at, u32 number, u32 count, u32 (&row)[COUNT])
+{
+    if (order != nullptr) {
+        // Those beyond the last are the first one.
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i)
+            row[i] = order[number + 32 * i < count ? at + 32 * i : at - number];
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i)
+            row[i] = at + 32 * i;
+    }
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i)
+        row[i] = number + 32 * i < count ? row[i] : NO_KEY;
+}
+
+// Terms of queries; the shares of no row are 0.
+template <u32 COUNT>
+__device__ __forceinline__ void look_up_terms(const BackwardParams &params, u64 first_row, const u32 (&row)[COUNT],
+                                              RowTerms (&terms)[COUNT])
+{
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i)
+        terms[i] = params.row_terms[first_row + (row[i] == NO_KEY ? 0 : row[i])];
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i)
+        terms[i] = row[i] == NO_KEY ? query_stream::no_terms() : terms[i];
 }
 
 // The tiles of queries: their rows, and their blocks of keys.
@@ -102,14 +135,10 @@ template <u32 DIM> struct QueryTiles {
     __device__ __forceinline__ void look_up_rows(const Tile &tile, u32 first, FoundRows &found) const
     {
         u64 first_row = (u64)(tile.batch * p.heads_q + tile.head) * p.n_q;
-#pragma unroll
-        for (u32 i = 0; i < LANE_ROWS; ++i) {
-            u32 number = first + 32 * i + lane;
-            found.row[i] = number < tile.rows ? p.query_row(tile, number) : NO_KEY;
-        }
-#pragma unroll
-        for (u32 i = 0; i < LANE_ROWS; ++i)
-            found.terms[i] = query_stream::terms_of(params, first_row, found.row[i]);
+        u32 number = first + lane, at = tile.first_query + number;
+        bool sorted = tile.flags & TILE_SORTED;
+        look_up_rows_in(sorted ? p.query_order + first_row : nullptr, at, number, tile.rows, found.row);
+        look_up_terms(params, first_row, found.row, found.terms);
     }
 
     __device__ __forceinline__ void describe(const Tile &tile, u32, const FoundRows &found, HalfRows &rows) const
@@ -138,19 +167,34 @@ template <u32 DIM> struct QueryTiles {
 
     __device__ __forceinline__ void look_up(const Loaded &loaded, const Block &block, Found &found) const
     {
-        u32 beyond = highest(loaded.tile);
+        const Segment &segment = block.segment;
+        bool listed = segment.flags & SEGMENT_LISTED, sorted = segment.flags & SEGMENT_SORTED;
+        u32 at = segment.first + block.offset + lane;
+        look_up_rows_in(sorted ? listed ? p.listed_rows : loaded.order : listed ? p.positions : nullptr, at, lane,
+                        block.count, found.row);
+        if (segment.hidden_start < segment.hidden_end) {
+            u32 position[LANE_COLUMNS];
+            look_up_rows_in(listed ? p.positions : nullptr, at, lane, block.count, position);
+#pragma unroll
+            for (u32 i = 0; i < LANE_COLUMNS; ++i) {
+                bool hidden = position[i] >= segment.hidden_start && position[i] < segment.hidden_end;
+                found.row[i] = hidden ? NO_KEY : found.row[i];
+            }
+        }
+        // Seen by no row of the tile: what they are must not even be read as numbers. Rows of limited segments are
+        // positions.
+        u32 beyond = segment.flags & SEGMENT_LIMITED ? highest(loaded.tile) : NO_KEY;
 #pragma unroll
         for (u32 i = 0; i < LANE_COLUMNS; ++i)
-            found.row[i] = key_stream::place(p, loaded.order, beyond, block, 32 * i + lane).row;
+            found.row[i] = found.row[i] < beyond ? found.row[i] : NO_KEY;
         found.flags = block.flags;
-        found.log_weight = block.segment.log_weight;
-        found.extra = block.segment.flags & SEGMENT_EXTRA;
+        found.log_weight = segment.log_weight;
+        found.extra = segment.flags & SEGMENT_EXTRA;
     }
 
     __device__ __forceinline__ void describe(const Found &found, ColumnStage<S::COLUMNS> &stage) const
     {
         if (found.flags & STAGE_MASKED) {
-            // The rows of limited segments are positions.
 #pragma unroll
             for (u32 i = 0; i < LANE_COLUMNS; ++i)
                 stage.position[32 * i + lane] = found.row[i];
@@ -231,23 +275,32 @@ template <u32 DIM> struct KeyTiles {
         }
     }
 
-    // Queries that a tile's key is hidden from: at positions [start, end).
-    __device__ __forceinline__ void hidden(const KeyTile &tile, u32 key, u32 &start, u32 &end) const
+    // Queries that a tile's keys `first` + 32 i are hidden from: at positions [start, end).
+    template <u32 COUNT>
+    __device__ __forceinline__ void hidden(const KeyTile &tile, u32 first, u32 (&start)[COUNT], u32 (&end)[COUNT]) const
     {
-        start = end = 0;
-        if (key < tile.rows && (tile.flags & (KEY_TILE_LIMITED | KEY_TILE_HIDING)))
-            query_stream::hidden_queries(params, tile, key, params.key_position(tile, key), start, end);
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) {
+            // Of any key where there is none: what is read does not wait then.
+            u32 key = min(first + 32 * i, tile.rows - 1);
+            query_stream::hidden_queries(params, tile, key,
+                                         tile.flags & KEY_TILE_LIMITED ? params.key_position(tile, key) : 0, start[i],
+                                         end[i]);
+        }
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i)
+            end[i] = first + 32 * i < tile.rows ? end[i] : start[i];
     }
 
     __device__ __forceinline__ void describe(const KeyTile &tile, u32 first, const FoundRows &found,
                                              HalfRows &rows) const
     {
+        u32 start[LANE_ROWS], end[LANE_ROWS];
+        hidden(tile, first + lane, start, end);
 #pragma unroll
         for (u32 i = 0; i < LANE_ROWS; ++i) {
-            u32 start, end;
-            hidden(tile, first + 32 * i + lane, start, end);
-            rows.hidden_start[32 * i + lane] = start;
-            rows.hidden_count[32 * i + lane] = end > start ? end - start : 0;
+            rows.hidden_start[32 * i + lane] = start[i];
+            rows.hidden_count[32 * i + lane] = end[i] > start[i] ? end[i] - start[i] : 0;
             rows.resumes[32 * i + lane] = found.resumes[i];
         }
         rows.head = tile.kv_head;
@@ -263,9 +316,9 @@ template <u32 DIM> struct KeyTiles {
     {
         const KeyTile &tile = loaded.tile;
         u64 first_row = query_stream::first_row(params, tile, block);
-#pragma unroll
-        for (u32 i = 0; i < LANE_COLUMNS; ++i)
-            found.row[i] = query_stream::row_of(params, first_row, block, 32 * i + lane);
+        bool sorted = block.segment.flags & SEGMENT_SORTED;
+        look_up_rows_in(sorted ? p.query_order + first_row : nullptr, block.segment.first + block.offset + lane, lane,
+                        block.count, found.row);
         found.head = query_stream::query_head(params, tile, block);
         found.first = block.segment.first + block.offset;
         found.log_weight = block.segment.log_weight;
@@ -273,12 +326,12 @@ template <u32 DIM> struct KeyTiles {
         if (tile.flags & (KEY_TILE_LIMITED | KEY_TILE_HIDING)) {
             u32 last = found.first + block.count;
             bool any = false, some = false;
+            u32 start[TILE_ROWS / 32], end[TILE_ROWS / 32];
+            hidden(tile, lane, start, end);
 #pragma unroll
             for (u32 i = 0; i < TILE_ROWS / 32; ++i) {
-                u32 start, end;
-                hidden(tile, 32 * i + lane, start, end);
-                bool meets = start < last && end > found.first && start < end;
-                bool whole = meets && start <= found.first && end >= last;
+                bool meets = start[i] < last && end[i] > found.first && start[i] < end[i];
+                bool whole = meets && start[i] <= found.first && end[i] >= last;
                 any |= meets;
                 some |= meets && !whole;
                 u32 word = __ballot_sync(ALL_LANES, whole);
@@ -293,9 +346,7 @@ template <u32 DIM> struct KeyTiles {
             else
                 found.flags = any ? STAGE_HIDES : 0;
         }
-#pragma unroll
-        for (u32 i = 0; i < LANE_COLUMNS; ++i)
-            found.terms[i] = query_stream::terms_of(params, first_row, found.row[i]);
+        look_up_terms(params, first_row, found.row, found.terms);
     }
 
     __device__ __forceinline__ void describe(const Found &found, ColumnStage<S::COLUMNS> &stage) const
@@ -341,9 +392,9 @@ template <u32 DIM, typename TILES> struct Loader {
     Ring<DRAWN_STAGES> take_place;
     // Of the next block.
     u32 stage = 0;
-    // Of the warp's stage.
+    // Of the warp's stage, and of the rows.
     u32 stage_phase = 1;
-    Ring<S::ROW_SLOTS> slot;
+    u32 rows_phase = 1;
 
     __device__ __forceinline__ Loader(const BackwardParams &params, typename S::Control &shared_control,
                                       u32 shared_data)
@@ -427,12 +478,12 @@ template <u32 DIM, typename TILES> struct Loader {
     // Loads this warp's part of the tile's rows: one vector of one half. With no tile it tells the computing warps so.
     __device__ __forceinline__ void load_rows(u32 rank, bool exists, const FoundRows &found, bool has_columns)
     {
-        const u32 half = slot.stage * CONSUMERS + warp % CONSUMERS, vector = rank / CONSUMERS;
+        const u32 half = warp % CONSUMERS, vector = rank / CONSUMERS;
         const u32 full = barrier(S::ROWS_FULL + half);
         HalfRows &rows = control.rows[half];
         bool whole = list(found.row);
-        warp_wait(barrier(S::ROWS_EMPTY + half), slot.phase ^ 1);
-        slot.advance();
+        warp_wait(barrier(S::ROWS_EMPTY + half), rows_phase);
+        rows_phase ^= 1;
         if (!exists) {
             if (vector == 0)
                 rows.rows = 0;

@@ -1,6 +1,7 @@
 // What backward kernels execute. Tiles of queries with segments of keys (work.cuh), which give the gradient of the
 // queries, and the inverse lists: tiles of keys with segments of queries, which give those of the keys and values. Each
-// gradient is a sum in registers of one thread block, in the order of its lists.
+// gradient is a sum in registers of one thread block, in the order of its lists. No TILE_SORTED tile has a segment that
+// is SEGMENT_LIMITED.
 //
 // With the share p = 2^(logit - lse) of a pair, and dp the product of its output gradient and value:
 //     dv += p dout        ds = p (dp - delta)        dq += scale ds k        dk += scale ds q

@@ -150,29 +150,19 @@ __device__ __forceinline__ u64 first_row(const BackwardParams &p, const KeyTile 
     return (u64)(tile.batch * p.attend.heads_q + query_head(p, tile, block)) * p.attend.n_q;
 }
 
-// Row of the block's query j, NO_KEY beyond its last.
-__device__ __forceinline__ u32 row_of(const BackwardParams &p, u64 first_row, const QueryBlock &block, u32 j)
-{
-    u32 position = block.segment.first + block.offset + j;
-    if (j >= block.count)
-        return NO_KEY;
-    return block.segment.flags & SEGMENT_SORTED ? p.attend.query_order[first_row + position] : position;
-}
-
-// Shares of no row are 0.
-__device__ __forceinline__ RowTerms terms_of(const BackwardParams &p, u64 first_row, u32 row)
-{
-    return row == NO_KEY ? RowTerms{__uint_as_float(0x7f800000u), 0.0f} : p.row_terms[first_row + row];
-}
+// Those of no row, whose shares are 0.
+__device__ __forceinline__ RowTerms no_terms() { return {__uint_as_float(0x7f800000u), 0.0f}; }
 
 // Place of the block's query j.
 __device__ __forceinline__ QueryPlace place(const BackwardParams &p, const KeyTile &tile, const QueryBlock &block,
                                             u32 j)
 {
+    if (j >= block.count)
+        return {NO_KEY, NO_KEY, no_terms()};
     u64 first = first_row(p, tile, block);
-    u32 row = row_of(p, first, block, j);
-    u32 position = row == NO_KEY ? NO_KEY : block.segment.first + block.offset + j;
-    return {row, position, terms_of(p, first, row)};
+    u32 position = block.segment.first + block.offset + j;
+    u32 row = block.segment.flags & SEGMENT_SORTED ? p.attend.query_order[first + position] : position;
+    return {row, position, p.row_terms[first + row]};
 }
 
 // Finds the block after the one in the other slot, the tile's first one if `first`, and its query number threadIdx.x.
