@@ -27,13 +27,19 @@
 #include "hyperattn/attend_mma.cuh"
 #include "hyperattn/attend_wgmma.cuh"
 
+#include "hyperattn/backward_add_parts.cuh"
 #include "hyperattn/backward_any.cuh"
+#include "hyperattn/backward_block_mask_tiles.cuh"
 #include "hyperattn/backward_exact_tiles.cuh"
 #include "hyperattn/backward_fused.cuh"
 #include "hyperattn/backward_fused_queries.cuh"
 #include "hyperattn/backward_mma.cuh"
 #include "hyperattn/backward_paper_tiles.cuh"
+#include "hyperattn/backward_refined_finish.cuh"
+#include "hyperattn/backward_refined_rest.cuh"
+#include "hyperattn/backward_refined_tiles.cuh"
 #include "hyperattn/backward_rows.cuh"
+#include "hyperattn/backward_samples.cuh"
 #include "hyperattn/backward_wgmma.cuh"
 
 // The host's mirrors in cuda/src/abi.rs count on these.
@@ -85,6 +91,9 @@ static_assert(hyperattn::backward_simt::THREADS == 256, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<64>::SHARED_BYTES == 72368, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<128>::SHARED_BYTES == 79536, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<256>::SHARED_BYTES == 71344, "backward_any");
+static_assert(hyperattn::backward_simt::Shape<64>::ROWS == 64, "backward_samples");
+static_assert(hyperattn::backward_simt::Shape<128>::ROWS == 32, "backward_samples");
+static_assert(hyperattn::backward_simt::Shape<256>::ROWS == 16, "backward_samples");
 static_assert(hyperattn::backward_fused::THREADS == 384, "backward_fused");
 static_assert(hyperattn::backward_fused::Shape<64>::QUERIES == 128, "backward_fused");
 static_assert(hyperattn::backward_fused::Shape<128>::QUERIES == 64, "backward_fused");

@@ -15,7 +15,8 @@ struct BackwardPaperParams {
     // Of every sample, see KEY_TILE_HIDING.
     u32 *hidden;
     const u32 *positions;
-    const u32 *listed_rows;
+    // Of the set's keys, [KV heads of the set][n_k].
+    const u32 *key_order;
     // Sums of the samples' chunks: [KV heads of the set][rectangles][chunks][sample_size][head_dim or value_dim].
     const float *key_partials;
     const float *value_partials;
@@ -233,8 +234,8 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
         }
     }
 
-    u32 row = params.sorted ? params.listed_rows[(u64)number * samples + own] : position;
-    u64 to = (u64)(number / common.pass.count) * params.n_k + row;
+    u64 first_key = (u64)(number / common.pass.count) * params.n_k;
+    u64 to = first_key + (params.sorted ? params.key_order[first_key + position] : position);
     bool stored = params.key_stored[to] != 0;
 #pragma unroll
     for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {

@@ -74,6 +74,12 @@ __device__ __forceinline__ void copies_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// Has a line of global memory fetched into the second-level cache.
+__device__ __forceinline__ void prefetch(const void *at)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+}
+
 // Arrives on the barrier when all of this thread's copies so far have ended.
 __device__ __forceinline__ void copies_arrive(u32 barrier)
 {
