@@ -35,8 +35,8 @@ use crate::workspace::{Shared, Sizes};
 /// - METHOD_PAPER: `4 sample_size (head_dim + value_dim)` bytes (twice that with the row-norm residual) for each of at least 8
 ///   and at most 64 chunks for every KV head;
 /// - METHOD_REFINED: with less than 5 KV heads, sums of key gradients for up to 8 KV heads instead; 1 / 64 of them for blocks;
-/// - for every lane a tile: `512 head_dim + 256 value_dim + 192 (head_dim + value_dim) + 32768` numbers of 4 bytes, with a
-///   mask tensor 16384 more, beside that of the forward.
+/// - for every lane a tile: `512 head_dim + 256 value_dim + 192 (head_dim + value_dim) + 32768` numbers of 4 bytes, and
+///   16384 more with a mask tensor, beside that of the forward.
 ///
 /// Never quadratic in the sequence.
 pub fn backward_workspace(

@@ -227,8 +227,9 @@ pub struct GradientStep<'a> {
     pub key_panels: &'a [u32],
     /// The values as bits of f32: `[KEY_TILE / P][value_dim][P]`.
     pub value_panels: &'a [u32],
-    /// How rows meet these keys, of which there is at least one. A pair whose logit is above its row's cap is a constant
-    /// and has no weight here. Without `use_values` `output_gradient`, `value_panels` and `value_gradient` are not looked at.
+    /// How rows meet these keys, of which there is at least one. A pair whose logit is above its row's cap is a
+    /// constant and has no weight here. Without `use_values` nobody looks at `output_gradient`, `value_panels` and
+    /// `value_gradient`.
     pub options: StepOptions<'a>,
     /// Base-2 logarithm of each row's sum; -inf for a row that saw nothing, which then adds and gets nothing
     /// (`[rows]`).
