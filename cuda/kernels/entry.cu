@@ -27,11 +27,19 @@
 #include "hyperattn/attend_mma.cuh"
 #include "hyperattn/attend_wgmma.cuh"
 
+#include "hyperattn/backward_add_parts.cuh"
 #include "hyperattn/backward_any.cuh"
+#include "hyperattn/backward_block_mask_tiles.cuh"
 #include "hyperattn/backward_exact_tiles.cuh"
+#include "hyperattn/backward_fused.cuh"
+#include "hyperattn/backward_fused_queries.cuh"
 #include "hyperattn/backward_mma.cuh"
 #include "hyperattn/backward_paper_tiles.cuh"
+#include "hyperattn/backward_refined_finish.cuh"
+#include "hyperattn/backward_refined_rest.cuh"
+#include "hyperattn/backward_refined_tiles.cuh"
 #include "hyperattn/backward_rows.cuh"
+#include "hyperattn/backward_samples.cuh"
 #include "hyperattn/backward_wgmma.cuh"
 
 // The host's mirrors in cuda/src/abi.rs count on these.
@@ -42,6 +50,7 @@ static_assert(sizeof(hyperattn::AttendParams) == 304, "AttendParams");
 static_assert(sizeof(hyperattn::RowTerms) == 8, "RowTerms");
 static_assert(sizeof(hyperattn::KeyTile) == 48, "KeyTile");
 static_assert(sizeof(hyperattn::BackwardParams) == 480, "BackwardParams");
+static_assert(sizeof(hyperattn::backward_fused::FusedParams) == 768, "FusedParams");
 
 // The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::hopper::THREADS == 384, "attend_wgmma");
@@ -82,5 +91,14 @@ static_assert(hyperattn::backward_simt::THREADS == 256, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<64>::SHARED_BYTES == 72368, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<128>::SHARED_BYTES == 79536, "backward_any");
 static_assert(hyperattn::backward_simt::Shape<256>::SHARED_BYTES == 71344, "backward_any");
+static_assert(hyperattn::backward_simt::Shape<64>::ROWS == 64, "backward_samples");
+static_assert(hyperattn::backward_simt::Shape<128>::ROWS == 32, "backward_samples");
+static_assert(hyperattn::backward_simt::Shape<256>::ROWS == 16, "backward_samples");
+static_assert(hyperattn::backward_fused::THREADS == 384, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<64>::QUERIES == 128, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<128>::QUERIES == 64, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<64>::SHARED_BYTES == 199984, "backward_fused");
+static_assert(hyperattn::backward_fused::Shape<128>::SHARED_BYTES == 215344, "backward_fused");
+static_assert(hyperattn::FUSED_QUERIES_THREADS == 256, "backward_fused_queries");
 static_assert(hyperattn::BACKWARD_SAMPLES_COLUMNS * 32 == 512, "backward_paper_add_samples");
 static_assert(hyperattn::BACKWARD_ROWS_THREADS / hyperattn::BACKWARD_ROWS_LANES == 16, "backward_rows");

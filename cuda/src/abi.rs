@@ -119,7 +119,7 @@ pub(crate) struct KeyTile {
     pub(crate) segments: u32,
     pub(crate) member_stride: u32,
     pub(crate) first_output: u32,
-    pub(crate) reserved: u32,
+    pub(crate) turn: u32,
 }
 
 /// What a backward kernel executes.
@@ -246,7 +246,7 @@ mod tests {
                     segments,
                     member_stride,
                     first_output,
-                    reserved
+                    turn
                 }
             );
         }

@@ -1,10 +1,13 @@
 //! The backward pass: the gradient of the estimator that the forward ran, see core's `docs/backward.md`.
 //!
-//! Nothing is added up by atomics: a thread block owns a tile of queries, and walks the keys that they meet, for dq;
-//! another owns a tile of keys, and walks the queries that meet them, for dk and dv. Every sum has one order.
+//! A thread block owns a tile of queries, and walks the keys that they meet, for dq; another owns a tile of keys, and walks
+//! the queries that meet them, for dk and dv. On Hopper one kernel does both for exact rectangles: its tiles of keys add to
+//! sums of dq in memory, in turn. Every sum has one order.
 
 mod exact;
+pub(crate) mod fused;
 pub(crate) mod launch;
+mod shared_heads;
 
 use std::ffi::c_void;
 
@@ -12,14 +15,15 @@ use hyperattn_core::{Division, Error, ErrorKind, Layout, Params, Result};
 
 use crate::abi::{BackwardParams, RowTerms, View, element_type};
 use crate::call::{Call, DeviceTensors};
-use crate::divided::{Part, Parts};
+use crate::divided::Parts;
 use crate::driver::{CUstream, driver};
 use crate::forward::{Run, check_workspace, measured, with_workspace};
 use crate::gradients::DeviceGradients;
 use crate::image::loaded;
 use crate::launch::{Queue, args};
-use crate::paper;
 use crate::workspace::{Carver, Pointer, WORKSPACE_ALIGN};
+use crate::{paper, refined};
+use shared_heads::SharedHeads;
 
 /// Size and alignment of the workspace that [`backward`] needs for these options and tensors. Needs no device, and no
 /// address is looked at. Every error that does not concern the gradients, addresses, contents or the device is reported
@@ -35,7 +39,7 @@ pub fn backward_divided_workspace(
     tensors: &DeviceTensors,
 ) -> Result<Layout> {
     let parts = Parts::new(params, division, &without_figures(tensors))?;
-    Ok(Layout { size: most_size(&parts, tensors)?, align: WORKSPACE_ALIGN })
+    Ok(Layout { size: most_size(&parts)?, align: WORKSPACE_ALIGN })
 }
 
 /// Writes dq, dk and dv, enqueued on `stream` of the calling thread's current context. `tensors` are those of the
@@ -70,7 +74,7 @@ pub unsafe fn backward_divided(
 ) -> Result<()> {
     let parts = Parts::new(params, division, &without_figures(tensors))?;
     gradients.check(tensors)?;
-    let need = most_size(&parts, tensors)?;
+    let need = most_size(&parts)?;
     gradients.check_addresses(tensors)?;
     if let Some((address, size)) = workspace {
         check_workspace(address, size, need)?;
@@ -83,11 +87,17 @@ pub unsafe fn backward_divided(
     let run_parts = |address: u64| {
         (0..parts.count()).try_for_each(|index| {
             let part = parts.part(index)?;
-            let (call, gradients) = (part.call()?, gradients.part(part.section()));
-            let buffers = Buffers::carve(&call, &mut Carver::new(address))?;
+            let (call, whole) = (part.call()?, gradients.part(part.section()));
+            let mut carver = Carver::new(address);
+            let shared = SharedHeads::carve(&part, parts.group(), &call.problem, &mut carver);
+            let gradients = shared.as_ref().map_or(whole, |shared| shared.gradients_of_part(&whole));
+            let buffers = Buffers::carve(&call, &mut carver)?;
             // SAFETY: the caller's contract; the workspace suffices for every part, and the stream is through with
             // the part before.
-            unsafe { Backward { queue: &queue, call: &call, gradients, buffers: &buffers }.run() }
+            unsafe {
+                Backward { queue: &queue, call: &call, gradients, buffers: &buffers }.run()?;
+                shared.map_or(Ok(()), |shared| shared.add(&queue, &whole))
+            }
         })
     };
     // SAFETY: the stream is of the current context (contract).
@@ -100,31 +110,14 @@ fn without_figures(tensors: &DeviceTensors) -> DeviceTensors {
 }
 
 /// Bytes of the workspace that suffices for every part.
-fn most_size(parts: &Parts<'_>, tensors: &DeviceTensors) -> Result<usize> {
-    let [heads_q, heads_kv] = [&tensors.q, &tensors.k].map(|tensor| tensor.layout.shape[1] as usize);
+fn most_size(parts: &Parts<'_>) -> Result<usize> {
     (0..parts.count()).try_fold(0, |most: usize, index| {
         let part = parts.part(index)?;
-        check_group(&part, heads_q / heads_kv)?;
-        let mut carver = Carver::measuring();
-        Buffers::carve(&part.call()?, &mut carver)?;
+        let (call, mut carver) = (part.call()?, Carver::measuring());
+        SharedHeads::carve(&part, parts.group(), &call.problem, &mut carver);
+        Buffers::carve(&call, &mut carver)?;
         Ok(measured(&carver)?.max(most))
     })
-}
-
-/// The gradients of a KV head are written by one part.
-fn check_group(part: &Part, group: usize) -> Result<()> {
-    let heads = &part.section().heads;
-    if heads.query.len() != heads.kv.len() * group {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format_args!(
-                "query heads {}..{} have a method of their own but share their KV head with others; backward on CUDA needs one \
-                 method for all heads that share one",
-                heads.query.start, heads.query.end
-            ),
-        ));
-    }
-    Ok(())
 }
 
 /// The parts of the workspace.
@@ -134,10 +127,10 @@ struct Buffers {
     method: MethodBuffers,
 }
 
-#[expect(clippy::large_enum_variant, reason = "a call has one")]
 enum MethodBuffers {
     Exact(exact::Buffers),
     Paper(paper::Buffers),
+    Refined(refined::gradient::Buffers),
 }
 
 impl Buffers {
@@ -150,12 +143,7 @@ impl Buffers {
             method: match Run::of(call) {
                 Run::Exact => MethodBuffers::Exact(exact::Buffers::carve(call, carver)?),
                 Run::Paper => MethodBuffers::Paper(paper::carve_gradient(call, carver)?),
-                Run::Refined => {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        format_args!("METHOD_REFINED has no backward pass on CUDA where it estimates"),
-                    ));
-                }
+                Run::Refined => MethodBuffers::Refined(refined::gradient::carve(call, carver)?),
             },
         })
     }
@@ -181,6 +169,10 @@ impl Backward<'_, '_> {
             // SAFETY: as above.
             MethodBuffers::Paper(buffers) => unsafe {
                 paper::run_gradient(self.queue, self.call, buffers, &self.params())
+            },
+            // SAFETY: as above.
+            MethodBuffers::Refined(buffers) => unsafe {
+                refined::gradient::run(self.queue, self.call, buffers, &self.params())
             },
         }
     }

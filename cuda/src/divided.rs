@@ -37,6 +37,12 @@ impl<'a> Parts<'a> {
         self.divided.count()
     }
 
+    /// Query heads of a KV head in the whole call.
+    pub(crate) fn group(&self) -> usize {
+        let heads = |tensor: &DeviceTensor| tensor.layout.shape[1] as usize;
+        heads(&self.tensors.q) / heads(&self.tensors.k)
+    }
+
     /// Part `index`. What METHOD_AUTO takes does not depend on which other heads have it.
     pub(crate) fn part(&self, index: usize) -> Result<Part> {
         let (section, method) = self.divided.section(index);

@@ -400,5 +400,16 @@ impl Driver {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum TensorElement {
     F16 = 6,
+    F32 = 7,
     Bf16 = 9,
+}
+
+impl TensorElement {
+    /// Bytes.
+    pub(crate) const fn size(self) -> u32 {
+        match self {
+            TensorElement::F32 => 4,
+            TensorElement::F16 | TensorElement::Bf16 => 2,
+        }
+    }
 }

@@ -5,6 +5,7 @@ mod gradient;
 mod lists;
 mod mirror;
 mod row_norm;
+mod samples_gradient;
 
 use std::ops::Range;
 
@@ -120,16 +121,9 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
 }
 
 /// The part of the workspace of a backward call: the selection's lists, their inverse and the sums of gradients in place of
-/// states. A query row's sums take `4 head_dim` bytes under a causal mask, a key row's `4 (head_dim + value_dim + 1)`.
+/// states. A query row's sums take `4 head_dim` bytes under a causal mask or with the row-norm residual, which takes
+/// `4 (value_dim + 3)` more, a key row's `4 (head_dim + value_dim + 1)`.
 pub(crate) fn carve_gradient(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
-    if effective_residual(call.params) == Residual::RowNorm {
-        return Err(unsupported(format_args!(
-            "METHOD_PAPER with RESIDUAL_ROW_NORM has no backward pass on CUDA; RESIDUAL_UNIFORM and RESIDUAL_NONE have"
-        )));
-    }
-    if call.tensors.block_mask.is_some() {
-        return Err(unsupported(format_args!("METHOD_PAPER with a block mask has no backward pass on CUDA")));
-    }
     carve_for(call, true, carver)
 }
 
@@ -152,17 +146,16 @@ fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<
 
     // Of one KV head.
     let query_rows = group.saturating_mul(problem.n_q);
-    let states = usize::from(stateful) + usize::from(is_row_norm);
-    let state = if is_gradient {
-        gradient::bytes_of_sums(problem, stateful)
-    } else {
-        query_rows.saturating_mul((problem.value_dim + 2) * size_of::<f32>() * states)
-    };
+    let states = usize::from(stateful && !is_gradient) + usize::from(is_row_norm);
+    let state = query_rows.saturating_mul((problem.value_dim + 2) * size_of::<f32>() * states);
+    let query_sums = gradient::QuerySums::new(call, &steps);
+    let sums = if is_gradient { query_sums.bytes(problem) } else { 0 };
     let row_words = if spare { 3 } else { 2 * usize::from(sorted) };
     let fixed = query_rows
         .saturating_add(problem.n_k)
         .saturating_mul(row_words * size_of::<u32>())
-        .saturating_add(state);
+        .saturating_add(state)
+        .saturating_add(sums);
     let lists: Vec<Lists> = steps.iter().map(|step| Lists::new(call, &plan, step)).collect();
     let of_a_rectangle = |step: &Step, lists: &Lists| {
         let inverse = if is_gradient { gradient::Lists::new(call, step, lists).bytes(problem) } else { 0 };
@@ -201,7 +194,7 @@ fn carve_for(call: &Call<'_>, is_gradient: bool, carver: &mut Carver) -> Result<
     let when = |wanted: bool, len: usize| if wanted { len } else { 0 };
     let normals = problem.heads_kv.saturating_mul(projection_rows(call) * projection_width(params));
     let gradient = if is_gradient {
-        Some(gradient::Buffers::carve(call, &plan, &planned, heads, stateful, carver)?)
+        Some(gradient::Buffers::carve(call, &plan, &planned, heads, query_sums, carver)?)
     } else {
         None
     };
@@ -471,7 +464,7 @@ impl Paper<'_, '_> {
         // SAFETY: the caller's contract.
         unsafe {
             if step.estimated && self.call.tensors.block_mask.is_none() {
-                self.samples(heads, common)?;
+                self.samples(heads, common, self.buffers.positions)?;
             }
             self.tiles(step, lists, *common)
         }
@@ -561,14 +554,33 @@ impl Paper<'_, '_> {
         }
     }
 
-    /// The uniform samples of every rectangle.
-    unsafe fn samples(&self, heads: &Range<usize>, common: &mirror::PassTiles) -> Result<()> {
+    /// Which keys the queries of estimated rectangles meet exactly.
+    fn exact_blocks(&self) -> mirror::ExactBlocks {
+        let mask = self.call.tensors.block_mask;
+        mirror::ExactBlocks {
+            row_offsets: mask.map_or(0, |mask| mask.row_offsets),
+            columns: mask.map_or(0, |mask| mask.columns),
+            head_stride: mask.map_or(0, |mask| mask.head_stride as u64),
+            query_block: mask.map_or(0, |mask| block_length(mask.query_block)),
+            key_block: mask.map_or(0, |mask| block_length(mask.key_block)),
+            block_size: self.call.params.block_size,
+            sorted: if self.buffers.plan.sorted { SEGMENT_SORTED } else { 0 },
+        }
+    }
+
+    /// The uniform samples of every rectangle, to `positions`.
+    unsafe fn samples(
+        &self,
+        heads: &Range<usize>,
+        common: &mirror::PassTiles,
+        positions: Pointer<u32>,
+    ) -> Result<()> {
         let (params, problem) = (self.call.params, &self.call.problem);
         let samples = mirror::SampleParams {
             pass: common.pass,
             seed: params.seed,
             offset: params.offset,
-            positions: self.buffers.positions,
+            positions,
             heads_kv: problem.heads_kv as u32,
             first_head: heads.start as u32,
             set_heads: heads.len() as u32,

@@ -1,15 +1,17 @@
 //! METHOD_REFINED: summaries of the keys, the error of each head at its budget, then all tiles of queries. Selection runs in
 //! chunks whose scratch memory is bounded; what it leaves for attention in passes, most often one.
 
+pub(crate) mod gradient;
 mod probing;
 mod shape;
 
 use std::ffi::CStr;
+use std::ops::Range;
 
 use hyperattn_core::device::RefinedPlan;
 use hyperattn_core::{DType, Result};
 
-use crate::abi::{Segment, Tile};
+use crate::abi::{AttendParams, Segment, Tile};
 use crate::attend::attend;
 use crate::call::Call;
 use crate::launch::{Queue, args};
@@ -124,6 +126,11 @@ fn groups_in(bytes: usize, of_a_place: usize, groups_of_head: usize, most: usize
     if groups >= groups_of_head { groups / groups_of_head * groups_of_head } else { groups }
 }
 
+/// Runs of `of_a_part` numbers that `count` numbers from `first` on have a part in.
+fn parts_of_range(first: u32, count: u32, of_a_part: u32) -> u32 {
+    (first + count - 1) / of_a_part - first / of_a_part + 1
+}
+
 /// The groups of a chunk: those of as many heads in each, about.
 fn groups_of_chunk(most: usize, groups_of_head: usize, of_pass: usize) -> usize {
     if most < groups_of_head {
@@ -148,8 +155,8 @@ struct Selection {
 }
 
 impl Selection {
-    /// For the tiles of `shape`, within its bounds.
-    fn new(call: &Call<'_>, shape: RefinedParams) -> Result<Self> {
+    /// For the tiles of `shape`, within its bounds, of so many query heads at most in a pass.
+    fn new(call: &Call<'_>, shape: RefinedParams, heads: usize) -> Result<Self> {
         let (key_bytes, value_bytes) = Self::extra_bytes(call);
         let positions = shape.most_positions as usize;
         let records_bytes =
@@ -162,7 +169,7 @@ impl Selection {
         // Positions are counted in 32 bits.
         let most_places = (u32::MAX as usize / positions.max(1)).min(PASS_BYTES / of_pass).max(GROUP_TILES);
         let groups_of_head = shape.groups_of_head as usize;
-        let groups = (shape.batch * shape.heads_q) as usize * groups_of_head;
+        let groups = heads * groups_of_head;
         let pass_groups = groups_in(most_places * of_pass, of_pass, groups_of_head, groups);
         let chunk_groups = groups_in(CHUNK_BYTES, of_chunk, groups_of_head, pass_groups);
         let chunk_groups = groups_of_chunk(chunk_groups, groups_of_head, pass_groups);
@@ -213,6 +220,11 @@ impl Selection {
 
 /// The call's part of the workspace.
 pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
+    carve_for(call, call.problem.batch * call.problem.heads_q, carver)
+}
+
+/// [`carve`] for passes over the tiles of so many query heads at most.
+fn carve_for(call: &Call<'_>, heads_of_pass: usize, carver: &mut Carver) -> Result<Buffers> {
     let problem = &call.problem;
     let plan = RefinedPlan::new(call.params, problem, call.tensors.error.is_some());
     let mut shape = shape_params(call, &plan)?;
@@ -244,13 +256,13 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
         }
         None => None,
     };
-    let mut whole = Selection::new(call, shape)?;
+    let mut whole = Selection::new(call, shape, heads_of_pass)?;
     let mut rounds = Vec::new();
     if let (Some(probing), true) = (&probing, call.params.target_error > 0.0) {
         // As many as a head may need. All heads that a round is for have the same budget.
         let budgets = std::iter::successors(Some(plan.least_budget), |budget| budget.checked_mul(2));
         for budget in budgets.take_while(|&budget| budget <= plan.most_budget) {
-            rounds.push(Selection::new(call, probing.shape_of_round(&shape, budget))?);
+            rounds.push(Selection::new(call, probing.shape_of_round(&shape, budget), heads)?);
         }
     }
     // They take turns.
@@ -268,6 +280,7 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
 }
 
 /// Selection for the groups of a pass. What attention needs is in the pass's part of the workspace afterwards.
+/// `each_chunk` runs after every chunk, whose scratch memory is there still.
 ///
 /// # Safety
 /// The call's tensors and the workspace are there; `pass` has the groups of a pass of `selection`.
@@ -276,6 +289,7 @@ unsafe fn select(
     call: &Call<'_>,
     selection: &Selection,
     pass: &RefinedParams,
+    each_chunk: &dyn Fn(&RefinedParams) -> Result<()>,
 ) -> Result<()> {
     let operands = operand_type(call);
     let parts = parts_of(call.problem.head_dim);
@@ -293,8 +307,7 @@ unsafe fn select(
         let slices = (chunk.head_dim + chunk.value_dim).div_ceil(SUM_COLUMNS);
         let sums = [chunk.chunk_groups, ranges(chunk.blocks as usize) as u32, slices];
         // Heads that the chunk has a part of.
-        let heads =
-            (first + chunk.chunk_groups - 1) / chunk.groups_of_head - first / chunk.groups_of_head + 1;
+        let heads = parts_of_range(first, chunk.chunk_groups, chunk.groups_of_head);
         // Few probe tiles look into a block of keys, none where the head is settled: a thread block has several.
         let keys = match chunk.settled.address() {
             0 => chunk.blocks,
@@ -334,8 +347,21 @@ unsafe fn select(
             }
             queue.launch(c"refined_tiles", groups, REFINED_TILES_THREADS, 0, args![chunk])?;
         }
+        each_chunk(&chunk)?;
     }
     Ok(())
+}
+
+/// The passes over the groups of `heads`, numbered over all batch items.
+fn passes(selection: &Selection, heads: Range<usize>) -> impl Iterator<Item = RefinedParams> {
+    let (shape, most) = (selection.shape, selection.pass_groups as u32);
+    let [first, end] = [heads.start, heads.end].map(|head| head as u32 * shape.groups_of_head);
+    (first..end).step_by(selection.pass_groups).map(move |first| {
+        let mut pass = shape;
+        pass.pass_first = first;
+        pass.pass_groups = (end - first).min(most);
+        pass
+    })
 }
 
 /// Runs `each` for the passes over all groups of a selection, after their keys have been selected.
@@ -346,19 +372,24 @@ unsafe fn for_each_pass(
     queue: &Queue<'_>,
     call: &Call<'_>,
     selection: &Selection,
-    mut each: impl FnMut(&RefinedParams) -> Result<()>,
+    each: impl Fn(&RefinedParams) -> Result<()>,
 ) -> Result<()> {
-    let shape = &selection.shape;
-    let groups = shape.batch * shape.heads_q * shape.groups_of_head;
-    for first in (0..groups).step_by(selection.pass_groups) {
-        let mut pass = *shape;
-        pass.pass_first = first;
-        pass.pass_groups = (groups - first).min(selection.pass_groups as u32);
+    let heads = call.problem.batch * call.problem.heads_q;
+    passes(selection, 0..heads).try_for_each(|pass| {
         // SAFETY: the caller's contract.
-        unsafe { select(queue, call, selection, &pass) }?;
-        each(&pass)?;
-    }
-    Ok(())
+        unsafe { select(queue, call, selection, &pass, &|_| Ok(())) }?;
+        each(&pass)
+    })
+}
+
+/// What attention meets after the selection of a pass over all tiles.
+fn take_lists(attention: &mut AttendParams, pass: &RefinedParams) {
+    attention.tiles = pass.tiles;
+    attention.tile_count = pass.pass_groups * (GROUP_TILES * RECORDS_OF_TILE) as u32;
+    attention.segments = pass.segments;
+    attention.positions = pass.positions;
+    attention.extra_keys = pass.extra_keys;
+    attention.extra_values = pass.extra_values;
 }
 
 /// Raises the budget of every head until the error of its probe rows is within the target, or the head is exact.
@@ -394,11 +425,11 @@ unsafe fn settle_budgets(
     Ok(())
 }
 
-/// METHOD_REFINED of the whole call.
+/// Summaries, representatives, and the budgets of all heads.
 ///
 /// # Safety
-/// The call's tensors and the buffers are there, see [`crate::forward`].
-pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) -> Result<()> {
+/// As for [`run`].
+unsafe fn prepare(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) -> Result<()> {
     let (problem, shape) = (&call.problem, &buffers.whole.shape);
     let heads = (problem.batch * problem.heads_q) as u32;
     let kv_heads = (problem.batch * problem.heads_kv) as u32;
@@ -424,22 +455,27 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
             unsafe { settle_budgets(queue, call, buffers, probing) }?;
         }
     }
+    Ok(())
+}
+
+/// METHOD_REFINED of the whole call.
+///
+/// # Safety
+/// The call's tensors and the buffers are there, see [`crate::forward`].
+pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) -> Result<()> {
+    let (problem, shape) = (&call.problem, &buffers.whole.shape);
     // SAFETY: the caller's contract; attention reads what selection wrote.
     unsafe {
+        prepare(queue, call, buffers)?;
         for_each_pass(queue, call, &buffers.whole, |pass| {
             let mut attention = call.attend_params();
-            attention.tiles = pass.tiles;
-            attention.tile_count = pass.pass_groups * (GROUP_TILES * RECORDS_OF_TILE) as u32;
-            attention.segments = pass.segments;
-            attention.positions = pass.positions;
-            attention.extra_keys = pass.extra_keys;
-            attention.extra_values = pass.extra_values;
             attention.next_tile = buffers.next_tile;
+            take_lists(&mut attention, pass);
             attend(queue, call, &attention)
         })
     }?;
     if let Some(keys) = &call.tensors.keys_per_query {
-        let grid = [heads, 1, 1];
+        let grid = [(problem.batch * problem.heads_q) as u32, 1, 1];
         // SAFETY: as above.
         unsafe {
             queue.launch(c"refined_keys_per_query", grid, NORM_THREADS, 0, args![*shape, keys.view()])

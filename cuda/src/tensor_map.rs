@@ -6,13 +6,20 @@ use hyperattn_core::Result;
 use crate::abi::View;
 use crate::driver::{Driver, TensorElement};
 
-/// Elements of a row of a box: 128 bytes, one period of the swizzle.
-const BOX_ELEMENTS: u32 = 64;
+/// Bytes of a row of a box: one period of the swizzle.
+const BOX_BYTES: u32 = 128;
 
 /// A map of `[batch][head][row][element]`, passed to kernels by value.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub(crate) struct TensorMap(sys::CUtensorMap);
+
+impl TensorMap {
+    /// Whether there is no tensor that the copy engine can follow.
+    pub(crate) fn is_none(&self) -> bool {
+        self.0.opaque[0] == 0
+    }
+}
 
 /// The part of a tensor that a map describes.
 #[derive(Debug, Clone, Copy)]
@@ -25,10 +32,10 @@ pub(crate) struct Shape {
 
 /// Bytes from one row, head and batch item to the next, where the copy engine can follow them: not backwards, not standing
 /// still, in steps of 16 bytes, from an address of such a step. Those of a single row, head or item do not matter.
-fn strides(view: &View, shape: &Shape) -> Option<[u64; 3]> {
+fn strides(element: TensorElement, view: &View, shape: &Shape) -> Option<[u64; 3]> {
     const STEP: u64 = 16;
     const LONGEST: u64 = 1 << 40;
-    let row = shape.dim as u64 * 2;
+    let row = shape.dim as u64 * u64::from(element.size());
     let usable = |stride: i64, extent: usize| {
         // Any legal stride will do for an extent of 1.
         let stride = if extent == 1 { row } else { u64::try_from(stride).ok()? };
@@ -44,7 +51,7 @@ fn strides(view: &View, shape: &Shape) -> Option<[u64; 3]> {
     ])
 }
 
-/// A map of boxes of `rows` rows of 64 elements, swizzled in 128 bytes; what is outside the tensor reads as 0. All 0, which
+/// A map of boxes of `rows` rows of 128 bytes, swizzled in 128 bytes; what is outside the tensor reads as 0. All 0, which
 /// kernels take for none, where the copy engine cannot follow the tensor.
 pub(crate) fn encode(
     driver: &Driver,
@@ -54,9 +61,10 @@ pub(crate) fn encode(
     rows: u32,
 ) -> Result<TensorMap> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    if let Some(strides) = strides(view, shape) {
+    if let Some(strides) = strides(element, view, shape) {
         let extents = [shape.dim, shape.rows, shape.heads, shape.batch].map(|extent| extent as u64);
-        driver.encode_tiled(&mut map, element, view.data, &extents, &strides, &[BOX_ELEMENTS, rows, 1, 1])?;
+        let box_extents = [BOX_BYTES / element.size(), rows, 1, 1];
+        driver.encode_tiled(&mut map, element, view.data, &extents, &strides, &box_extents)?;
     }
     Ok(TensorMap(map))
 }
@@ -72,7 +80,7 @@ mod tests {
     }
 
     fn qualifies(view: &View, shape: &Shape) -> bool {
-        strides(view, shape).is_some()
+        strides(TensorElement::Bf16, view, shape).is_some()
     }
 
     #[test]

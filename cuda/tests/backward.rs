@@ -3,11 +3,12 @@
 mod support;
 
 use hyperattn_conformance::inputs::{DTypes, Inputs, Shape, UNEVEN_LENGTHS};
+use hyperattn_conformance::random_mask::OwnedMask;
 use hyperattn_core::{DType, Division, ErrorKind, Mask, Method, Params, Residual, Sequences};
 use hyperattn_cuda::{DeviceGradients, DeviceTensor, DeviceTensors};
 use hyperattn_reference::Generator;
 
-use support::call::Call;
+use support::call::{Call, DeviceMask};
 use support::device::{Device, Memory, Stream, cuda};
 use support::gradients::BackwardCall;
 use support::graph::Graph;
@@ -174,7 +175,7 @@ fn paper(mask: Mask, residual: Residual, block_size: u32, sample_size: u32) -> P
     Params { method: Method::Paper, mask, residual, seed: 3, offset: 5, ..sizes }
 }
 
-const RESIDUALS: [Residual; 2] = [Residual::Uniform, Residual::None];
+const RESIDUALS: [Residual; 3] = [Residual::Uniform, Residual::RowNorm, Residual::None];
 
 #[test]
 fn paper_lengths() {
@@ -226,19 +227,220 @@ fn paper_shapes() {
 }
 
 #[test]
+fn row_norm_shapes() {
+    let Some(_device) = Device::first() else { return };
+    let row_norm = |mask, block_size, sample_size| paper(mask, Residual::RowNorm, block_size, sample_size);
+    let base = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..shape(1100, 1100, 64, 64) };
+    for mask in MASKS {
+        for dtype in DTYPES {
+            check(&Params { min_seq_len: 200, ..row_norm(mask, 128, 100) }, base, dtype, 130);
+        }
+        let wide = Shape { n_k: 1500, head_dim: 128, value_dim: 40, ..base };
+        check(&Params { min_seq_len: 300, ..row_norm(mask, 200, 260) }, wide, DType::BF16, 131);
+        let wider = Shape { head_dim: 40, value_dim: 250, heads_kv: 1, ..base };
+        check(&row_norm(mask, 64, 33), wider, DType::F32, 132);
+        check(&Params { min_seq_len: 100, ..row_norm(mask, 0, 64) }, base, DType::F16, 133);
+        check(&Params { lsh_num_projs: 0, ..row_norm(mask, 64, 64) }, base, DType::BF16, 134);
+    }
+    // Several chunks of queries.
+    check(&row_norm(Mask::None, 256, 256), shape(9000, 3000, 64, 64), DType::BF16, 135);
+}
+
+/// Sums and states of all heads would take more memory than they may, so sets of heads take turns. One batch item fits.
+#[test]
+fn more_heads_than_are_worked_on_at_once() {
+    let Some(_device) = Device::first() else { return };
+    let sizes = Shape { head_dim: 128, value_dim: 128, ..Shape::single(5500, 5500) };
+    let shape = Shape { batch: 3, heads_q: 16, heads_kv: 2, ..sizes };
+    let params = Params { min_seq_len: 512, ..paper(Mask::CausalBottomRight, Residual::RowNorm, 128, 64) };
+    let inputs = Inputs::normal(shape, 136).rounded(DType::F16);
+    let call = BackwardCall::new(Call::new(&params, &inputs), 137);
+    let ([dout, dlse], prepared) = (call.losses(), call.prepare());
+    let columns = shape.head_dim + shape.value_dim;
+    let of_all_heads = shape.batch * shape.heads_q * shape.n_q * columns * size_of::<f32>();
+    let needed = prepared.needed;
+    assert!(needed < of_all_heads, "{needed} bytes hold those of all heads, {of_all_heads}");
+    let found = prepared.run();
+    for item in 0..shape.batch {
+        let part = |values: &[f32]| values.chunks(values.len() / shape.batch).nth(item).unwrap().to_vec();
+        let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|values| part(values));
+        let inputs = Inputs { shape: Shape { batch: 1, ..shape }, q, k, v, ..inputs };
+        let alone = BackwardCall::new(Call::new(&params, &inputs), 137).prepare();
+        alone.write_losses(&part(&dout), &part(&dlse));
+        assert!(alone.run() == found.each_ref().map(|values| part(values)), "item {item}");
+    }
+}
+
+/// Many terms at their caps; rows whose sampled sum is a constant; neither.
+#[test]
+fn row_norm_bounds() {
+    let Some(_device) = Device::first() else { return };
+    let shape = Shape { heads_q: 2, heads_kv: 1, ..shape(400, 400, 64, 64) };
+    for (approx_d_epsilon, approx_d_kappa) in [(0.05, 1e4), (0.5, 2.0), (0.5, 30.0), (1e3, 1e8)] {
+        for mask in MASKS {
+            let bounds = Params { approx_d_epsilon, approx_d_kappa, min_seq_len: 80, ..Params::default() };
+            let params = Params { sample_size: 60, block_size: 32, method: Method::Paper, mask, ..bounds };
+            for dtype in [DType::F32, DType::F16] {
+                check(&Params { residual: Residual::RowNorm, ..params }, shape, dtype, 140);
+            }
+        }
+    }
+}
+
+/// Values without any mass have no sample.
+#[test]
+fn row_norms_of_nothing() {
+    let Some(_device) = Device::first() else { return };
+    let params = paper(Mask::None, Residual::RowNorm, 32, 20);
+    for dtype in DTYPES {
+        let mut inputs = Inputs::normal(shape(200, 200, 64, 64), 150).rounded(dtype);
+        inputs.v.fill(0.0);
+        BackwardCall::new(Call::new(&params, &inputs), 151).check();
+    }
+}
+
+/// A call with this block mask. Samples by norm of clustered keys may weigh so much that f16 does not hold the output.
+fn check_masked(params: &Params, shape: Shape, dtype: DType, mask: &OwnedMask, seed: u64) {
+    if params.residual == Residual::RowNorm && dtype == DType::F16 {
+        return;
+    }
+    let inputs = Inputs::clustered(shape, seed).rounded(dtype);
+    let forward = Call { block_mask: Some(mask.view()), ..Call::new(params, &inputs) };
+    BackwardCall::new(forward, seed + 1).check();
+}
+
+#[test]
+fn block_masks() {
+    let Some(_device) = Device::first() else { return };
+    for mask in MASKS {
+        for residual in RESIDUALS {
+            for (n_q, n_k, blocks) in
+                [(257, 263, [16, 32]), (263, 257, [32, 16]), (101, 401, [7, 11]), (700, 700, [128, 64])]
+            {
+                let shape = Shape::single(n_q, n_k);
+                let owned = OwnedMask::random([n_q, n_k], blocks, 1, 0.2, 160);
+                for min_seq_len in [0, 60] {
+                    let params = Params { min_seq_len, ..paper(mask, residual, 64, 24) };
+                    for dtype in DTYPES {
+                        check_masked(&params, shape, dtype, &owned, 161);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn block_masks_of_heads() {
+    let Some(_device) = Device::first() else { return };
+    let shape =
+        Shape { batch: 2, heads_q: 6, heads_kv: 2, head_dim: 64, value_dim: 64, ..Shape::single(331, 349) };
+    for mask in MASKS {
+        for residual in RESIDUALS {
+            for patterns in [1, 12] {
+                let owned = OwnedMask::random([331, 349], [16, 32], patterns, 0.3, 170);
+                let params = Params { min_seq_len: 30, ..paper(mask, residual, 64, 40) };
+                for dtype in DTYPES {
+                    check_masked(&params, shape, dtype, &owned, 171);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn empty_full_and_oversized_block_masks() {
+    let Some(_device) = Device::first() else { return };
+    for mask in MASKS {
+        for residual in RESIDUALS {
+            for (blocks, density) in [([16, 16], 0.0), ([16, 16], 1.0), ([1000, 1000], 1.0), ([600, 1], 0.5)]
+            {
+                let owned = OwnedMask::random([701, 199], blocks, 1, density, 180);
+                let params = Params { min_seq_len: 40, ..paper(mask, residual, 64, 24) };
+                check_masked(&params, Shape::single(701, 199), DType::BF16, &owned, 181);
+                check_masked(&params, Shape::single(701, 199), DType::F32, &owned, 182);
+            }
+        }
+    }
+    // Several chunks of queries, and query blocks by the hundred.
+    let owned = OwnedMask::random([9000, 1000], [64, 128], 1, 0.1, 183);
+    let params = paper(Mask::None, Residual::Uniform, 64, 200);
+    check_masked(&params, shape(9000, 1000, 64, 64), DType::BF16, &owned, 184);
+}
+
+/// Heads that share a KV head have methods of their own.
+#[test]
+fn methods_of_heads() {
+    let Some(_device) = Device::first() else { return };
+    use Method::{Auto, Exact, Paper};
+    let base = Shape { batch: 2, heads_kv: 2, ..shape(300, 400, 64, 64) };
+    for methods in [
+        &[Exact, Paper, Paper, Exact][..],
+        &[Paper, Paper, Exact, Exact, Paper, Exact],
+        &[Exact, Paper, Exact, Paper, Paper, Paper, Paper, Paper],
+        // AUTO is exact here.
+        &[Paper, Paper, Auto, Auto],
+    ] {
+        let division = Division { head_methods: Some(methods), ..Division::default() };
+        for residual in [Residual::Uniform, Residual::RowNorm] {
+            for dtype in DTYPES {
+                let params = Params { min_seq_len: 90, ..paper(Mask::CausalBottomRight, residual, 32, 40) };
+                let inputs = Inputs::normal(Shape { heads_q: methods.len(), ..base }, 190).rounded(dtype);
+                let call = BackwardCall::new(Call::new(&params, &inputs), 191);
+                BackwardCall { division, arrangement: Arrangement::Reversed, ..call }.check();
+                BackwardCall { division, gradients: [DType::F32; 2], ..call }.check();
+            }
+        }
+    }
+    // Of sequences, one of which has no keys.
+    let [ends_q, ends_k] = [[0, 100, 130, 300], [0, 180, 180, 400]];
+    let sequences = Some(Sequences { cu_seqlens_q: &ends_q, cu_seqlens_k: &ends_k });
+    let division = Division { sequences, head_methods: Some(&[Exact, Paper, Paper, Exact]) };
+    let params = Params { min_seq_len: 50, ..paper(Mask::CausalTopLeft, Residual::Uniform, 32, 40) };
+    let inputs = Inputs::normal(Shape { batch: 1, heads_q: 4, ..base }, 192).rounded(DType::BF16);
+    BackwardCall { division, ..BackwardCall::new(Call::new(&params, &inputs), 193) }.check();
+}
+
+/// The blocks of a mask are those of the heads whose method is PAPER.
+#[test]
+fn methods_of_heads_and_a_block_mask() {
+    let Some(_device) = Device::first() else { return };
+    let methods = [Method::Exact, Method::Paper, Method::Paper, Method::Exact];
+    let division = Division { head_methods: Some(&methods), ..Division::default() };
+    let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, ..shape(300, 300, 64, 64) };
+    let owned = OwnedMask::random([300, 300], [32, 32], 8, 0.2, 200);
+    for residual in RESIDUALS {
+        let params = paper(Mask::None, residual, 32, 40);
+        let inputs = Inputs::normal(shape, 201).rounded(DType::F16);
+        let forward = Call { block_mask: Some(owned.view()), ..Call::new(&params, &inputs) };
+        BackwardCall { division, ..BackwardCall::new(forward, 202) }.check();
+    }
+}
+
+#[test]
 fn paper_has_the_same_bits_each_time_and_in_a_graph() {
     let Some(_device) = Device::alone() else { return };
-    let params = Params { min_seq_len: 300, ..paper(Mask::CausalBottomRight, Residual::Uniform, 128, 128) };
     let inputs = Inputs::normal(Shape { heads_q: 4, heads_kv: 2, ..shape(2000, 2500, 64, 64) }, 120)
         .rounded(DType::BF16);
-    let prepared = BackwardCall::new(Call::new(&params, &inputs), 121).prepare();
-    let stream = Stream::new();
-    let graph = Graph::capture(&stream, || prepared.enqueue(&stream).unwrap());
-    graph.launch(&stream);
-    let first = prepared.found();
-    assert!(first == prepared.run());
-    graph.launch(&stream);
-    assert!(first == prepared.found());
+    let owned = OwnedMask::random([2000, 2500], [64, 64], 4, 0.1, 122);
+    let methods = [Method::Paper, Method::Exact, Method::Exact, Method::Paper];
+    for residual in RESIDUALS {
+        let params = Params { min_seq_len: 300, ..paper(Mask::CausalBottomRight, residual, 128, 128) };
+        for (block_mask, head_methods) in
+            [(None, None), (Some(owned.view()), None), (None, Some(&methods[..]))]
+        {
+            let call = BackwardCall::new(Call { block_mask, ..Call::new(&params, &inputs) }, 121);
+            let division = Division { head_methods, ..Division::default() };
+            let prepared = BackwardCall { division, ..call }.prepare();
+            let stream = Stream::new();
+            let graph = Graph::capture(&stream, || prepared.enqueue(&stream).unwrap());
+            graph.launch(&stream);
+            let first = prepared.found();
+            assert!(first == prepared.run());
+            graph.launch(&stream);
+            assert!(first == prepared.found());
+        }
+    }
 }
 
 fn host_tensor(address: u64, heads: i64, rows: i64, dim: i64, dtype: DType) -> DeviceTensor {
@@ -276,11 +478,6 @@ fn errors_name_the_argument() {
     expect(&tensors, &overlapping, ErrorKind::InvalidArgument, "dv");
     let odd = DeviceGradients { dq: DeviceTensor { address: (6 << 20) + 1, ..tensor(6, 4) }, ..gradients };
     expect(&tensors, &odd, ErrorKind::InvalidArgument, "dq");
-    let methods = [Method::Exact, Method::Paper, Method::Exact, Method::Exact];
-    let division = Division { head_methods: Some(&methods), ..Division::default() };
-    let estimating = Params { min_seq_len: 0, block_size: 16, ..params };
-    let error = hyperattn_cuda::backward_divided_workspace(&estimating, &division, &tensors).unwrap_err();
-    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("share"), "{error:?}");
 }
 
 /// Sequences in one call give the gradients of each by itself.
@@ -315,7 +512,7 @@ fn sequences() {
     }
     stream.synchronize();
     let found = prepared.found();
-    let outcome = prepared.forward.outcome();
+    let [_, lse] = prepared.forward.out_and_lse();
     let [dout, dlse] = call.losses();
     for range in [0..100, 100..333] {
         let part = |values: &[f32], heads: usize, dim: usize| -> Vec<f32> {
@@ -326,7 +523,7 @@ fn sequences() {
         let inputs = inputs.rows(range.clone(), range.clone());
         let alone = BackwardCall::new(Call::new(&params, &inputs), 71).prepare();
         alone.write_losses(&part(&dout, 2, 64), &part(&dlse, 2, 1));
-        assert_eq!(alone.forward.outcome().lse, part(&outcome.lse, 2, 1));
+        assert_eq!(alone.forward.out_and_lse()[1], part(&lse, 2, 1));
         let expected = alone.run();
         for (at, heads) in [2, 1, 1].into_iter().enumerate() {
             assert!(expected[at] == part(&found[at], heads, 64), "{range:?}, gradient {at}");
@@ -361,14 +558,28 @@ fn times() {
         normal.iter().flat_map(|&x| hyperattn_core::bf16::from_f32(x).to_le_bytes()).collect();
     let estimated =
         |mask| Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() };
-    for (params, n, dim) in [
-        (exact(Mask::CausalBottomRight), 16_384, 128),
-        (exact(Mask::CausalBottomRight), 16_384, 64),
-        (exact(Mask::None), 8192, 128),
-        (estimated(Mask::None), 131_072, 64),
-        (estimated(Mask::CausalBottomRight), 131_072, 64),
-        (estimated(Mask::None), 131_072, 128),
-        (estimated(Mask::CausalBottomRight), 131_072, 128),
+    let refined = Params {
+        method: Method::Refined,
+        mask: Mask::CausalBottomRight,
+        budget: 3392,
+        target_error: 0.0,
+        ..Params::default()
+    };
+    let row_norm = Params { residual: Residual::RowNorm, ..estimated(Mask::None) };
+    // Four of 1024 blocks for each.
+    let blocks = OwnedMask::random([131_072; 2], [128; 2], 1, 4.0 / 1024.0, 81);
+    let blocks = DeviceMask::new(&blocks.view());
+    for (params, n, dim, is_masked) in [
+        (exact(Mask::CausalBottomRight), 16_384, 128, false),
+        (exact(Mask::CausalBottomRight), 16_384, 64, false),
+        (exact(Mask::None), 8192, 128, false),
+        (estimated(Mask::None), 131_072, 64, false),
+        (estimated(Mask::CausalBottomRight), 131_072, 64, false),
+        (estimated(Mask::None), 131_072, 128, false),
+        (estimated(Mask::CausalBottomRight), 131_072, 128, false),
+        (estimated(Mask::None), 131_072, 64, true),
+        (row_norm, 131_072, 64, false),
+        (refined, 131_072, 128, false),
     ] {
         let heads = 32;
         let tensors: Vec<_> = (0..8).map(|_| cheap_tensor(&numbers, heads, n, dim)).collect();
@@ -376,6 +587,7 @@ fn times() {
         let lse = Memory::filled((heads * n * 4) as usize, 0);
         let call = DeviceTensors {
             lse: Some(host_tensor(lse.address(), heads, n, 1, DType::F32)),
+            block_mask: is_masked.then_some(blocks.mask),
             ..DeviceTensors::new(of(0), of(1), of(2), of(3))
         };
         let gradients = DeviceGradients { dout: of(4), dlse: None, dq: of(5), dk: of(6), dv: of(7) };
@@ -400,9 +612,11 @@ fn times() {
             hyperattn_cuda::backward(&params, &call, &gradients, given, stream.raw()).unwrap();
         });
         println!(
-            "TIME {:?} {:?} n {n} d {dim}: forward {forward:.3} ms, backward {backward:.3} ms, workspace {} MiB",
+            "TIME {:?} {:?} {:?} blocks {is_masked} n {n} d {dim}: forward {forward:.3} ms, backward {backward:.3} ms, \
+             workspace {} MiB",
             params.method,
             params.mask,
+            params.residual,
             sizes[1] >> 20
         );
     }

@@ -1012,11 +1012,11 @@ static void check_row_norm(uint32_t kind, uint32_t n_q, uint32_t n_k, uint32_t m
     params.norms = norms.data, params.prefix = prefix.data, params.positions = positions.data;
     params.norm_positions = norm_positions.data, params.norm_weights = weights.data, params.tau = tau.data;
     if (kind == 1) {
-        params.row_offsets = device_offsets.data, params.columns = device_columns.data;
-        params.query_block = query_block, params.key_block = key_block;
+        params.blocks.row_offsets = device_offsets.data, params.blocks.columns = device_columns.data;
+        params.blocks.query_block = query_block, params.blocks.key_block = key_block;
     }
-    params.block_size = kind == 0 ? block : 0;
-    params.sorted = kind == 0 ? (u32)SEGMENT_SORTED : 0;
+    params.blocks.block_size = kind == 0 ? block : 0;
+    params.blocks.sorted = kind == 0 ? (u32)SEGMENT_SORTED : 0;
     params.sample_size = m;
     params.log2_kappa = (float)log2_kappa, params.log2_cap = (float)log2_cap;
     SampleParams sample{params.common.pass, seed, offset, positions.data, kv_heads, 0, kv_heads, m};

@@ -733,8 +733,11 @@ hyperattn_status hyperattn_cuda_forward(const struct hyperattn_params *params,
 /// no device. The tensors' data are not looked at and may be NULL; *out is written on success only.
 ///
 /// Linear in the sequence: 8 bytes for every query row, and the lists of tiles; for METHOD_PAPER what
-/// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask, and of
-/// 4 (head_dim + value_dim) for a key row.
+/// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask or with
+/// RESIDUAL_ROW_NORM, and of 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. For METHOD_REFINED what
+/// that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
+/// to 1 GiB, or what the listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
+/// KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
 hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params *params,
                                                    const struct hyperattn_tensors *tensors,
                                                    struct hyperattn_layout *out);
@@ -745,8 +748,8 @@ hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params
 /// The same arguments give the same bits: no sum depends on the order in which threads run. 16-bit kernels round each
 /// pair's share and slope to the type of the tensors.
 ///
-/// UNSUPPORTED: METHOD_REFINED where it estimates, METHOD_PAPER with RESIDUAL_ROW_NORM or a block mask, and head_methods
-/// that differ among the query heads of one KV head.
+/// The samples of RESIDUAL_ROW_NORM, and dk and dv of the samples with a block mask, are computed in f32 whatever the types,
+/// without the tensor cores, and take longer than those of RESIDUAL_UNIFORM.
 ///
 ///     /* After hyperattn_cuda_forward(&params, &tensors, &exec) with an lse. */
 ///     if (hyperattn_cuda_backward(&params, &tensors, &grads, &exec) != HYPERATTN_STATUS_OK)

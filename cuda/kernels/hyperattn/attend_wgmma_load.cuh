@@ -124,6 +124,25 @@ template <u32 TYPE, u32 DIM> struct Loader {
         blocks.begin(p, lane, tile_words, tile.first_segment, end, segment_words, last_words);
     }
 
+    // Has the states that the tile's rows go on from fetched into the second-level cache: the consumers read them a tile
+    // later, and wait for them.
+    __device__ __forceinline__ void prefetch_states(const Tile &tile, const u32 (&rows)[LANE_QUERIES])
+    {
+        constexpr u32 LINE = 128 / sizeof(float);
+        u64 head_row = (u64)(tile.batch * p.heads_q + tile.head) * p.n_q;
+#pragma unroll
+        for (u32 i = 0; i < LANE_QUERIES; ++i) {
+            if (rows[i] == NO_ROW)
+                continue;
+            u64 state = head_row + rows[i];
+            prefetch(p.state_max + state);
+            prefetch(p.state_sum + state);
+#pragma unroll 1
+            for (u32 column = 0; column < p.value_dim; column += LINE)
+                prefetch(p.state_accumulated + state * p.value_dim + column);
+        }
+    }
+
     // Issues the copies of the tile's queries.
     __device__ __forceinline__ void load_queries(const Tile &tile, const u32 (&rows)[LANE_QUERIES])
     {
@@ -133,6 +152,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
         copy_rows<TILE_ROWS, S::CHUNKS>(data + queries.stage() * S::QUERY_BYTES, list(), tile.rows == TILE_ROWS, lane,
                                         p.q.row(tile.batch, tile.head, 0), p.q.row_stride, p.head_dim);
         copies_commit();
+        if (tile.flags & TILE_RESUME)
+            prefetch_states(tile, rows);
 #pragma unroll
         for (u32 i = 0; i < LANE_QUERIES; ++i)
             query.row[32 * i + lane] = rows[i];

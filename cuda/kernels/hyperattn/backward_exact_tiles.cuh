@@ -32,6 +32,7 @@ extern "C" __global__ void backward_exact_tiles(hyperattn::KeyTile *tiles, hyper
     tile.members = group;
     tile.first_segment = number;
     tile.segments = first_row < n_q;
+    tile.turn = rest / heads_here;
     tiles[number] = tile;
     segments[number] = {(u32)first_row, n_q - (u32)first_row, 0, 0.0f, 0, 0};
 }

@@ -15,7 +15,8 @@ struct BackwardPaperParams {
     // Of every sample, see KEY_TILE_HIDING.
     u32 *hidden;
     const u32 *positions;
-    const u32 *listed_rows;
+    // Of the set's keys, [KV heads of the set][n_k].
+    const u32 *key_order;
     // Sums of the samples' chunks: [KV heads of the set][rectangles][chunks][sample_size][head_dim or value_dim].
     const float *key_partials;
     const float *value_partials;
@@ -40,7 +41,8 @@ struct BackwardPaperParams {
     u32 n_k;
     u32 head_dim;
     u32 value_dim;
-    u32 reserved;
+    // Rectangles of a KV head whose tiles of keys are handed out together: tile t of each before tile t + 1 of any.
+    u32 section;
 
     // Number of a rectangle among the launch's, a KV head's next to each other.
     __device__ __forceinline__ u32 rectangle_number(u32 set_kv_head, u32 index) const
@@ -79,9 +81,11 @@ extern "C" __global__ void __launch_bounds__(128)
     u64 number = (u64)blockIdx.x * 128 + threadIdx.x;
     if (number >= (u64)common.kv_heads * common.pass.count * params.key_tiles)
         return;
-    u32 rank = (u32)(number % params.key_tiles);
-    u32 index = (u32)(number / params.key_tiles) % common.pass.count;
-    u32 set_kv_head = (u32)(number / params.key_tiles) / common.pass.count;
+    u32 of_head = common.pass.count * params.key_tiles, of_section = params.section * params.key_tiles;
+    u32 set_kv_head = (u32)(number / of_head), rest = (u32)(number % of_head);
+    u32 first = rest / of_section * params.section;
+    u32 rectangles = common.pass.count - first < params.section ? common.pass.count - first : params.section;
+    u32 rank = rest % of_section / rectangles, index = first + rest % of_section % rectangles;
     KeyTile tile = params.empty_tile(set_kv_head, (u32)number);
     Segment segment = {};
     Rectangle rectangle;
@@ -92,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(128)
         tile.flags = KEY_TILE_RESUME | params.flags;
         if (params.exact) {
             start = (u64)rank * TILE_ROWS;
+            tile.turn = rank;
             last_query = queries;
             if (params.limited) {
                 tile.flags |= KEY_TILE_LIMITED;
@@ -229,8 +234,8 @@ extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS
         }
     }
 
-    u32 row = params.sorted ? params.listed_rows[(u64)number * samples + own] : position;
-    u64 to = (u64)(number / common.pass.count) * params.n_k + row;
+    u64 first_key = (u64)(number / common.pass.count) * params.n_k;
+    u64 to = first_key + (params.sorted ? params.key_order[first_key + position] : position);
     bool stored = params.key_stored[to] != 0;
 #pragma unroll
     for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {

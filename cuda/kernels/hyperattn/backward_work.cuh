@@ -40,7 +40,8 @@ struct KeyTile {
     u32 member_stride;
     // Of KEY_TILE_COMPACT.
     u32 first_output;
-    u32 reserved;
+    // How many earlier tiles meet the same queries: the order in which the fused kernel adds to their sums.
+    u32 turn;
 };
 
 enum KeyTileFlags : u32 {

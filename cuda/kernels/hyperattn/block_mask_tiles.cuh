@@ -31,19 +31,6 @@ struct BlockMaskTileParams {
 
 static_assert(sizeof(BlockMaskTileParams) == 184, "the host's mirror of this struct counts on it");
 
-// The first of the ascending columns [begin, end) that is at least `least`, or `end`.
-__device__ __forceinline__ i64 first_column(const i32 *columns, i64 begin, i64 end, i64 least)
-{
-    while (begin < end) {
-        i64 middle = begin + (end - begin) / 2;
-        if (columns[middle] < least)
-            begin = middle + 1;
-        else
-            end = middle;
-    }
-    return begin;
-}
-
 } // namespace hyperattn
 
 // One warp per list of segments: grid ceil(lists / 4), block 128, where lists = kv_heads * (per_head ? group : 1) *

@@ -1,7 +1,7 @@
 // The tiles of a pass whose exact part is a whole rectangle, sorted blocks, or nothing.
 #pragma once
 
-#include "levels.cuh"
+#include "exact_blocks.cuh"
 #include "work.cuh"
 
 namespace hyperattn {
@@ -97,15 +97,6 @@ struct PaperTileParams {
 };
 
 static_assert(sizeof(PassTiles) == 112 && sizeof(PaperTileParams) == 136, "the host's mirrors count on it");
-
-// First query, counted from the rectangle's, that meets key block `block` or a later one: the query at position p meets
-// the block that position p * keys / queries falls in.
-__device__ __forceinline__ u32 first_query_of(u32 block, u32 block_size, u32 queries, u32 keys)
-{
-    u64 scaled = (u64)block * block_size * queries;
-    u64 first = (scaled + keys - 1) / keys;
-    return first < queries ? (u32)first : queries;
-}
 
 } // namespace hyperattn
 

@@ -247,6 +247,24 @@ __device__ __forceinline__ float write_rest(const RefinedParams &p, const QueryT
     return log2_approximately(weight) + mean / queries;
 }
 
+// Sums of the blocks that a tile chooses from, which are among those with sums.
+struct Rest {
+    u64 first_sum;
+    u32 ranges;
+    // Of all blocks.
+    float weight;
+};
+
+// The rest of tile `i` of a group of the chunk, which chooses.
+__device__ __forceinline__ Rest rest_of(const RefinedParams &p, const Frame &frame, u32 in_chunk, u32 i)
+{
+    u32 first = frame.first_block() / p.range_blocks(), end = (frame.end_block() - 1) / p.range_blocks() + 1;
+    Rest rest = {((u64)in_chunk * p.ranges() + first) * GROUP_TILES + i, end - first, 0.0f};
+    for (u32 range = 0; range < rest.ranges; ++range)
+        rest.weight += p.weight_sums[rest.first_sum + range * GROUP_TILES];
+    return rest;
+}
+
 __device__ __forceinline__ void write_tile(const RefinedParams &p)
 {
     u32 i = threadIdx.x / 32, group = p.chunk_first + blockIdx.x;
@@ -256,15 +274,10 @@ __device__ __forceinline__ void write_tile(const RefinedParams &p)
     Frame frame = frame_of(p, tile);
     float log_weight = negative_infinity();
     if (p.flags & REFINED_REST && frame.chooses) {
-        // The ranges that it chooses from are among those with sums.
-        u32 first = frame.first_block() / p.range_blocks(), end = (frame.end_block() - 1) / p.range_blocks() + 1;
-        u64 first_sum = ((u64)blockIdx.x * p.ranges() + first) * GROUP_TILES + i;
-        float weight = 0.0f;
-        for (u32 range = 0; range < end - first; ++range)
-            weight += p.weight_sums[first_sum + range * GROUP_TILES];
-        if (weight != 0.0f)
-            log_weight = write_rest(p, tile, place, place_in_pass, p.column_sums + first_sum * p.summary_width(),
-                                    end - first, weight);
+        Rest rest = rest_of(p, frame, blockIdx.x, i);
+        if (rest.weight != 0.0f)
+            log_weight = write_rest(p, tile, place, place_in_pass,
+                                    p.column_sums + rest.first_sum * p.summary_width(), rest.ranges, rest.weight);
     }
     // Nothing has weight, or a NaN that every row sees is among the keys: rows are as the exact part makes them.
     if (threadIdx.x % 32 == 0)

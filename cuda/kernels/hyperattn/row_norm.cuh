@@ -3,8 +3,9 @@
 // the rest is added to them. f32 arithmetic; everything is in base-2 logs, so that large logits cannot overflow.
 #pragma once
 
-#include "block_mask_tiles.cuh"
 #include "convert.cuh"
+#include "paper_tiles.cuh"
+#include "philox.cuh"
 
 namespace hyperattn {
 
@@ -27,16 +28,10 @@ struct RowNormParams {
     float *norm_weights;
     // Base-2 log of tau, [query heads of the set][rectangles], as ordered_bits.
     u32 *tau;
-    // The caller's block mask, null for none.
-    const i64 *row_offsets;
-    const i32 *columns;
-    u64 head_stride;
-    u32 query_block;
-    u32 key_block;
-    // Keys of a sorted block, 0 for none.
-    u32 block_size;
-    // SEGMENT_SORTED or 0.
-    u32 sorted;
+    ExactBlocks blocks;
+    // Where the bounds of the rows' sampled terms are wanted, and nothing else: base-2 logits beyond which such a term
+    // is a constant, [batch][heads_q][n_q]. Otherwise null.
+    float *bounds;
     // Samples and rows that bound tau, at most.
     u32 sample_size;
     float log2_kappa;
@@ -48,7 +43,7 @@ struct RowNormParams {
     u32 first_stream_kv_head;
 };
 
-static_assert(sizeof(RowNormParams) == 264 + sizeof(AttendParams), "the host's mirror of this struct counts on it");
+static_assert(sizeof(RowNormParams) == 272 + sizeof(AttendParams), "the host's mirror of this struct counts on it");
 
 constexpr u32 ROW_NORM_THREADS = 128;
 constexpr u32 ROW_NORM_WARPS = ROW_NORM_THREADS / 32;
@@ -189,25 +184,7 @@ struct RowNormStage {
 // Row at a position of the key order.
 __device__ __forceinline__ u32 row_at(const RowNormParams &params, u32 flat_kv_head, u32 position)
 {
-    return params.sorted ? params.attend.key_order[(u64)flat_kv_head * params.attend.n_k + position] : position;
-}
-
-// Whether the query at a position meets a key exactly.
-__device__ __forceinline__ bool meets(
-    const RowNormParams &params, const Rectangle &rectangle, u32 flat_head, u32 query_position, u32 key_position)
-{
-    if (params.row_offsets) {
-        const i64 *offsets =
-            params.row_offsets + flat_head * params.head_stride + query_position / params.query_block;
-        i64 column = key_position / params.key_block;
-        i64 found = first_column(params.columns, offsets[0], offsets[1], column);
-        return found < offsets[1] && params.columns[found] == column;
-    }
-    if (params.block_size == 0)
-        return false;
-    u64 queries = rectangle.query_end - rectangle.query_start, keys = rectangle.key_end - rectangle.key_start;
-    u32 block = (u32)((query_position - rectangle.query_start) * keys / queries / params.block_size);
-    return (key_position - rectangle.key_start) / params.block_size == block;
+    return params.blocks.sorted ? params.attend.key_order[(u64)flat_kv_head * params.attend.n_k + position] : position;
 }
 
 // Rows of a rectangle that bound tau.
@@ -340,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(128) paper_tau(const __grid_constan
             position = rectangle.query_start + below(stream.uniform(rectangle.query_start, queries, index), queries);
         }
         positions[threadIdx.x] = position;
-        rows[threadIdx.x] = params.sorted ? attend.query_order[(u64)flat * attend.n_q + position] : position;
+        rows[threadIdx.x] = params.blocks.sorted ? attend.query_order[(u64)flat * attend.n_q + position] : position;
     }
     __syncthreads();
     stage.load_queries(attend, batch, head, rows, count);
@@ -359,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(128) paper_tau(const __grid_constan
         stage.multiply(attend.head_dim, logits);
         for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++) {
             u32 row = warp * ROW_NORM_WARP_ROWS + r;
-            if (row < count && lane < keys && !meets(params, rectangle, flat, positions[row], at + lane))
+            if (row < count && lane < keys && !params.blocks.meets(rectangle, flat, positions[row], at + lane))
                 sums[r].add(logits[r]);
         }
         __syncthreads();
@@ -372,8 +349,9 @@ extern "C" __global__ void __launch_bounds__(128) paper_tau(const __grid_constan
     }
 }
 
-// The rows' estimates from their exact blocks and the samples. Grid: tiles * TILE_ROWS / ROW_NORM_ROWS; block
-// ROW_NORM_THREADS; dynamic shared bytes those of paper_tau and 4 * ROW_NORM_KEYS * value_dim.
+// The rows' estimates from their exact blocks and the samples, or the bounds of their sampled terms. Grid: tiles *
+// TILE_ROWS / ROW_NORM_ROWS; block ROW_NORM_THREADS; dynamic shared bytes those of paper_tau and 4 * ROW_NORM_KEYS *
+// value_dim.
 extern "C" __global__ void __launch_bounds__(128)
     paper_row_norm_residual(const __grid_constant__ hyperattn::RowNormParams params)
 {
@@ -406,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(128)
 
     if (threadIdx.x < count) {
         u32 position = tile.first_query + first + threadIdx.x;
-        rows[threadIdx.x] = params.sorted ? attend.query_order[(u64)flat * attend.n_q + position] : position;
+        rows[threadIdx.x] = params.blocks.sorted ? attend.query_order[(u64)flat * attend.n_q + position] : position;
     }
     __syncthreads();
     stage.load_queries(attend, tile.batch, tile.head, rows, count);
@@ -436,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(128)
         }
     }
     // All rows of a tile meet the same keys exactly.
-    auto covered = [&](u32 position) { return meets(params, rectangle, flat, tile.first_query, position); };
+    auto covered = [&](u32 position) { return params.blocks.meets(rectangle, flat, tile.first_query, position); };
     u64 samples = ((u64)set_kv_head * common.pass.count + index) * params.sample_size;
 
     // Lines 2 to 4 of Algorithm 2.
@@ -460,10 +438,20 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     float log2_sum[ROW_NORM_WARP_ROWS];
 #pragma unroll
-    for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++) {
-        float sampled = sums[r].log2_of_warp();
-        log2_sum[r] = log2_add(exact[r], floor > sampled ? floor : sampled);
+    for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++)
+        log2_sum[r] = sums[r].log2_of_warp();
+    if (params.bounds) {
+#pragma unroll
+        for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++) {
+            // Where tau / kappa takes the place of the whole sum, all its terms are constants.
+            if (lane == 0 && warp * ROW_NORM_WARP_ROWS + r < count)
+                params.bounds[state(r)] = floor > log2_sum[r] ? minus_infinity() : cap[r];
+        }
+        return;
     }
+#pragma unroll
+    for (u32 r = 0; r < ROW_NORM_WARP_ROWS; r++)
+        log2_sum[r] = log2_add(exact[r], floor > log2_sum[r] ? floor : log2_sum[r]);
 
     // Line 4 of Algorithm 3: the product with the values.
     for (u32 at = 0; at < params.sample_size; at += ROW_NORM_KEYS) {

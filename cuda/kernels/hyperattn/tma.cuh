@@ -1,4 +1,4 @@
-// Copies from global to shared memory: boxes by the copy engine (TMA), and 16 bytes at a time.
+// Copies between global and shared memory: boxes by the copy engine (TMA), and 16 bytes at a time.
 #pragma once
 
 #include "types.cuh"
@@ -29,6 +29,46 @@ __device__ __forceinline__ void tensor_copy(u32 to, const TensorMap &map, u32 ba
                  : "memory");
 }
 
+// Has the cache fetch memory, at a multiple of 16 bytes as their count is.
+__device__ __forceinline__ void prefetch(const void *from, u32 bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Box in shared memory to [batch, head, row, dim]; what is outside the tensor is left out.
+__device__ __forceinline__ void tensor_store(const TensorMap &map, u32 from, u32 dim, u32 row, u32 head, u32 batch)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(from), "r"(dim), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+
+// The same, added to what is there.
+__device__ __forceinline__ void tensor_add(const TensorMap &map, u32 from, u32 dim, u32 row, u32 head, u32 batch)
+{
+    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group "
+                 "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(from), "r"(dim), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+
+__device__ __forceinline__ void stores_commit()
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until this thread's committed stores have read shared memory.
+__device__ __forceinline__ void stores_wait_read()
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Waits until they are done.
+__device__ __forceinline__ void stores_wait()
+{
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // The first `bytes` of 16 bytes are copied, the others are 0.
 __device__ __forceinline__ void copy_16_bytes(u32 to, const void *from, u32 bytes)
 {
@@ -38,6 +78,12 @@ __device__ __forceinline__ void copy_16_bytes(u32 to, const void *from, u32 byte
 __device__ __forceinline__ void copies_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Has a line of global memory fetched into the second-level cache.
+__device__ __forceinline__ void prefetch(const void *at)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
 // Arrives on the barrier when all of this thread's copies so far have ended.

@@ -94,10 +94,10 @@ __device__ __forceinline__ u32 opaque(u32 number)
     HYPERATTN_NAMES_64 ", " HYPERATTN_NAMES_80 ", " HYPERATTN_NAMES_96 ", " HYPERATTN_NAMES_112
 
 // The operands after the accumulators are numbered from their count on.
-#define HYPERATTN_PRODUCT_SHARED(N, COUNT, A, B, ACCUMULATE, ELEMENT) \
+#define HYPERATTN_PRODUCT_SHARED(N, COUNT, A, B, ACCUMULATE, TRANSPOSED, ELEMENT) \
     asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #ACCUMULATE ", 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." ELEMENT "." ELEMENT " {" HYPERATTN_LIST_##N "}, " \
-                 "%" #A ", %" #B ", accumulate, 1, 1, 0, 0;\n}\n" \
+                 "%" #A ", %" #B ", accumulate, 1, 1, " TRANSPOSED ";\n}\n" \
                  : HYPERATTN_REGISTERS_##COUNT(d, 0) \
                  : "l"(a), "l"(b), "r"(accumulate))
 #define HYPERATTN_PRODUCT_REGISTERS(N, COUNT, A0, A1, A2, A3, B, ELEMENT) \
@@ -121,11 +121,19 @@ __device__ __forceinline__ void multiply_shared(float (&d)[N / 2], u64 a, u64 b,
 {
     static_assert(N == 64 || N == 96 || N == 128, "a size that is written out below");
     if constexpr (N == 64)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 64, 32, 32, 33, 34);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 64, 32, 32, 33, 34, "0, 0");
     else if constexpr (N == 96)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 96, 48, 48, 49, 50);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 96, 48, 48, 49, 50, "0, 0");
     else if constexpr (N == 128)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 128, 64, 64, 65, 66);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 128, 64, 64, 65, 66, "0, 0");
+}
+
+// d = a^T b, added to d if `accumulate`: 16 rows of 64 and of N columns in shared memory.
+template <u32 TYPE, u32 N>
+__device__ __forceinline__ void multiply_transposed(float (&d)[N / 2], u64 a, u64 b, u32 accumulate)
+{
+    static_assert(N == 64, "a size that is written out below");
+    HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_SHARED, 64, 32, 32, 33, 34, "1, 1");
 }
 
 // d += a b: a has 64 x 16 elements, in registers in pairs that lie as 16 columns of accumulators do; b has 16 rows of N

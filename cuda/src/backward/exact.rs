@@ -3,6 +3,7 @@
 use hyperattn_core::{Error, ErrorKind, Result};
 
 use super::Backward;
+use super::fused::{Fused, Sums};
 use super::launch::{keys, queries};
 use crate::abi::{KeyTile, SEGMENT_LIMITED, Segment, TILE_ROWS};
 use crate::call::Call;
@@ -16,6 +17,7 @@ pub(super) struct Buffers {
     key_tile_count: u32,
     key_tiles: Pointer<KeyTile>,
     query_segments: Pointer<Segment>,
+    sums: Sums,
 }
 
 impl Buffers {
@@ -39,6 +41,7 @@ impl Buffers {
             key_tile_count,
             key_tiles: carver.take(key_tile_count as usize),
             query_segments: carver.take(key_tile_count as usize),
+            sums: Sums::carve(call, carver),
         })
     }
 }
@@ -50,9 +53,23 @@ impl Backward<'_, '_> {
     /// As for [`Self::run`].
     pub(super) unsafe fn exact(&self, buffers: &Buffers) -> Result<()> {
         let (call, queue, problem) = (self.call, self.queue, &self.call.problem);
-        let columns = problem.head_dim + problem.value_dim;
-        let bytes = problem.n_q * problem.group * columns * call.tensors.q.layout.dtype.size();
         let mut params = self.params();
+        let heads = 0..problem.batch * problem.heads_q;
+        let fused = Fused::new(queue, call, &params, &buffers.sums, heads, false)?;
+        let kv_heads = problem.batch * problem.heads_kv;
+        let section = match &fused {
+            Some(fused) => {
+                let multiprocessors = queue.device.multiprocessors;
+                params.attend.state_accumulated = buffers.sums.queries;
+                let (mask, group) = (problem.mask, problem.group);
+                fused.rectangles_together(kv_heads, multiprocessors, mask, group, problem.n_q) as u32
+            }
+            None => {
+                let columns = problem.head_dim + problem.value_dim;
+                let bytes = problem.n_q * problem.group * columns * call.tensors.q.layout.dtype.size();
+                section(call, bytes, queue.device.l2_bytes)
+            }
+        };
         params.attend.tile_count = buffers.lists.count;
         params.attend.tiles = buffers.lists.tiles;
         params.attend.segments = buffers.lists.segments;
@@ -72,16 +89,19 @@ impl Backward<'_, '_> {
                     buffers.key_tiles,
                     buffers.query_segments,
                     buffers.key_tile_count,
-                    (problem.batch * problem.heads_kv) as u32,
+                    kv_heads as u32,
                     problem.heads_kv as u32,
                     problem.group as u32,
                     problem.n_q as u32,
                     problem.n_k as u32,
                     call.visible(),
                     u32::from(call.limited() == SEGMENT_LIMITED),
-                    section(call, bytes, queue.device.l2_bytes),
+                    section,
                 ],
             )?;
+            if let Some(fused) = &fused {
+                return fused.run(queue, &params);
+            }
             keys(queue, &params)?;
             queries(queue, &params)
         }

@@ -83,8 +83,39 @@ const ANY: [Launch; 3] = [
     },
 ];
 
+/// Rows of the thread blocks of backward_samples.cuh, for each of [`DIMS`].
+const SAMPLES_ROWS: [usize; 3] = [64, 32, 16];
+
+/// How the kernels of samples that are met apart are launched (backward_samples.cuh).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SamplesLaunch {
+    pub(crate) block: u32,
+    pub(crate) shared_bytes: u32,
+    /// Rows of a thread block.
+    pub(crate) rows: usize,
+    pub(crate) queries: &'static CStr,
+    pub(crate) keys: &'static CStr,
+}
+
+/// The kernels for the larger one of head_dim and value_dim.
+pub(crate) fn samples_launch(dim: usize) -> SamplesLaunch {
+    let size = size_of_dim(dim);
+    let (queries, keys) = [
+        (c"backward_samples_queries_64", c"backward_samples_keys_64"),
+        (c"backward_samples_queries_128", c"backward_samples_keys_128"),
+        (c"backward_samples_queries_256", c"backward_samples_keys_256"),
+    ][size];
+    let Launch { block, shared_bytes, .. } = ANY[size];
+    SamplesLaunch { block, shared_bytes, rows: SAMPLES_ROWS[size], queries, keys }
+}
+
+/// Number of the kernels' size.
+fn size_of_dim(dim: usize) -> usize {
+    DIMS.iter().position(|&most| dim <= most).unwrap_or(DIMS.len() - 1)
+}
+
 /// The fastest family that can run these tensors on this device.
-fn choose(device: &Device, params: &BackwardParams) -> Family {
+pub(super) fn choose(device: &Device, params: &BackwardParams) -> Family {
     let attend = &params.attend;
     let kv = attend.kv_type;
     let sixteen_bits = kv != element_type(DType::F32) && attend.q_type == kv && params.dout_type == kv;
@@ -99,7 +130,7 @@ fn choose(device: &Device, params: &BackwardParams) -> Family {
 /// The launch for these tensors on this device.
 fn launch(device: &Device, params: &BackwardParams) -> Launch {
     let dim = params.attend.head_dim.max(params.attend.value_dim) as usize;
-    let size = DIMS.iter().position(|&most| dim <= most).unwrap_or(DIMS.len() - 1);
+    let size = size_of_dim(dim);
     let most = choose(device, params).min(*MOST);
     let families = [(Family::Wgmma, WGMMA.get(size)), (Family::Mma, MMA.get(size))];
     // Devices differ in how much shared memory a block may have.
@@ -112,7 +143,7 @@ fn launch(device: &Device, params: &BackwardParams) -> Launch {
 }
 
 /// f16 kernels come first.
-fn element(params: &BackwardParams) -> usize {
+pub(super) fn element(params: &BackwardParams) -> usize {
     usize::from(params.attend.kv_type != element_type(DType::F16))
 }
 
@@ -176,6 +207,10 @@ mod tests {
                 );
                 assert!(entry.contains(&line), "{line}");
             }
+        }
+        for (dim, rows) in DIMS.iter().zip(SAMPLES_ROWS) {
+            let line = format!("backward_simt::Shape<{dim}>::ROWS == {rows}, \"backward_samples\");");
+            assert!(entry.contains(&line), "{line}");
         }
     }
 }

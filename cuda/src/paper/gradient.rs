@@ -4,12 +4,16 @@
 use std::iter;
 use std::ops::Range;
 
-use hyperattn_core::device::{PaperParts, Problem};
-use hyperattn_core::{Mask, Result};
+use hyperattn_core::device::{PaperParts, Problem, effective_residual};
+use hyperattn_core::{Mask, Residual, Result};
 
-use super::lists::{Lists as ForwardLists, Step};
-use super::{Paper, SEGMENT_SORTED, THREADS, blocks_of, mirror, sample_size, tile_count, unsupported};
+use super::lists::{Lists as ForwardLists, Step, blocks_met};
+use super::{
+    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, VISITED_ALL, blocks_of, mirror, sample_size, tile_count,
+    unsupported,
+};
 use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS};
+use crate::backward::fused::{self, Fused, Sums};
 use crate::backward::launch::{keys, queries};
 use crate::call::Call;
 use crate::launch::{Queue, args};
@@ -22,11 +26,52 @@ const ADD_THREADS: u32 = 128;
 
 const KEY_TILE_STORE: u32 = 4;
 
-/// What the sums of one KV head and its query heads take, with those of queries where several passes meet them.
-pub(super) fn bytes_of_sums(problem: &Problem, stateful: bool) -> usize {
-    let of_queries = problem.group.saturating_mul(problem.n_q).saturating_mul(problem.head_dim);
-    let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
-    of_keys.saturating_add(if stateful { of_queries } else { 0 }).saturating_mul(size_of::<f32>())
+/// Whether the residual is the row norms'.
+fn is_row_norm(call: &Call<'_>) -> bool {
+    effective_residual(call.params) == Residual::RowNorm
+}
+
+/// Which sums of queries there are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct QuerySums {
+    /// Several passes or kernels meet them.
+    kept: bool,
+    /// The fused kernel meets them.
+    in_turn: bool,
+    /// The row norms' samples have bounds.
+    bounded: bool,
+}
+
+impl QuerySums {
+    pub(super) fn new(call: &Call<'_>, steps: &[Step]) -> Self {
+        let in_turn = fused::may_serve(call) && steps.iter().any(|step| step.kind == PASS_LEAVES);
+        let bounded = is_row_norm(call);
+        QuerySums { kept: in_turn || bounded || steps.iter().any(|step| step.stores), in_turn, bounded }
+    }
+
+    /// [sums, turns, bounds] of so many queries.
+    fn lens(self, problem: &Problem, queries: usize) -> [usize; 3] {
+        let when = |wanted: bool, len: usize| if wanted { len } else { 0 };
+        let sums = queries.saturating_mul(problem.head_dim);
+        [when(self.kept, sums), when(self.in_turn, queries), when(self.bounded, queries)]
+    }
+
+    /// What the sums of one KV head and its query heads take.
+    pub(super) fn bytes(self, problem: &Problem) -> usize {
+        let of_queries = self.lens(problem, problem.group.saturating_mul(problem.n_q));
+        let of_keys = problem.n_k.saturating_mul(problem.head_dim + problem.value_dim + 1);
+        of_queries.into_iter().fold(of_keys, usize::saturating_add).saturating_mul(size_of::<f32>())
+    }
+}
+
+/// The inverse lists of the caller's block mask in one rectangle.
+#[derive(Debug, Clone, Copy)]
+struct GivenBlocks {
+    /// Blocks of keys.
+    count: usize,
+    /// Lists of each, and segments in one.
+    lists: usize,
+    segments: usize,
 }
 
 /// How long the inverse lists of one rectangle of a pass are, for one KV head.
@@ -34,39 +79,67 @@ pub(super) fn bytes_of_sums(problem: &Problem, stateful: bool) -> usize {
 pub(super) struct Lists {
     /// Tiles of all keys.
     key_tiles: usize,
-    /// Tiles of the samples, for each chunk of queries.
+    given: Option<GivenBlocks>,
+    /// Tiles of the samples, for each chunk of queries; none of samples that are met apart.
     sample_tiles: usize,
     chunks: usize,
     samples: usize,
+    /// Words that tell which samples a block meets exactly, of samples that are met apart, and lists of such.
+    pub(super) covered_words: usize,
+    pub(super) covered_lists: usize,
 }
 
 impl Lists {
     pub(super) fn new(call: &Call<'_>, step: &Step, lists: &ForwardLists) -> Self {
         let block_size = call.params.block_size as usize;
-        let key_tiles = match block_size {
-            block_size if step.estimated && block_size > 0 => {
-                lists.blocks.saturating_mul(block_size.min(step.keys.max(1)).div_ceil(TILE_ROWS))
-            }
+        let mask = call.tensors.block_mask.filter(|_| step.estimated);
+        let keys = step.keys.max(1);
+        let given = mask.map(|mask| GivenBlocks {
+            count: blocks_met(keys, mask.key_block).min(mask.num_key_blocks),
+            lists: lists.lists_per_block,
+            segments: lists.blocks.div_ceil(2),
+        });
+        let tiles_of = |block: usize| block.min(keys).div_ceil(TILE_ROWS);
+        let key_tiles = match (mask, given) {
+            (Some(mask), Some(given)) => given.count.saturating_mul(tiles_of(mask.key_block)),
+            _ if step.estimated && block_size > 0 => lists.blocks.saturating_mul(tiles_of(block_size)),
             _ => step.keys.div_ceil(TILE_ROWS),
         };
         let samples = if step.estimated { sample_size(call.params) } else { 0 };
+        let apart = mask.is_some() || is_row_norm(call);
+        let covered = apart && samples > 0 && (mask.is_some() || block_size > 0);
         Lists {
             key_tiles,
-            sample_tiles: samples.div_ceil(TILE_ROWS),
+            given,
+            sample_tiles: if apart { 0 } else { samples.div_ceil(TILE_ROWS) },
             chunks: step.queries.div_ceil(CHUNK_QUERIES),
             samples,
+            covered_words: if covered { samples.div_ceil(32) } else { 0 },
+            covered_lists: if covered { lists.blocks.saturating_mul(lists.lists_per_block) } else { 0 },
         }
     }
 
-    /// [tiles, hidden, rows of partial sums] of one rectangle.
-    fn lens(&self) -> [usize; 3] {
-        let tiles = self.key_tiles.max(self.sample_tiles.saturating_mul(self.chunks));
-        [tiles, 2 * self.samples, self.samples.saturating_mul(self.chunks)]
+    /// [tiles, segments, hidden, rows of partial sums, words of covered samples, samples of the caller's blocks] of one
+    /// rectangle.
+    fn lens(&self) -> [usize; 6] {
+        let sample_tiles = self.sample_tiles.saturating_mul(self.chunks);
+        let segments = self.given.map_or(self.key_tiles, |given| {
+            given.count.saturating_mul(given.lists).saturating_mul(given.segments)
+        });
+        [
+            self.key_tiles.max(sample_tiles),
+            segments.max(sample_tiles),
+            if self.sample_tiles > 0 { 2 * self.samples } else { 0 },
+            self.samples.saturating_mul(self.chunks),
+            self.covered_lists.saturating_mul(self.covered_words),
+            if self.given.is_some() { self.samples } else { 0 },
+        ]
     }
 
     pub(super) fn bytes(&self, problem: &Problem) -> usize {
         let of_a_row = (problem.head_dim + problem.value_dim) * size_of::<f32>();
-        let sizes = [size_of::<KeyTile>() + size_of::<Segment>(), size_of::<u32>(), of_a_row];
+        let word = size_of::<u32>();
+        let sizes = [size_of::<KeyTile>(), size_of::<Segment>(), word, of_a_row, word, word];
         let bytes = self.lens().into_iter().zip(sizes).map(|(len, size)| len.saturating_mul(size));
         bytes.fold(0, usize::saturating_add)
     }
@@ -77,9 +150,14 @@ pub(super) struct Buffers {
     tiles: Pointer<KeyTile>,
     segments: Pointer<Segment>,
     hidden: Pointer<u32>,
-    key_partials: Pointer<f32>,
-    value_partials: Pointer<f32>,
-    query_sums: Pointer<f32>,
+    pub(super) key_partials: Pointer<f32>,
+    pub(super) value_partials: Pointer<f32>,
+    /// Of samples that are met apart, see BackwardSamplesParams.
+    pub(super) covered: Pointer<u32>,
+    pub(super) bounds: Pointer<f32>,
+    /// The uniform samples where the forward's lists have only those of them that a block does not meet.
+    pub(super) samples: Pointer<u32>,
+    query_sums: Sums,
     key_sums: Pointer<f32>,
     value_sums: Pointer<f32>,
     key_stored: Pointer<u32>,
@@ -94,11 +172,12 @@ impl Buffers {
         plan: &PaperParts,
         steps: &[(Step, ForwardLists, usize)],
         heads: usize,
-        stateful: bool,
+        query_sums: QuerySums,
         carver: &mut Carver,
     ) -> Result<Self> {
         let problem = &call.problem;
-        let mut lens = [problem.n_k.div_ceil(TILE_ROWS).saturating_mul(heads), 0, 0];
+        let all_keys = problem.n_k.div_ceil(TILE_ROWS).saturating_mul(heads);
+        let mut lens = [all_keys, all_keys, 0, 0, 0, 0];
         for (step, lists, at_once) in steps {
             for (most, len) in lens.iter_mut().zip(Lists::new(call, step, lists).lens()) {
                 *most = len.saturating_mul(heads).saturating_mul(*at_once).max(*most);
@@ -106,19 +185,23 @@ impl Buffers {
         }
         if let Some(len) = lens.into_iter().find(|&len| u32::try_from(len).is_err()) {
             return Err(unsupported(format_args!(
-                "params.block_size or params.sample_size make a head's lists {len} long; 2^32 is too much"
+                "params.block_size, params.sample_size or the block mask make a head's lists {len} long; 2^32 is too much"
             )));
         }
-        let [tiles, hidden, partials] = lens;
+        let [tiles, segments, hidden, partials, covered, samples] = lens;
         let queries = problem.group.saturating_mul(problem.n_q).saturating_mul(heads);
+        let [of_queries, turns, bounds] = query_sums.lens(problem, queries);
         let keys = problem.n_k.saturating_mul(heads);
         Ok(Buffers {
             tiles: carver.take(tiles),
-            segments: carver.take(tiles),
+            segments: carver.take(segments),
             hidden: carver.take(hidden),
             key_partials: carver.take(partials.saturating_mul(problem.head_dim)),
             value_partials: carver.take(partials.saturating_mul(problem.value_dim)),
-            query_sums: carver.take(if stateful { queries.saturating_mul(problem.head_dim) } else { 0 }),
+            covered: carver.take(covered),
+            bounds: carver.take(bounds),
+            samples: carver.take(samples),
+            query_sums: Sums { queries: carver.take(of_queries), turns: carver.take(turns) },
             key_sums: carver.take(keys.saturating_mul(problem.head_dim)),
             value_sums: carver.take(keys.saturating_mul(problem.value_dim)),
             key_stored: carver.take(keys),
@@ -177,6 +260,9 @@ pub(crate) unsafe fn run_gradient(
     // SAFETY: the caller's contract.
     unsafe {
         paper.for_each_set(&|heads| {
+            if let Some(row_norm) = &buffers.row_norm {
+                paper.square_norms(heads, row_norm)?;
+            }
             queue.zero(own.key_stored.address(), heads.len() * call.problem.n_k)?;
             paper.for_each_launch(|step, lists, rectangles| {
                 paper.gradient_pass(heads, step, lists, rectangles, own, params)
@@ -184,6 +270,15 @@ pub(crate) unsafe fn run_gradient(
             own.rest.iter().try_for_each(|keys| paper.finish_keys(heads, keys, own, params))
         })
     }
+}
+
+/// Rectangles of one pass under way.
+pub(super) struct Pass<'p> {
+    pub(super) heads: &'p Range<usize>,
+    pub(super) step: &'p Step,
+    pub(super) lists: &'p ForwardLists,
+    pub(super) inverse: &'p Lists,
+    pub(super) arguments: &'p mirror::BackwardPaperParams,
 }
 
 impl Paper<'_, '_> {
@@ -203,15 +298,88 @@ impl Paper<'_, '_> {
         // SAFETY: the caller's contract; all lists are written before they are read.
         unsafe {
             let common = self.sort_rectangles(heads, step, lists, rectangles)?;
-            self.select(heads, step, lists, &common)?;
-            let mut params = self.gradient_params(heads, &common, buffers, params);
-            queries(self.queue, &params)?;
             let inverse = Lists::new(self.call, step, lists);
-            let arguments = self.inverse(step, &common, &inverse, buffers);
-            if common.sample_size > 0 {
-                self.samples_gradient(&arguments, &mut params, buffers)?;
+            let mut params = self.gradient_params(heads, &common, buffers, params);
+            let mut arguments = self.inverse(step, &common, &inverse, buffers);
+            match &self.buffers.row_norm {
+                Some(row_norm) if step.estimated => {
+                    let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
+                    self.row_norm_gradient(&pass, row_norm, buffers, &params)?;
+                }
+                _ => {
+                    self.select(heads, step, lists, &common)?;
+                    if let Some(fused) = self.fused(heads, step, buffers, &params)? {
+                        return self.leaves_gradient(
+                            &fused,
+                            heads,
+                            step,
+                            &mut arguments,
+                            &mut params,
+                            buffers,
+                        );
+                    }
+                    queries(self.queue, &params)?;
+                    if common.sample_size > 0 && inverse.given.is_some() {
+                        let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
+                        self.given_samples_gradient(&pass, buffers, &params)?;
+                    } else if common.sample_size > 0 {
+                        self.samples_gradient(&arguments, &mut params, buffers)?;
+                    }
+                }
             }
-            self.keys_gradient(&arguments, &mut params)
+            self.keys_gradient(&arguments, inverse.given, &mut params)
+        }
+    }
+
+    /// The fused kernel, for leaves.
+    fn fused(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        buffers: &Buffers,
+        params: &BackwardParams,
+    ) -> Result<Option<Fused>> {
+        if step.kind != PASS_LEAVES {
+            return Ok(None);
+        }
+        let group = self.call.problem.group;
+        let query_heads = heads.start * group..heads.end * group;
+        Fused::new(self.queue, self.call, params, &buffers.query_sums, query_heads, true)
+    }
+
+    /// All gradients of leaves by the fused kernel.
+    unsafe fn leaves_gradient(
+        &self,
+        fused: &Fused,
+        heads: &Range<usize>,
+        step: &Step,
+        arguments: &mut mirror::BackwardPaperParams,
+        params: &mut BackwardParams,
+        buffers: &Buffers,
+    ) -> Result<()> {
+        let (problem, common) = (&self.call.problem, &arguments.common);
+        let multiprocessors = self.queue.device.multiprocessors;
+        let together = fused.rectangles_together(
+            common.pass.count as usize,
+            multiprocessors,
+            problem.mask,
+            problem.group,
+            step.queries,
+        );
+        // SAFETY: the caller's contract; a rectangle's queries are rows of the sums.
+        unsafe {
+            // The first leaf, which is the longest, has met no pass.
+            if common.visited != VISITED_ALL && common.pass.first == 0 {
+                let (first, words) =
+                    (common.pass.square.query_start as usize, step.queries * problem.head_dim);
+                for head in 0..heads.len() * problem.group {
+                    let before = (head * problem.n_q + first) * problem.head_dim * size_of::<f32>();
+                    self.queue.zero(buffers.query_sums.queries.address() + before as u64, words)?;
+                }
+            }
+            arguments.section = together as u32;
+            self.key_tiles(arguments, None, params)?;
+            fused.run(self.queue, params)
         }
     }
 
@@ -231,7 +399,6 @@ impl Paper<'_, '_> {
         partial.key_sums = buffers.key_partials;
         partial.value_sums = buffers.value_partials;
         let grid = |items| blocks_of(items, THREADS);
-        let add_grid = blocks_of(samples, ADD_THREADS as usize / 32);
         let (queue, threads) = (self.queue, THREADS as u32);
         // SAFETY: this is the kernels' parameter; every buffer is written before it is read.
         unsafe {
@@ -240,24 +407,59 @@ impl Paper<'_, '_> {
             }
             queue.launch(c"backward_paper_sample_tiles", grid(tiles), threads, 0, args![*arguments])?;
             keys(queue, &partial)?;
-            queue.launch(c"backward_paper_add_samples", add_grid, ADD_THREADS, 0, args![*arguments])
+            self.add_samples(arguments)
         }
+    }
+
+    /// Adds the samples' sums to those of the keys.
+    pub(super) unsafe fn add_samples(&self, arguments: &mirror::BackwardPaperParams) -> Result<()> {
+        let common = &arguments.common;
+        let samples = common.kv_heads as usize * common.pass.count as usize * common.sample_size as usize;
+        let grid = blocks_of(samples, ADD_THREADS as usize / 32);
+        // SAFETY: this is the kernel's parameter; the partial sums have been enqueued before.
+        unsafe { self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS, 0, args![*arguments]) }
     }
 
     /// dk and dv of all keys of the rectangles.
     unsafe fn keys_gradient(
         &self,
         arguments: &mirror::BackwardPaperParams,
+        given: Option<GivenBlocks>,
+        params: &mut BackwardParams,
+    ) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            self.key_tiles(arguments, given, params)?;
+            keys(self.queue, params)
+        }
+    }
+
+    /// The tiles of all keys of the rectangles.
+    unsafe fn key_tiles(
+        &self,
+        arguments: &mirror::BackwardPaperParams,
+        given: Option<GivenBlocks>,
         params: &mut BackwardParams,
     ) -> Result<()> {
         let common = &arguments.common;
-        let tiles = (common.kv_heads * common.pass.count) as usize * arguments.key_tiles as usize;
+        let rectangles = (common.kv_heads * common.pass.count) as usize;
+        let tiles = rectangles * arguments.key_tiles as usize;
         params.key_tile_count = tiles as u32;
-        let grid = blocks_of(tiles, THREADS);
-        // SAFETY: this is the kernel's parameter; the lists are written before they are read.
+        // SAFETY: these are the kernels' parameters, and they write tiles and segments only.
         unsafe {
-            self.queue.launch(c"backward_paper_key_tiles", grid, THREADS as u32, 0, args![*arguments])?;
-            keys(self.queue, params)
+            match given {
+                Some(GivenBlocks { count, lists, segments }) => self.queue.launch(
+                    c"backward_block_mask_tiles",
+                    blocks_of(rectangles * count, THREADS / 32),
+                    THREADS as u32,
+                    0,
+                    args![*arguments, self.exact_blocks(), count as u32, lists as u32, segments as u32],
+                ),
+                None => {
+                    let grid = blocks_of(tiles, THREADS);
+                    self.queue.launch(c"backward_paper_key_tiles", grid, THREADS as u32, 0, args![*arguments])
+                }
+            }
         }
     }
 
@@ -292,7 +494,7 @@ impl Paper<'_, '_> {
         arguments.flags = 0;
         let mut params = self.gradient_params(heads, &common, buffers, params);
         // SAFETY: the caller's contract.
-        unsafe { self.keys_gradient(&arguments, &mut params) }
+        unsafe { self.keys_gradient(&arguments, None, &mut params) }
     }
 
     /// What a backward kernel needs besides the tiles of keys. Orders and sums are those of `heads` only, while it
@@ -314,7 +516,7 @@ impl Paper<'_, '_> {
         own.attend.query_order = self.buffers.orders[0].before(earlier[0]);
         own.attend.key_order = self.buffers.orders[1].before(earlier[1]);
         own.attend.listed_rows = self.buffers.listed_rows;
-        own.attend.state_accumulated = buffers.query_sums.before(earlier[0] * problem.head_dim);
+        own.attend.state_accumulated = buffers.query_sums.queries.before(earlier[0] * problem.head_dim);
         own.key_tiles = buffers.tiles;
         own.query_segments = buffers.segments;
         own.hidden = buffers.hidden;
@@ -339,7 +541,7 @@ impl Paper<'_, '_> {
             segments: buffers.segments,
             hidden: buffers.hidden,
             positions: self.buffers.positions,
-            listed_rows: self.buffers.listed_rows,
+            key_order: self.buffers.orders[1],
             key_partials: buffers.key_partials,
             value_partials: buffers.value_partials,
             key_sums: buffers.key_sums,
@@ -358,7 +560,7 @@ impl Paper<'_, '_> {
             n_k: problem.n_k as u32,
             head_dim: problem.head_dim as u32,
             value_dim: problem.value_dim as u32,
-            reserved: 0,
+            section: 1,
         }
     }
 }

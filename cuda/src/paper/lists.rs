@@ -67,6 +67,11 @@ impl Step {
     }
 }
 
+/// The caller's blocks that an interval meets at most, which may begin and end within one.
+pub(super) fn blocks_met(length: usize, block: usize) -> usize {
+    (length - 1).div_ceil(block) + 1
+}
+
 /// What the lists of one rectangle of a pass take, for one KV head and its query heads.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Lists {
@@ -98,10 +103,8 @@ impl Lists {
             return plain;
         }
         if let Some(mask) = &call.tensors.block_mask {
-            // An interval may begin and end within a block.
-            let met = |length: usize, block: usize| (length - 1).div_ceil(block) + 1;
-            let key_blocks = met(keys, mask.key_block).min(mask.num_key_blocks);
-            let blocks = met(queries, mask.query_block).min(mask.num_query_blocks);
+            let key_blocks = blocks_met(keys, mask.key_block).min(mask.num_key_blocks);
+            let blocks = blocks_met(queries, mask.query_block).min(mask.num_query_blocks);
             let lists_per_block = if mask.head_stride == 0 { 1 } else { group };
             return Lists {
                 blocks,

@@ -1,7 +1,7 @@
-//! Mirrors of the structs in the kernels' levels, projections, hash, bucket_sort, sample, paper_tiles, block_mask_tiles,
-//! backward_paper_tiles and row_norm.cuh, which say what the fields mean.
+//! Mirrors of the structs in the kernels' levels, projections, hash, bucket_sort, sample, exact_blocks, paper_tiles,
+//! block_mask_tiles, row_norm, backward_paper_tiles and backward_samples.cuh, which say what the fields mean.
 
-use crate::abi::{AttendParams, KeyTile, Segment, Tile, View};
+use crate::abi::{AttendParams, BackwardParams, KeyTile, Segment, Tile, View};
 use crate::launch::Argument;
 use crate::workspace::Pointer;
 
@@ -163,6 +163,18 @@ pub(crate) struct BlockMaskTileParams {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+pub(crate) struct ExactBlocks {
+    pub(crate) row_offsets: u64,
+    pub(crate) columns: u64,
+    pub(crate) head_stride: u64,
+    pub(crate) query_block: u32,
+    pub(crate) key_block: u32,
+    pub(crate) block_size: u32,
+    pub(crate) sorted: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub(crate) struct RowNormParams {
     pub(crate) common: PassTiles,
     pub(crate) attend: AttendParams,
@@ -177,13 +189,8 @@ pub(crate) struct RowNormParams {
     pub(crate) norm_positions: Pointer<u32>,
     pub(crate) norm_weights: Pointer<f32>,
     pub(crate) tau: Pointer<u32>,
-    pub(crate) row_offsets: u64,
-    pub(crate) columns: u64,
-    pub(crate) head_stride: u64,
-    pub(crate) query_block: u32,
-    pub(crate) key_block: u32,
-    pub(crate) block_size: u32,
-    pub(crate) sorted: u32,
+    pub(crate) blocks: ExactBlocks,
+    pub(crate) bounds: Pointer<f32>,
     pub(crate) sample_size: u32,
     pub(crate) log2_kappa: f32,
     pub(crate) log2_cap: f32,
@@ -200,7 +207,7 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) segments: Pointer<Segment>,
     pub(crate) hidden: Pointer<u32>,
     pub(crate) positions: Pointer<u32>,
-    pub(crate) listed_rows: Pointer<u32>,
+    pub(crate) key_order: Pointer<u32>,
     pub(crate) key_partials: Pointer<f32>,
     pub(crate) value_partials: Pointer<f32>,
     pub(crate) key_sums: Pointer<f32>,
@@ -219,17 +226,39 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) n_k: u32,
     pub(crate) head_dim: u32,
     pub(crate) value_dim: u32,
+    pub(crate) section: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct BackwardSamplesParams {
+    pub(crate) backward: BackwardParams,
+    pub(crate) common: PassTiles,
+    pub(crate) blocks: ExactBlocks,
+    pub(crate) positions: Pointer<u32>,
+    pub(crate) log_weights: Pointer<f32>,
+    pub(crate) bounds: Pointer<f32>,
+    pub(crate) covered: Pointer<u32>,
+    pub(crate) key_partials: Pointer<f32>,
+    pub(crate) value_partials: Pointer<f32>,
+    pub(crate) part: u32,
+    pub(crate) lists_per_kv_head: u32,
+    pub(crate) covered_words: u32,
+    pub(crate) chunks: u32,
+    pub(crate) chunk_queries: u32,
     pub(crate) reserved: u32,
 }
 
 // What the .cuh files state too.
+const _: () = assert!(size_of::<ExactBlocks>() == 40);
+const _: () = assert!(size_of::<BackwardSamplesParams>() == 224 + size_of::<BackwardParams>());
 const _: () = assert!(size_of::<BackwardPaperParams>() == 248);
 const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 48);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
 const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 112);
 const _: () = assert!(size_of::<PassTiles>() == 112 && size_of::<PaperTileParams>() == 136);
 const _: () = assert!(size_of::<BlockMaskTileParams>() == 184);
-const _: () = assert!(size_of::<RowNormParams>() == 264 + size_of::<AttendParams>());
+const _: () = assert!(size_of::<RowNormParams>() == 272 + size_of::<AttendParams>());
 
 // SAFETY: a mirror of the struct of that name.
 unsafe impl Argument for ProjectionParams {}
@@ -247,3 +276,7 @@ unsafe impl Argument for BlockMaskTileParams {}
 unsafe impl Argument for RowNormParams {}
 // SAFETY: as above.
 unsafe impl Argument for BackwardPaperParams {}
+// SAFETY: as above.
+unsafe impl Argument for ExactBlocks {}
+// SAFETY: as above.
+unsafe impl Argument for BackwardSamplesParams {}

@@ -4,9 +4,7 @@ use std::ops::Range;
 
 use super::lists::{Lists, Step};
 use super::tile_count;
-use super::{
-    Paper, SEGMENT_SORTED, THREADS, TILE_SORTED, TILE_STORE, VISITED_NONE, block_length, blocks_of, mirror,
-};
+use super::{Paper, THREADS, TILE_SORTED, TILE_STORE, VISITED_NONE, blocks_of, mirror};
 use crate::abi::TILE_ROWS;
 use crate::attend::attend;
 use crate::call::Call;
@@ -26,8 +24,9 @@ const NO_TAU: u32 = 0x007F_FFFF;
 pub(super) struct Buffers {
     norms: Pointer<f32>,
     prefix: Pointer<f64>,
-    positions: Pointer<u32>,
-    weights: Pointer<f32>,
+    /// Of the keys drawn by norm, and their log weights.
+    pub(super) positions: Pointer<u32>,
+    pub(super) weights: Pointer<f32>,
     tau: Pointer<u32>,
     /// Of the exact blocks.
     exact: States,
@@ -54,6 +53,11 @@ impl Buffers {
     }
 }
 
+/// Of queries and keys in shared memory.
+fn shared_bytes(head_dim: usize) -> usize {
+    4 * (head_dim * ROW_NORM_ROWS + ROW_NORM_KEYS * (head_dim + 1))
+}
+
 impl Paper<'_, '_> {
     /// |v|^2 of every key of `heads`.
     ///
@@ -78,6 +82,22 @@ impl Paper<'_, '_> {
         common: mirror::PassTiles,
         buffers: &Buffers,
     ) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            self.row_norm_samples(heads, step, lists, common, buffers)?;
+            self.row_norm_residual(heads, step, common, buffers, Pointer::NULL)
+        }
+    }
+
+    /// Both samples of a pass, tau, and what the exact blocks leave.
+    pub(super) unsafe fn row_norm_samples(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        lists: &Lists,
+        common: mirror::PassTiles,
+        buffers: &Buffers,
+    ) -> Result<()> {
         let problem = &self.call.problem;
         let (samples, count) = (common.sample_size as usize, common.pass.count as usize);
         let rectangles = heads.len() * count;
@@ -88,27 +108,44 @@ impl Paper<'_, '_> {
             visited: VISITED_NONE,
             ..common
         };
-        let shared = 4 * (problem.head_dim * ROW_NORM_ROWS + ROW_NORM_KEYS * (problem.head_dim + 1));
-        let shared_with_values = shared + 4 * ROW_NORM_KEYS * problem.value_dim;
         let taus = rectangles * problem.group;
         let tau_grid = [(taus * samples.div_ceil(ROW_NORM_ROWS)) as u32, 1, 1];
-        let residual_grid = [(tile_count(&common) * (TILE_ROWS / ROW_NORM_ROWS)) as u32, 1, 1];
         let sample_grid = blocks_of(rectangles * samples, THREADS);
-        let queue = self.queue;
+        let (queue, shared) = (self.queue, shared_bytes(problem.head_dim));
         // SAFETY: these are the kernels' parameters; every buffer is written before it is read.
         unsafe {
-            self.samples(heads, &common)?;
+            self.samples(heads, &common, self.buffers.positions)?;
             queue.launch(c"paper_norm_prefix", [rectangles as u32, 1, 1], 32, 0, args![arguments])?;
             queue.launch(c"paper_norm_samples", sample_grid, THREADS as u32, 0, args![arguments])?;
             queue.fill(buffers.tau.address(), NO_TAU, taus)?;
             queue.launch(c"paper_tau", tau_grid, ROW_NORM_THREADS, shared as u32, args![arguments])?;
             self.tiles(step, lists, exact)?;
-            attend(queue, self.call, &self.attention(heads, &exact, &buffers.exact))?;
-            queue.launch(
+            attend(queue, self.call, &self.attention(heads, &exact, &buffers.exact))
+        }
+    }
+
+    /// The rows' estimates after [`Self::row_norm_samples`], or where `bounds` is not null only the bounds of their terms
+    /// there, for rows counted from the set's first.
+    pub(super) unsafe fn row_norm_residual(
+        &self,
+        heads: &Range<usize>,
+        step: &Step,
+        common: mirror::PassTiles,
+        buffers: &Buffers,
+        bounds: Pointer<f32>,
+    ) -> Result<()> {
+        let problem = &self.call.problem;
+        let mut arguments = self.row_norm_params(heads, step, common, buffers);
+        arguments.bounds = bounds;
+        let grid = [(tile_count(&common) * (TILE_ROWS / ROW_NORM_ROWS)) as u32, 1, 1];
+        let shared = shared_bytes(problem.head_dim) + 4 * ROW_NORM_KEYS * problem.value_dim;
+        // SAFETY: this is the kernel's parameter; what it reads has been enqueued before.
+        unsafe {
+            self.queue.launch(
                 c"paper_row_norm_residual",
-                residual_grid,
+                grid,
                 ROW_NORM_THREADS,
-                shared_with_values as u32,
+                shared as u32,
                 args![arguments],
             )
         }
@@ -123,7 +160,6 @@ impl Paper<'_, '_> {
     ) -> mirror::RowNormParams {
         let (params, problem) = (self.call.params, &self.call.problem);
         let exact = buffers.exact.before(heads.start * problem.group * problem.n_q, problem.value_dim);
-        let mask = self.call.tensors.block_mask;
         // eps^2 m / (n ln n), with ln n at least 1.
         let log2_cap = |keys: usize| {
             let n = keys.max(1) as f32;
@@ -144,13 +180,8 @@ impl Paper<'_, '_> {
             norm_positions: buffers.positions,
             norm_weights: buffers.weights,
             tau: buffers.tau,
-            row_offsets: mask.map_or(0, |mask| mask.row_offsets),
-            columns: mask.map_or(0, |mask| mask.columns),
-            head_stride: mask.map_or(0, |mask| mask.head_stride as u64),
-            query_block: mask.map_or(0, |mask| block_length(mask.query_block)),
-            key_block: mask.map_or(0, |mask| block_length(mask.key_block)),
-            block_size: params.block_size,
-            sorted: if self.buffers.plan.sorted { SEGMENT_SORTED } else { 0 },
+            blocks: self.exact_blocks(),
+            bounds: Pointer::NULL,
             sample_size: params.sample_size,
             log2_kappa: params.approx_d_kappa.log2(),
             log2_cap: log2_cap(step.keys),

@@ -90,14 +90,16 @@ impl<'a> Call<'a> {
 }
 
 /// A block mask whose arrays are in the device's memory.
-struct DeviceMask {
+pub struct DeviceMask {
     row_offsets: Memory,
     columns: Memory,
-    mask: DeviceBlockMask,
+    /// As the library takes it.
+    pub mask: DeviceBlockMask,
 }
 
 impl DeviceMask {
-    fn new(mask: &BlockMask<'_>) -> Self {
+    /// With the arrays of this one.
+    pub fn new(mask: &BlockMask<'_>) -> Self {
         let upload = |bytes: &[u8]| {
             let memory = Memory::filled(bytes.len(), 0);
             memory.write(0, bytes);
@@ -168,6 +170,11 @@ impl Prepared {
         // SAFETY: tensors, mask and workspace are the device's memory, which outlives the stream's work: every test
         // waits for it before it drops them.
         unsafe { hyperattn_cuda::forward(&self.params, &self.tensors(), workspace, stream.raw()) }
+    }
+
+    /// What the output and lse hold, whatever the other outputs do; the stream has been waited for.
+    pub fn out_and_lse(&self) -> [Vec<f32>; 2] {
+        [&self.out, self.lse.as_ref().expect("lse is wanted")].map(|tensor| tensor.values(true))
     }
 
     /// What the outputs hold; the stream has been waited for. Panics where the call wrote behind its workspace or

@@ -1,11 +1,14 @@
 //! A backward call: on the device, and by the CPU on the same numbers.
 
 use hyperattn_conformance::executors::{Order, Threads};
+use hyperattn_conformance::inputs::DTypes;
 use hyperattn_conformance::run::Workspace;
+use hyperattn_conformance::storage;
 use hyperattn_core::{
-    DType, Division, Gradients, Kernels, Result, TensorMut, TensorRef, Tensors, backward, backward_workspace,
+    DType, Division, Gradients, Kernels, Method, Result, TensorMut, TensorRef, Tensors, backward,
+    backward_workspace,
 };
-use hyperattn_cuda::DeviceGradients;
+use hyperattn_cuda::{DeviceGradients, DeviceTensors};
 use hyperattn_reference::Generator;
 
 use super::call::{Call, Prepared};
@@ -17,6 +20,8 @@ use super::tensor::{Arrangement, Tensor, rounded};
 pub struct BackwardCall<'a> {
     /// The forward call; its outputs are the backward's inputs.
     pub forward: Call<'a>,
+    /// How both are divided.
+    pub division: Division<'a>,
     /// Element type of dout.
     pub dout: DType,
     /// Element types of dq, and of dk and dv.
@@ -39,6 +44,7 @@ impl<'a> BackwardCall<'a> {
         let dtypes = forward.inputs.dtypes;
         BackwardCall {
             forward,
+            division: Division::default(),
             dout: dtypes.q,
             gradients: [dtypes.q, dtypes.kv],
             arrangement: Arrangement::Packed,
@@ -57,10 +63,13 @@ impl<'a> BackwardCall<'a> {
     }
 
     /// Runs the forward and puts everything for the backward on the device.
-    pub fn prepare(&self) -> PreparedBackward {
-        let forward = self.forward.prepare();
-        let stream = Stream::new();
-        forward.enqueue(&stream).expect("a legal call");
+    pub fn prepare(&self) -> PreparedBackward<'a> {
+        let (forward, division) = (self.forward.prepare(), self.division);
+        let (params, stream) = (forward.params(), Stream::new());
+        let tensors = DeviceTensors { error: None, keys_per_query: None, ..forward.tensors() };
+        // SAFETY: all tensors are the device's memory, which outlives the work, as it is waited for.
+        unsafe { hyperattn_cuda::forward_divided(params, &division, &tensors, None, stream.raw()) }
+            .expect("a legal call");
         stream.synchronize();
         let shape = &self.forward.inputs.shape;
         let [dout, dlse] = self.losses();
@@ -69,13 +78,14 @@ impl<'a> BackwardCall<'a> {
             Tensor::new(values, extents, dtype, self.forward.arrangements[0])
         };
         let wanted = |extents, dtype| Tensor::poisoned(extents, dtype, self.arrangement);
-        let need = hyperattn_cuda::backward_workspace(self.forward.params, &forward.tensors())
+        let need = hyperattn_cuda::backward_divided_workspace(self.forward.params, &division, &tensors)
             .unwrap_or_else(|error| panic!("{:?}: {error:?}", self.forward.params));
         assert_eq!(need.align, 256);
         let workspace = Memory::filled(need.size + GUARD.len(), 0xff);
         workspace.write(need.size, &GUARD);
         PreparedBackward {
             forward,
+            division,
             dout: given(&dout, shape.out(), self.dout),
             dlse: self.of_lse.then(|| given(&dlse, shape.lse(), DType::F32)),
             gradients: [
@@ -89,18 +99,27 @@ impl<'a> BackwardCall<'a> {
     }
 
     /// What the CPU makes of the numbers that are on the device.
-    pub fn on_cpu(&self, prepared: &PreparedBackward) -> Found {
+    pub fn on_cpu(&self, prepared: &PreparedBackward<'_>) -> Found {
         let (inputs, shape) = (self.forward.inputs, &self.forward.inputs.shape);
-        let outcome = prepared.forward.outcome();
-        let (mut out, mut lse) = (outcome.out, outcome.lse);
+        let [mut out, mut lse] = prepared.forward.out_and_lse();
         let [dout, dlse] = self.losses();
         let mut found = [&inputs.q, &inputs.k, &inputs.v].map(|values| vec![f32::NAN; values.len()]);
         let [dq, dk, dv] = &mut found;
         let read = |values, extents| TensorRef::contiguous(values, extents).expect("as many values");
+        // Which keys REFINED meets depends on the types.
+        let typed = |values: &[f32], extents, dtype| {
+            storage::Tensor::new(values, extents, dtype, storage::Arrangement::Packed, f32::NAN)
+        };
+        let DTypes { q: of_queries, kv: of_keys } = inputs.dtypes;
+        let [mut q, mut k, mut v] = [
+            typed(&inputs.q, shape.q(), of_queries),
+            typed(&inputs.k, shape.k(), of_keys),
+            typed(&inputs.v, shape.v(), of_keys),
+        ];
         let tensors = Tensors {
-            q: read(&inputs.q, shape.q()),
-            k: read(&inputs.k, shape.k()),
-            v: read(&inputs.v, shape.v()),
+            q: q.view(),
+            k: k.view(),
+            v: v.view(),
             out: TensorMut::contiguous(&mut out, shape.out()).expect("as many values"),
             lse: Some(TensorMut::contiguous(&mut lse, shape.lse()).expect("as many values")),
             block_mask: self.forward.block_mask,
@@ -116,7 +135,7 @@ impl<'a> BackwardCall<'a> {
             dv: TensorMut::contiguous(dv, shape.v()).expect("as many values"),
         };
         let executor = Threads { lanes: 4, threads: 4, order: Order::Forward };
-        let (params, kernels, division) = (self.forward.params, Kernels::detect(None), Division::default());
+        let (params, kernels, division) = (self.forward.params, Kernels::detect(None), self.division);
         let layout = backward_workspace(params, &division, &tensors.layouts(), kernels, &executor)
             .expect("a legal call");
         let mut workspace = Workspace::new(layout, |_| 0xFF);
@@ -132,7 +151,8 @@ impl<'a> BackwardCall<'a> {
         let found = prepared.run();
         let expected = self.on_cpu(&prepared);
         let errors = [0, 1, 2].map(|at| relative_error(&found[at], &expected[at], self.cancelled(at)));
-        let tolerances = [0, 1, 2].map(|at| self.tolerance(self.gradients[at.min(1)]));
+        let selection = self.selection(&prepared);
+        let tolerances = [0, 1, 2].map(|at| self.tolerance(self.gradients[at.min(1)]) + selection);
         let Call { params, inputs, .. } = self.forward;
         println!(
             "{:?} {:?} {:?}/{:?}/{:?} seed {}: dq {:.1e} dk {:.1e} dv {:.1e}, allowed {:.1e} {:.1e}",
@@ -176,6 +196,17 @@ impl<'a> BackwardCall<'a> {
         3e-5 + 1.5 * pairs + half_step(of_gradient)
     }
 
+    /// What may be off besides where REFINED weighs blocks and keys in numbers that are rounded differently: a key near
+    /// the edge is met on one side and left to its block on the other. The outputs differ by that too, and a gradient of
+    /// theirs by a few times as much at most.
+    fn selection(&self, prepared: &PreparedBackward) -> f64 {
+        if self.forward.params.method != Method::Refined {
+            return 0.0;
+        }
+        let of_cpu = self.forward.on_cpu(self.forward.inputs.dtypes);
+        5.0 * relative_error(&prepared.forward.outcome().out, &of_cpu.out, 0.0)
+    }
+
     /// Rounding errors in f32 that are left where slopes cancel: of sums of head_dim products of numbers of this size.
     fn cancelled(&self, at: usize) -> f64 {
         let (inputs, [dout, _]) = (self.forward.inputs, self.losses());
@@ -200,8 +231,9 @@ fn relative_error(found: &[f32], expected: &[f32], cancelled: f64) -> f64 {
 const GUARD: [u8; 1024] = [0x5c; 1024];
 
 /// A backward call whose tensors and workspace are on the device.
-pub struct PreparedBackward {
+pub struct PreparedBackward<'a> {
     pub forward: Prepared,
+    division: Division<'a>,
     dout: Tensor,
     dlse: Option<Tensor>,
     gradients: [Tensor; 3],
@@ -210,7 +242,7 @@ pub struct PreparedBackward {
     pub needed: usize,
 }
 
-impl PreparedBackward {
+impl PreparedBackward<'_> {
     /// As the library takes them.
     pub fn gradients(&self) -> DeviceGradients {
         let [dq, dk, dv] = self.gradients.each_ref().map(Tensor::view);
@@ -229,8 +261,9 @@ impl PreparedBackward {
         // SAFETY: all tensors and the workspace are the device's memory, which outlives the stream's work: every test
         // waits for it before it drops them.
         unsafe {
-            hyperattn_cuda::backward(
+            hyperattn_cuda::backward_divided(
                 self.forward.params(),
+                &self.division,
                 &self.forward.tensors(),
                 &self.gradients(),
                 workspace,

@@ -40,13 +40,6 @@ static void arguments(void)
     BAD_CUDA_GRADIENTS(bad_call_fresh, g.dq.data = c.tensors.q.data, INVALID, "dq", "q", "overlap");
 }
 
-static void unsupported(void)
-{
-    BAD_CUDA_GRADIENTS(bad_call_fresh_estimator, c.params.residual = HYPERATTN_RESIDUAL_ROW_NORM,
-                       HYPERATTN_STATUS_UNSUPPORTED, "ROW_NORM");
-    BAD_CUDA_GRADIENTS(bad_call_fresh_block_mask, (void)0, HYPERATTN_STATUS_UNSUPPORTED, "block");
-}
-
 static void workspace_query(void)
 {
     bad_call c;
@@ -55,12 +48,21 @@ static void workspace_query(void)
     bad_call_forget_error();
     bad_call_expect_error("out is NULL", hyperattn_cuda_backward_workspace(&c.params, &c.tensors, NULL), INVALID,
                           PARTS("out", "NULL"));
-    c.params.residual = HYPERATTN_RESIDUAL_ROW_NORM;
+    c.tensors.lse.dtype = HYPERATTN_DTYPE_F16;
     bad_call_forget_error();
-    bad_call_expect_error("row norms", hyperattn_cuda_backward_workspace(&c.params, &c.tensors, &layout),
-                          HYPERATTN_STATUS_UNSUPPORTED, PARTS("ROW_NORM"));
+    bad_call_expect_error("lse.dtype", hyperattn_cuda_backward_workspace(&c.params, &c.tensors, &layout), INVALID,
+                          PARTS("lse.dtype"));
     CHECK(layout.size == 77 && layout.align == 88);
-    c.params.residual = HYPERATTN_RESIDUAL_UNIFORM;
+    c.tensors.lse.dtype = HYPERATTN_DTYPE_F32;
+    const hyperattn_residual residuals[] = {HYPERATTN_RESIDUAL_UNIFORM, HYPERATTN_RESIDUAL_ROW_NORM};
+    for (int i = 0; i < 2; i += 1) {
+        c.params.residual = residuals[i];
+        layout.size = 0;
+        CHECK(hyperattn_cuda_backward_workspace(&c.params, &c.tensors, &layout) == HYPERATTN_STATUS_OK);
+        CHECK(layout.size > 77);
+    }
+    bad_call_fresh_block_mask(&c);
+    layout.size = 0;
     CHECK(hyperattn_cuda_backward_workspace(&c.params, &c.tensors, &layout) == HYPERATTN_STATUS_OK);
     CHECK(layout.size > 77);
 }
@@ -69,7 +71,6 @@ void bad_cuda_gradients(void)
 {
     problem_poison_outputs(&bad_call_problem);
     arguments();
-    unsupported();
     workspace_query();
     CHECK(array_untouched(&bad_call_problem.out));
 }
