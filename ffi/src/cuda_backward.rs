@@ -1,15 +1,11 @@
 //! The gradients of attention on CUDA: always exported.
 
-use hyperattn_core::Layout;
 use hyperattn_cuda::{DeviceGradients, DeviceTensors};
 
 use crate::backward::read_grads;
 use crate::boundary::{check_pointer, guard};
-use crate::call;
-use crate::cpu::{no_workspace, read_tensors};
-use crate::cuda::{check_data, device_tensor, device_tensors, given_workspace, read_exec};
+use crate::cuda::{Arguments, check_data, device_tensor, device_tensors, read_exec, workspace_of};
 use crate::error::Result;
-use crate::params;
 use crate::tensor;
 use crate::types::*;
 
@@ -30,18 +26,11 @@ pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
 ) -> hyperattn_status {
     guard(|| {
         check_pointer(out.cast_const(), "out")?;
-        // SAFETY: the pointers are what the header asks for.
-        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
-        // SAFETY: as above.
-        let (tensors, division) = unsafe {
-            let tensors = read_layouts(&from)?;
-            let division = call::division(&options, &from, &tensors.q.layout)?;
-            (tensors, division)
-        };
-        let Layout { size, align } =
-            hyperattn_cuda::backward_divided_workspace(&options.params, &division, &tensors)?;
-        // SAFETY: out is aligned and, not being NULL, writable.
-        unsafe { out.write(hyperattn_layout { size, align }) };
+        // SAFETY: the pointers are what the header asks for, and out is neither NULL nor misaligned.
+        unsafe {
+            let arguments = Arguments::read(params, tensors, |from| read_layouts(from))?;
+            out.write(arguments.workspace(hyperattn_cuda::backward_divided_workspace)?);
+        }
         Ok(())
     })
 }
@@ -67,15 +56,10 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
+        let arguments = unsafe { Arguments::read(params, tensors, |from| read_layouts(from)) }?;
         // SAFETY: as above.
         let (exec, grads) = unsafe { (read_exec(exec)?, read_grads(grads)?) };
-        // SAFETY: as above.
-        let (tensors, division) = unsafe {
-            let tensors = read_layouts(&from)?;
-            let division = call::division(&options, &from, &tensors.q.layout)?;
-            (tensors, division)
-        };
+        let Arguments { options, from, tensors, division } = &arguments;
         let given = [
             ("q", &from.q),
             ("k", &from.k),
@@ -88,24 +72,20 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
             ("dv", &grads.dv),
         ];
         given.into_iter().try_for_each(|(name, tensor)| check_data(name, tensor))?;
-        let gradient = |name: &str, from: &hyperattn_tensor| device_tensor(name, from);
         let gradients = DeviceGradients {
-            dout: gradient("dout", &grads.dout)?,
-            dlse: (!grads.dlse.data.is_null()).then(|| gradient("dlse", &grads.dlse)).transpose()?,
-            dq: gradient("dq", &grads.dq)?,
-            dk: gradient("dk", &grads.dk)?,
-            dv: gradient("dv", &grads.dv)?,
+            dout: device_tensor("dout", &grads.dout)?,
+            dlse: (!grads.dlse.data.is_null()).then(|| device_tensor("dlse", &grads.dlse)).transpose()?,
+            dq: device_tensor("dq", &grads.dq)?,
+            dk: device_tensor("dk", &grads.dk)?,
+            dv: device_tensor("dv", &grads.dv)?,
         };
         let params = &options.params;
-        let workspace = given_workspace(&exec);
-        if workspace.is_none() && !options.may_allocate {
-            let need = hyperattn_cuda::backward_divided_workspace(params, &division, &tensors)?;
-            return Err(no_workspace(need.size));
-        }
+        let need = || hyperattn_cuda::backward_divided_workspace(params, division, tensors);
+        let workspace = workspace_of(&exec, options, need)?;
         let stream = exec.stream.cast();
         // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
         unsafe {
-            hyperattn_cuda::backward_divided(params, &division, &tensors, &gradients, workspace, stream)
+            hyperattn_cuda::backward_divided(params, division, tensors, &gradients, workspace, stream)
         }?;
         Ok(())
     })
