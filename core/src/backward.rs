@@ -8,7 +8,7 @@ use crate::gradient_exact;
 use crate::gradient_hyper;
 use crate::gradient_refined::SplitSums;
 use crate::gradient_tile::{GradientCall, GradientSums, GradientTile, Strides};
-use crate::gradients::Gradients;
+use crate::gradients::{Gradients, check_lse};
 use crate::pack::PackedShape;
 use crate::paper::Paper;
 use crate::params::Params;
@@ -35,8 +35,8 @@ use crate::workspace::{Shared, Sizes};
 /// - METHOD_PAPER: `4 sample_size (head_dim + value_dim)` bytes (twice that with the row-norm residual) for each of at least 8
 ///   and at most 64 chunks for every KV head;
 /// - METHOD_REFINED: with less than 5 KV heads, sums of key gradients for up to 8 KV heads instead; 1 / 64 of them for blocks;
-/// - for every lane a tile: `512 head_dim + 256 value_dim + 192 (head_dim + value_dim) + 32768` numbers of 4 bytes, beside
-///   that of the forward.
+/// - for every lane a tile: `512 head_dim + 256 value_dim + 192 (head_dim + value_dim) + 32768` numbers of 4 bytes, and
+///   16384 more with a mask tensor, beside that of the forward.
 ///
 /// Never quadratic in the sequence.
 pub fn backward_workspace(
@@ -85,9 +85,7 @@ pub fn backward(
 
 fn divide<'a>(params: &Params, division: &Division<'a>, layouts: &Layouts<'a>) -> Result<Divided<'a>> {
     let divided = Divided::new(params, division, layouts)?;
-    if layouts.lse.is_none() {
-        invalid!("lse is absent, but backward needs the lse that forward wrote");
-    }
+    check_lse(layouts)?;
     Ok(divided)
 }
 

@@ -9,7 +9,7 @@ use crate::problem::Problem;
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{GradientStep, KEY_TILE, Kernels};
-use crate::tile::{Call, ExtraColumn, KeyOrder, Part};
+use crate::tile::{Call, ExtraColumn, KeyOrder, OptionMemory, Part, TileOptions};
 use crate::tiling::TILE_ROWS;
 use crate::view::{Rows, words_of};
 
@@ -116,17 +116,6 @@ struct Memory<'a> {
     value_gradient: &'a mut [f32],
     weights: &'a mut [f32],
     logit_gradients: &'a mut [f32],
-}
-
-/// What one step does besides attending to its keys.
-#[derive(Clone, Copy)]
-struct StepOptions {
-    limited: bool,
-    masked: bool,
-    capped: bool,
-    shift: f32,
-    weighted: bool,
-    part: Part,
 }
 
 /// See the module.
@@ -239,8 +228,7 @@ impl<'a> GradientTile<'a> {
                 let first = log_weights[0];
                 let alike = log_weights.iter().all(|&log_weight| log_weight == first);
                 let (shift, weighted) = if alike { (first, false) } else { (0.0, true) };
-                let plain = StepOptions { limited: false, masked: false, capped, shift, weighted, part };
-                self.step(count, plain);
+                self.step(count, TileOptions { shift, weighted, capped, ..TileOptions::plain(part) });
                 let Strides { key, value } = self.strides;
                 let gradients = self
                     .memory
@@ -302,11 +290,9 @@ impl<'a> GradientTile<'a> {
             for (in_tile, &visible) in memory.visible_in_tile.iter_mut().zip(&memory.visible[..self.rows]) {
                 *in_tile = visible.saturating_sub(first as u32).min(count as u32);
             }
-            let masked = self.read_mask(keys.batch, first..first + count);
+            let mask_offset = self.read_mask(keys.batch, first..first + count).then_some(0);
             (0..count).for_each(|slot| self.read_key(keys, first + slot, slot));
-            let options =
-                StepOptions { limited, masked, capped: false, shift: 0.0, weighted: false, part: Part::Both };
-            self.step(count, options);
+            self.step(count, TileOptions { limited, mask_offset, ..TileOptions::plain(Part::Both) });
             let Strides { key, value } = self.strides;
             for slot in 0..count {
                 let key = &self.memory.key_gradient[slot * key..][..key];
@@ -363,7 +349,7 @@ impl<'a> GradientTile<'a> {
     }
 
     /// Attends to the first `key_count` keys of the tile; their gradients are in the tile's memory then.
-    fn step(&mut self, key_count: usize, options: StepOptions) {
+    fn step(&mut self, key_count: usize, options: TileOptions) {
         let Call { kernels, problem, .. } = self.of.call;
         let (rows, strides, memory) = (self.rows, self.strides, &mut self.memory);
         // Panels are filled by whole vectors of keys; those beyond the last are not looked at.
@@ -381,14 +367,15 @@ impl<'a> GradientTile<'a> {
             keys: memory.keys,
             key_panels: memory.key_panels,
             value_panels: memory.value_panels,
-            key_count,
-            shift: options.shift,
-            log_weight: options.weighted.then_some(&*memory.log_weight),
-            visible: options.limited.then_some(&*memory.visible_in_tile),
-            mask: options.masked.then_some((&*memory.mask, KEY_TILE)),
-            cap: options.capped.then_some(&*memory.cap),
-            use_sum: options.part != Part::Values,
-            use_values: options.part != Part::Sum,
+            options: options.of(
+                key_count,
+                OptionMemory {
+                    log_weight: memory.log_weight,
+                    visible: memory.visible_in_tile,
+                    mask: (memory.mask, KEY_TILE),
+                    cap: memory.cap,
+                },
+            ),
             log2_sum: memory.log2_sum,
             delta: &memory.delta[..rows],
             query_gradient: memory.query_gradient,

@@ -78,9 +78,7 @@ impl Gradients<'_> {
 impl GradientLayouts {
     /// Checks shapes, types and strides against those of the tensors, which are checked.
     pub fn check(&self, layouts: &Layouts<'_>) -> Result<()> {
-        if layouts.lse.is_none() {
-            invalid!("lse is absent, but backward needs the lse that forward wrote");
-        }
+        check_lse(layouts)?;
         for (name, layout, of_name, of) in [
             ("dout", &self.dout, "out", &layouts.out),
             ("dq", &self.dq, "q", &layouts.q),
@@ -111,6 +109,14 @@ impl GradientLayouts {
         }
         Ok(())
     }
+}
+
+/// The forward call's lse is there.
+pub(crate) fn check_lse(layouts: &Layouts<'_>) -> Result<()> {
+    if layouts.lse.is_none() {
+        invalid!("lse is absent, but backward needs the lse that forward wrote");
+    }
+    Ok(())
 }
 
 fn check_shape((name, layout): (&str, &TensorLayout), (of_name, of): (&str, &TensorLayout)) -> Result<()> {

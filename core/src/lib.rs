@@ -48,6 +48,7 @@ mod scratch;
 mod select;
 pub mod simd;
 mod sort;
+mod states;
 mod summary;
 mod tasks;
 mod tile;

@@ -1,7 +1,8 @@
 //! One pass over query rows: several of them visit a row under a causal mask.
 
 use crate::select::Rectangle;
-use crate::tile::{States, Tile};
+use crate::states::States;
+use crate::tile::Tile;
 
 /// One pass over disjoint sets of query rows, and what happens to their results.
 pub(crate) struct Pass<'a> {

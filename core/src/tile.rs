@@ -11,7 +11,7 @@ use crate::probe;
 use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
-use crate::simd::{KEY_TILE, Kernels, Step, Weighing};
+use crate::simd::{KEY_TILE, Kernels, Step, StepOptions, Weighing};
 use crate::tiling::TILE_ROWS;
 use crate::unmet::Unmet;
 use crate::view::{Rows, TensorRef};
@@ -70,22 +70,6 @@ pub(crate) enum Part {
     Values,
 }
 
-/// Unnormalised partial results of all query rows of some heads of one batch item, kept between passes.
-pub(crate) struct States<'a> {
-    pub(crate) first_head: usize,
-    pub(crate) max: Rows<'a>,
-    pub(crate) sum: Rows<'a>,
-    pub(crate) accumulated: Rows<'a>,
-}
-
-impl States<'_> {
-    /// Number of the state of row `row` of the tile.
-    fn index(&self, tile: &Tile<'_>, row: usize) -> usize {
-        let (head, query) = (tile.memory.head_of[row] as usize, tile.memory.row_of[row] as usize);
-        (head - self.first_head) * tile.call.problem.n_q + query
-    }
-}
-
 /// The scratch memory of a tile.
 pub(crate) struct TileMemory<'a> {
     pub(crate) head_of: &'a mut [u32],
@@ -99,7 +83,7 @@ pub(crate) struct TileMemory<'a> {
     pub(crate) max: &'a mut [f32],
     /// Running sums of each row's weights, one per lane, relative to the maximum.
     sum: &'a mut [f32],
-    accumulated: &'a mut [f32],
+    pub(crate) accumulated: &'a mut [f32],
     /// Upper bounds on each row's logits, for the passes that are capped.
     pub(crate) cap: &'a mut [f32],
     /// Second (max, sum) pair, for estimators that keep two sums.
@@ -149,27 +133,51 @@ impl<'a> TileMemory<'a> {
 }
 
 /// States and outputs are asked for this many rows before they are used: sorted rows lie far apart.
-const ROWS_AHEAD: usize = 16;
+pub(crate) const ROWS_AHEAD: usize = 16;
 
-/// What one step does besides attending to its keys.
+/// What one step of a tile does besides attending to its keys.
 #[derive(Clone, Copy)]
-struct StepOptions {
+pub(crate) struct TileOptions {
     /// Whether each row sees only as many leading keys as the tile's memory says.
-    limited: bool,
+    pub(crate) limited: bool,
     /// From which element of its rows on the mask in the tile's memory is added to the logits, if at all.
-    mask_offset: Option<usize>,
+    pub(crate) mask_offset: Option<usize>,
     /// Added to all logits.
-    shift: f32,
+    pub(crate) shift: f32,
     /// Whether each key has a weight of its own besides.
-    weighted: bool,
-    capped: bool,
-    part: Part,
+    pub(crate) weighted: bool,
+    pub(crate) capped: bool,
+    pub(crate) part: Part,
 }
 
-impl StepOptions {
+/// What a tile's memory holds for the options of a step.
+pub(crate) struct OptionMemory<'a> {
+    pub(crate) log_weight: &'a [f32],
+    pub(crate) visible: &'a [u32],
+    /// With the length of a row.
+    pub(crate) mask: (&'a [f32], usize),
+    pub(crate) cap: &'a [f32],
+}
+
+impl TileOptions {
     /// Every row sees every key, and nothing is done to the logits.
-    fn plain(part: Part) -> Self {
-        StepOptions { limited: false, mask_offset: None, shift: 0.0, weighted: false, capped: false, part }
+    pub(crate) fn plain(part: Part) -> Self {
+        TileOptions { limited: false, mask_offset: None, shift: 0.0, weighted: false, capped: false, part }
+    }
+
+    /// The kernel's options for the first `key_count` keys.
+    pub(crate) fn of<'a>(&self, key_count: usize, memory: OptionMemory<'a>) -> StepOptions<'a> {
+        let (mask, stride) = memory.mask;
+        StepOptions {
+            key_count,
+            shift: self.shift,
+            log_weight: self.weighted.then_some(memory.log_weight),
+            visible: self.limited.then_some(memory.visible),
+            mask: self.mask_offset.map(|offset| (&mask[offset..], stride)),
+            cap: self.capped.then_some(memory.cap),
+            use_sum: self.part != Part::Values,
+            use_values: self.part != Part::Sum,
+        }
     }
 }
 
@@ -259,7 +267,7 @@ impl<'a> Tile<'a> {
 
     /// Attends to `key_count` packed keys: those of `packed`, a tile of keys and then values, or those in the
     /// tile's own memory.
-    fn step(&mut self, packed: Option<&[u32]>, key_count: usize, options: StepOptions) {
+    fn step(&mut self, packed: Option<&[u32]>, key_count: usize, options: TileOptions) {
         let rows = self.padded_rows();
         let Call { kernels, problem, shape, .. } = self.call;
         let memory = &mut self.memory;
@@ -277,14 +285,15 @@ impl<'a> Tile<'a> {
             query: memory.query,
             keys,
             values,
-            key_count,
-            shift: options.shift,
-            log_weight: options.weighted.then_some(&*memory.log_weight),
-            visible: options.limited.then_some(&*memory.visible_in_tile),
-            mask: options.mask_offset.map(|offset| (&memory.mask[offset..], LOADED_KEYS)),
-            cap: options.capped.then_some(&*memory.cap),
-            use_sum: options.part != Part::Values,
-            use_values: options.part != Part::Sum,
+            options: options.of(
+                key_count,
+                OptionMemory {
+                    log_weight: memory.log_weight,
+                    visible: memory.visible_in_tile,
+                    mask: (memory.mask, LOADED_KEYS),
+                    cap: memory.cap,
+                },
+            ),
             max: &mut memory.max[..rows],
             sum: memory.sum,
             accumulated: memory.accumulated,
@@ -302,7 +311,7 @@ impl<'a> Tile<'a> {
         capped: bool,
         part: Part,
     ) {
-        let options = StepOptions { capped, ..StepOptions::plain(part) };
+        let options = TileOptions { capped, ..TileOptions::plain(part) };
         let mut rows = [0; KEY_TILE];
         for first in positions.clone().step_by(KEY_TILE) {
             let count = KEY_TILE.min(positions.end - first);
@@ -365,7 +374,7 @@ impl<'a> Tile<'a> {
                 Seen::Leading => (true, None),
                 Seen::Masked { limited, offset } => (limited, Some(offset)),
             };
-            self.step(tile, count, StepOptions { limited, mask_offset, ..StepOptions::plain(Part::Both) });
+            self.step(tile, count, TileOptions { limited, mask_offset, ..TileOptions::plain(Part::Both) });
         }
     }
 
@@ -377,7 +386,7 @@ impl<'a> Tile<'a> {
         log_weights: impl Iterator<Item = f32> + Clone,
     ) {
         let (shift, weighted) = self.set_log_weights(log_weights.take(key_count));
-        let options = StepOptions { shift, weighted, ..StepOptions::plain(Part::Sum) };
+        let options = TileOptions { shift, weighted, ..TileOptions::plain(Part::Sum) };
         self.step(Some(keys), key_count, options);
     }
 
@@ -449,13 +458,13 @@ impl<'a> Tile<'a> {
                 self.set_log_weights(tile[..count].iter().map(|&(_, log_weight)| log_weight));
             let next_count = take(&mut next);
             self.prefetch(keys, next[..next_count].iter().map(|&(row, _)| row as usize), part);
-            self.step(None, count, StepOptions { shift, weighted, capped, ..StepOptions::plain(part) });
+            self.step(None, count, TileOptions { shift, weighted, capped, ..TileOptions::plain(part) });
             (tile, count) = (next, next_count);
         }
     }
 
     /// The sum of `row`'s weights, relative to its maximum.
-    fn sum_of(&self, row: usize) -> f32 {
+    pub(crate) fn sum_of(&self, row: usize) -> f32 {
         let lanes = self.call.kernels.lanes();
         let sums = &self.memory.sum[row * lanes..][..lanes];
         // In halves: as a chain the additions would wait for one another.
@@ -504,75 +513,6 @@ impl<'a> Tile<'a> {
     pub(crate) fn scale_accumulated(&mut self, row: usize, factor: f32) {
         let width = self.call.shape.value_dim;
         self.memory.accumulated[row * width..][..width].iter_mut().for_each(|x| *x *= factor);
-    }
-
-    /// The stored partial results of the tile's row `row` (maximum, sum, accumulated), if it has any; those of
-    /// later rows are asked for.
-    ///
-    /// # Safety
-    /// While the result lives nobody else uses the states of these rows.
-    unsafe fn stored<'s>(&self, states: &'s States<'_>, row: usize) -> Option<(f32, f32, &'s [f32])> {
-        states.accumulated.prefetch(states.index(self, (row + ROWS_AHEAD).min(self.rows - 1)));
-        let index = states.index(self, row);
-        let [max, sum, accumulated] = [&states.max, &states.sum, &states.accumulated].map(|rows| {
-            // SAFETY: the rows are this tile's own (contract).
-            unsafe { &*rows.row(index) }
-        });
-        // An empty state's accumulated values were never written.
-        (sum[0] != 0.0 || max[0] != f32::NEG_INFINITY).then_some((max[0], sum[0], accumulated))
-    }
-
-    /// Makes the stored partial results of the rows those of the tile, which has met no key: what comes now
-    /// continues the same online softmax.
-    ///
-    /// # Safety
-    /// While this runs nobody else uses the states of these rows.
-    pub(crate) unsafe fn resume(&mut self, states: &States<'_>) {
-        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
-        for r in 0..self.rows {
-            // SAFETY: the rows are this tile's own (contract).
-            let Some((max, sum, accumulated)) = (unsafe { self.stored(states, r) }) else { continue };
-            self.set_sum(r, max, sum);
-            self.memory.accumulated[r * width..][..value_dim].copy_from_slice(accumulated);
-        }
-    }
-
-    /// Adds the stored partial results of the tile's rows, over keys that the tile has not met.
-    ///
-    /// # Safety
-    /// As for [`Self::resume`].
-    pub(crate) unsafe fn absorb(&mut self, states: &States<'_>) {
-        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
-        for r in 0..self.rows {
-            // SAFETY: the rows are this tile's own (contract).
-            let Some((max, sum, accumulated)) = (unsafe { self.stored(states, r) }) else { continue };
-            let [mine, stored] = crate::merge::merge_factors(self.memory.max[r], max);
-            let joined = self.sum_of(r) * mine + sum * stored;
-            self.set_sum(r, self.memory.max[r].max(max), joined);
-            for (x, y) in self.memory.accumulated[r * width..][..value_dim].iter_mut().zip(accumulated) {
-                *x = *x * mine + *y * stored;
-            }
-        }
-    }
-
-    /// Stores the partial results of the tile's rows.
-    ///
-    /// # Safety
-    /// As for [`Self::resume`].
-    pub(crate) unsafe fn store(&self, states: &States<'_>) {
-        let (width, value_dim) = (self.call.shape.value_dim, self.call.problem.value_dim);
-        for r in 0..self.rows {
-            let index = states.index(self, r);
-            // SAFETY: the rows are this tile's own (contract).
-            unsafe {
-                states.max.row(index)[0] = self.memory.max[r];
-                states.sum.row(index)[0] = self.sum_of(r);
-                states
-                    .accumulated
-                    .row(index)
-                    .copy_from_slice(&self.memory.accumulated[r * width..][..value_dim]);
-            }
-        }
     }
 
     /// Normalises the rows and copies them to `to`, one after the other: 0 for a row that saw no key.

@@ -122,7 +122,7 @@ pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
 
 /// The part of the workspace of a backward call: the selection's lists, their inverse and the sums of gradients in place of
 /// states. A query row's sums take `4 head_dim` bytes under a causal mask or with the row-norm residual, which takes
-/// `4 (value_dim + 3)` more, a key row's `4 (head_dim + value_dim + 1)`.
+/// `4 (value_dim + 3)` more, leaves that the fused kernel may run 4 for turns, a key row's `4 (head_dim + value_dim + 1)`.
 pub(crate) fn carve_gradient(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     carve_for(call, true, carver)
 }

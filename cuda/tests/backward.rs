@@ -119,9 +119,9 @@ fn types_and_arrangements() {
 #[test]
 fn not_finite_beyond_the_limit() {
     let Some(_device) = Device::first() else { return };
-    let (n, dim) = (300, 64);
+    let n = 300;
     let params = exact(Mask::CausalTopLeft);
-    for dtype in DTYPES {
+    for (dtype, dim) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 64), (dtype, 128)]) {
         let clean = Inputs::normal(shape(n, n, dim, dim), 50).rounded(dtype);
         let call = BackwardCall::new(Call::new(&params, &clean), 51);
         let expected = call.prepare().run();
@@ -136,7 +136,7 @@ fn not_finite_beyond_the_limit() {
                         a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 0.02 * b.abs().max(0.1))
                     };
                     let [dq, dk, dv] = [0, 1, 2].map(same);
-                    let what = format!("{dtype:?}: row {row} and a NaN in tensor {tensor} at {at}");
+                    let what = format!("{dtype:?} {dim}: row {row} and a NaN in tensor {tensor} at {at}");
                     if tensor == 0 {
                         // A query: its own gradient, and those of the keys it sees.
                         assert!(dq == (row != at) && dk == (row > at) && dv == (row > at), "{what}");
@@ -166,6 +166,24 @@ fn the_same_bits_each_time_and_in_a_graph() {
         assert!(first == prepared.run());
         graph.launch(&stream);
         assert!(first == prepared.found());
+    }
+}
+
+/// Several tiles of keys for every block of the device add to the same gradients of queries.
+#[test]
+fn more_tiles_than_blocks() {
+    let Some(_device) = Device::alone() else { return };
+    for (mask, dim) in [(Mask::CausalBottomRight, 64), (Mask::CausalBottomRight, 128), (Mask::None, 128)] {
+        let params = exact(mask);
+        let grouped = Shape { batch: 2, heads_q: 16, heads_kv: 8, ..shape(1000, 1100, dim, dim) };
+        let inputs = Inputs::normal(grouped, 130).rounded(DType::BF16);
+        let call = BackwardCall::new(Call::new(&params, &inputs), 131);
+        call.check();
+        let prepared = call.prepare();
+        let first = prepared.run();
+        for _ in 0..10 {
+            assert!(first == prepared.run(), "{mask:?}, {dim}");
+        }
     }
 }
 
@@ -439,6 +457,32 @@ fn paper_has_the_same_bits_each_time_and_in_a_graph() {
             assert!(first == prepared.run());
             graph.launch(&stream);
             assert!(first == prepared.found());
+        }
+    }
+}
+
+/// What is not finite in the second leaf does not reach the first one's queries, which share a block with its first.
+#[test]
+fn paper_leaves_keep_apart() {
+    let Some(_device) = Device::first() else { return };
+    let n = 600;
+    for (dtype, dim) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 64), (dtype, 128)]) {
+        let params = Params { min_seq_len: 300, ..paper(Mask::CausalTopLeft, Residual::Uniform, 64, 64) };
+        let clean = Inputs::normal(shape(n, n, dim, dim), 140).rounded(dtype);
+        let call = BackwardCall::new(Call::new(&params, &clean), 141);
+        let expected = call.prepare().run();
+        for tensor in 0..3 {
+            let mut dirty = clean.clone();
+            for row in [300, 310] {
+                [&mut dirty.q, &mut dirty.k, &mut dirty.v][tensor][row * dim + 5] = f32::NAN;
+            }
+            let found = BackwardCall { forward: Call::new(&params, &dirty), ..call }.prepare().run();
+            let of_first = |gradients: &[f32]| gradients[..300 * dim].to_vec();
+            assert!(
+                of_first(&found[0]) == of_first(&expected[0]),
+                "{dtype:?} {dim}: NaN in tensor {tensor} changes dq of the first leaf"
+            );
+            assert!(found[0][310 * dim..][..dim].iter().all(|x| x.is_nan()), "{dtype:?} {dim}: {tensor}");
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::{call, sized, tensor};
 /// Never quadratic in the sequence. At most the sum of: what hyperattn_forward_workspace() answers; the gradients of one
 /// batch item in f32, dq's for every query head, dk's and dv's for every KV head, with rows of whole vectors; for
 /// METHOD_PAPER 512 sample_size (head_dim + value_dim) bytes for every KV head; for METHOD_REFINED dk's and dv's once more
-/// for up to 8 KV heads; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes and 128 KiB.
+/// for up to 8 KV heads; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes and 192 KiB.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };

@@ -1,6 +1,6 @@
 //! Attention on CUDA: always exported.
 
-use hyperattn_core::{Division, Layout};
+use hyperattn_core::{Division, Layout, Params};
 use hyperattn_cuda::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 
 use crate::boundary::{check_pointer, guard};
@@ -27,18 +27,13 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
 ) -> hyperattn_status {
     guard(|| {
         check_pointer(out.cast_const(), "out")?;
-        // SAFETY: the pointers are what the header asks for.
-        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
-        // SAFETY: as above.
-        let (tensors, division) = unsafe {
-            let tensors = device_tensors(&from, |tensor| !tensor.data.is_null(), &|_, _| Ok(()))?;
-            let division = call::division(&options, &from, &tensors.q.layout)?;
-            (tensors, division)
-        };
-        let Layout { size, align } =
-            hyperattn_cuda::forward_divided_workspace(&options.params, &division, &tensors)?;
-        // SAFETY: out is aligned and, not being NULL, writable.
-        unsafe { out.write(hyperattn_layout { size, align }) };
+        // SAFETY: the pointers are what the header asks for, and out is neither NULL nor misaligned.
+        unsafe {
+            let arguments = Arguments::read(params, tensors, |from| {
+                device_tensors(from, |tensor| !tensor.data.is_null(), &|_, _| Ok(()))
+            })?;
+            out.write(arguments.workspace(hyperattn_cuda::forward_divided_workspace)?);
+        }
         Ok(())
     })
 }
@@ -69,20 +64,50 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let options = unsafe { params::read(params) }?;
-        // SAFETY: as above.
-        let from = unsafe { read_tensors(tensors) }?;
-        // SAFETY: as above.
-        let exec = unsafe { read_exec(exec) }?;
-        // SAFETY: as above.
-        let (tensors, division) = unsafe {
-            let tensors = given_tensors(&from)?;
-            let division = call::division(&options, &from, &tensors.q.layout)?;
-            (tensors, division)
-        };
+        let (arguments, exec) =
+            unsafe { (Arguments::read(params, tensors, |from| given_tensors(from))?, read_exec(exec)?) };
+        let Arguments { options, division, tensors, .. } = &arguments;
         // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
-        unsafe { enqueue(&options, &division, &tensors, &exec) }
+        unsafe { enqueue(options, division, tensors, &exec) }
     })
+}
+
+/// A function that tells a call's workspace.
+type Need = fn(&Params, &Division<'_>, &DeviceTensors) -> hyperattn_core::Result<Layout>;
+
+/// The structs of a call, but for where it runs.
+pub(crate) struct Arguments<'a> {
+    pub(crate) options: Options,
+    pub(crate) from: hyperattn_tensors,
+    pub(crate) tensors: DeviceTensors,
+    pub(crate) division: Division<'a>,
+}
+
+impl Arguments<'_> {
+    /// `to_device` gives the call's tensors.
+    ///
+    /// # Safety
+    /// Each pointer is NULL or points to as many readable bytes as its struct_size says; the arrays in the host's memory
+    /// that the structs point to hold what the header says, for as long as the result is used.
+    pub(crate) unsafe fn read(
+        params: *const hyperattn_params,
+        tensors: *const hyperattn_tensors,
+        to_device: impl FnOnce(&hyperattn_tensors) -> Result<DeviceTensors>,
+    ) -> Result<Self> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let (options, from) = (params::read(params)?, read_tensors(tensors)?);
+            let tensors = to_device(&from)?;
+            let division = call::division(&options, &from, &tensors.q.layout)?;
+            Ok(Arguments { options, from, tensors, division })
+        }
+    }
+
+    /// The workspace that `need` tells.
+    pub(crate) fn workspace(&self, need: Need) -> Result<hyperattn_layout> {
+        let Layout { size, align } = need(&self.options.params, &self.division, &self.tensors)?;
+        Ok(hyperattn_layout { size, align })
+    }
 }
 
 /// Enqueues a call.
@@ -96,19 +121,24 @@ pub(crate) unsafe fn enqueue(
     exec: &hyperattn_cuda_exec,
 ) -> Result<()> {
     let params = &options.params;
-    let workspace = given_workspace(exec);
-    if workspace.is_none() && !options.may_allocate {
-        let need = hyperattn_cuda::forward_divided_workspace(params, division, tensors)?;
-        return Err(no_workspace(need.size));
-    }
+    let need = || hyperattn_cuda::forward_divided_workspace(params, division, tensors);
+    let workspace = workspace_of(exec, options, need)?;
     // SAFETY: the caller's contract.
     unsafe { hyperattn_cuda::forward_divided(params, division, tensors, workspace, exec.stream.cast()) }?;
     Ok(())
 }
 
-/// The caller's workspace, if there is one.
-pub(crate) fn given_workspace(exec: &hyperattn_cuda_exec) -> Option<(u64, usize)> {
-    (!exec.workspace.data.is_null()).then_some((exec.workspace.data as u64, exec.workspace.size))
+/// The caller's workspace, or none where the call may allocate what it `need`s.
+pub(crate) fn workspace_of(
+    exec: &hyperattn_cuda_exec,
+    options: &Options,
+    need: impl FnOnce() -> hyperattn_core::Result<Layout>,
+) -> Result<Option<(u64, usize)>> {
+    let hyperattn_buffer { data, size } = exec.workspace;
+    if !data.is_null() {
+        return Ok(Some((data as u64, size)));
+    }
+    if options.may_allocate { Ok(None) } else { Err(no_workspace(need()?.size)) }
 }
 
 /// The address and layout of a tensor with elements.

@@ -1,25 +1,21 @@
 //! The gradients of attention on CUDA: always exported.
 
-use hyperattn_core::Layout;
 use hyperattn_cuda::{DeviceGradients, DeviceTensors};
 
 use crate::backward::read_grads;
 use crate::boundary::{check_pointer, guard};
-use crate::call;
-use crate::cpu::{no_workspace, read_tensors};
-use crate::cuda::{check_data, device_tensor, device_tensors, given_workspace, read_exec};
+use crate::cuda::{Arguments, check_data, device_tensor, device_tensors, read_exec, workspace_of};
 use crate::error::Result;
-use crate::params;
 use crate::tensor;
 use crate::types::*;
 
 /// Size and alignment of the device workspace that hyperattn_cuda_backward() needs for the same params and tensors. Needs
 /// no device. The tensors' data are not looked at and may be NULL; *out is written on success only.
 ///
-/// Linear in the sequence: 8 bytes for every query row, and the lists of tiles; for METHOD_PAPER what
-/// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask or with
-/// RESIDUAL_ROW_NORM, and of 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. For METHOD_REFINED what
-/// that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
+/// Linear in the sequence: 8 bytes for every query row, and the lists of tiles. Exact attention of 16-bit tensors of up to 128
+/// dimensions takes 4 head_dim + 4 bytes for a query row more. METHOD_PAPER takes what hyperattn_cuda_forward_workspace()
+/// answers, with sums of 4 head_dim + 4 bytes for a query row under a causal mask or with RESIDUAL_ROW_NORM, and of
+/// 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. METHOD_REFINED takes what that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
 /// to 1 GiB, or what the listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
 /// KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
 #[unsafe(no_mangle)]
@@ -30,18 +26,11 @@ pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
 ) -> hyperattn_status {
     guard(|| {
         check_pointer(out.cast_const(), "out")?;
-        // SAFETY: the pointers are what the header asks for.
-        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
-        // SAFETY: as above.
-        let (tensors, division) = unsafe {
-            let tensors = read_layouts(&from)?;
-            let division = call::division(&options, &from, &tensors.q.layout)?;
-            (tensors, division)
-        };
-        let Layout { size, align } =
-            hyperattn_cuda::backward_divided_workspace(&options.params, &division, &tensors)?;
-        // SAFETY: out is aligned and, not being NULL, writable.
-        unsafe { out.write(hyperattn_layout { size, align }) };
+        // SAFETY: the pointers are what the header asks for, and out is neither NULL nor misaligned.
+        unsafe {
+            let arguments = Arguments::read(params, tensors, |from| read_layouts(from))?;
+            out.write(arguments.workspace(hyperattn_cuda::backward_divided_workspace)?);
+        }
         Ok(())
     })
 }
@@ -67,15 +56,10 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
+        let arguments = unsafe { Arguments::read(params, tensors, |from| read_layouts(from)) }?;
         // SAFETY: as above.
         let (exec, grads) = unsafe { (read_exec(exec)?, read_grads(grads)?) };
-        // SAFETY: as above.
-        let (tensors, division) = unsafe {
-            let tensors = read_layouts(&from)?;
-            let division = call::division(&options, &from, &tensors.q.layout)?;
-            (tensors, division)
-        };
+        let Arguments { options, from, tensors, division } = &arguments;
         let given = [
             ("q", &from.q),
             ("k", &from.k),
@@ -88,24 +72,20 @@ pub unsafe extern "C" fn hyperattn_cuda_backward(
             ("dv", &grads.dv),
         ];
         given.into_iter().try_for_each(|(name, tensor)| check_data(name, tensor))?;
-        let gradient = |name: &str, from: &hyperattn_tensor| device_tensor(name, from);
         let gradients = DeviceGradients {
-            dout: gradient("dout", &grads.dout)?,
-            dlse: (!grads.dlse.data.is_null()).then(|| gradient("dlse", &grads.dlse)).transpose()?,
-            dq: gradient("dq", &grads.dq)?,
-            dk: gradient("dk", &grads.dk)?,
-            dv: gradient("dv", &grads.dv)?,
+            dout: device_tensor("dout", &grads.dout)?,
+            dlse: (!grads.dlse.data.is_null()).then(|| device_tensor("dlse", &grads.dlse)).transpose()?,
+            dq: device_tensor("dq", &grads.dq)?,
+            dk: device_tensor("dk", &grads.dk)?,
+            dv: device_tensor("dv", &grads.dv)?,
         };
         let params = &options.params;
-        let workspace = given_workspace(&exec);
-        if workspace.is_none() && !options.may_allocate {
-            let need = hyperattn_cuda::backward_divided_workspace(params, &division, &tensors)?;
-            return Err(no_workspace(need.size));
-        }
+        let need = || hyperattn_cuda::backward_divided_workspace(params, division, tensors);
+        let workspace = workspace_of(&exec, options, need)?;
         let stream = exec.stream.cast();
         // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
         unsafe {
-            hyperattn_cuda::backward_divided(params, &division, &tensors, &gradients, workspace, stream)
+            hyperattn_cuda::backward_divided(params, division, tensors, &gradients, workspace, stream)
         }?;
         Ok(())
     })

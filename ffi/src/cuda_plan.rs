@@ -6,10 +6,9 @@ use hyperattn_cuda::DeviceTensors;
 use crate::boundary::{check_pointer, guard, required};
 use crate::call;
 use crate::cpu::read_tensors;
-use crate::cuda::{device_tensors, enqueue, given_tensors, read_exec};
+use crate::cuda::{Arguments, device_tensors, enqueue, given_tensors, read_exec};
 use crate::error::Result;
 use crate::memory::boxed;
-use crate::params::{self, Options};
 use crate::planned::Planned;
 use crate::types::*;
 
@@ -37,9 +36,12 @@ pub unsafe extern "C" fn hyperattn_cuda_plan_create(
     guard(|| {
         check_pointer(out.cast_const(), "out")?;
         // SAFETY: the pointers are what the header asks for.
-        let (options, from) = unsafe { (params::read(params)?, read_tensors(tensors)?) };
-        // SAFETY: as above.
-        let plan = unsafe { hyperattn_cuda_plan::new(options, &from) }?;
+        let arguments = unsafe {
+            Arguments::read(params, tensors, |from| {
+                device_tensors(from, |tensor| tensor.dtype != 0, &|_, _| Ok(()))
+            })
+        }?;
+        let plan = hyperattn_cuda_plan::new(arguments)?;
         let plan = Box::into_raw(boxed(plan)?).cast::<hyperattn_cuda_plan>();
         // SAFETY: out is aligned and, not being NULL, writable.
         unsafe { out.write(plan) };
@@ -100,14 +102,7 @@ pub unsafe extern "C" fn hyperattn_cuda_plan_run(
 }
 
 impl hyperattn_cuda_plan {
-    /// # Safety
-    /// What `options` and `from` point to in host memory is readable.
-    unsafe fn new(options: Options, from: &hyperattn_tensors) -> Result<Self> {
-        // SAFETY: the caller's contract.
-        let (tensors, division) = unsafe {
-            let tensors = device_tensors(from, |tensor| tensor.dtype != 0, &|_, _| Ok(()))?;
-            (tensors, call::division(&options, from, &tensors.q.layout)?)
-        };
+    fn new(Arguments { options, tensors, division, .. }: Arguments<'_>) -> Result<Self> {
         let workspace = hyperattn_cuda::forward_divided_workspace(&options.params, &division, &tensors)?;
         hyperattn_cuda::prepare()?;
         Ok(hyperattn_cuda_plan { planned: Planned::new(options, &division, layouts(&tensors))?, workspace })

@@ -560,7 +560,7 @@ hyperattn_status hyperattn_merge(const struct hyperattn_tensor *out_a,
 /// Never quadratic in the sequence. At most the sum of: what hyperattn_forward_workspace() answers; the gradients of one
 /// batch item in f32, dq's for every query head, dk's and dv's for every KV head, with rows of whole vectors; for
 /// METHOD_PAPER 512 sample_size (head_dim + value_dim) bytes for every KV head; for METHOD_REFINED dk's and dv's once more
-/// for up to 8 KV heads; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes and 128 KiB.
+/// for up to 8 KV heads; and for every thread some 1024 (head_dim + value_dim) numbers of 4 bytes and 192 KiB.
 ///
 ///     hyperattn_layout need;
 ///     hyperattn_cpu_exec exec = { .struct_size = sizeof exec };
@@ -732,10 +732,10 @@ hyperattn_status hyperattn_cuda_forward(const struct hyperattn_params *params,
 /// Size and alignment of the device workspace that hyperattn_cuda_backward() needs for the same params and tensors. Needs
 /// no device. The tensors' data are not looked at and may be NULL; *out is written on success only.
 ///
-/// Linear in the sequence: 8 bytes for every query row, and the lists of tiles; for METHOD_PAPER what
-/// hyperattn_cuda_forward_workspace() answers, with sums of 4 head_dim bytes for a query row under a causal mask or with
-/// RESIDUAL_ROW_NORM, and of 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. For METHOD_REFINED what
-/// that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
+/// Linear in the sequence: 8 bytes for every query row, and the lists of tiles. Exact attention of 16-bit tensors of up to 128
+/// dimensions takes 4 head_dim + 4 bytes for a query row more. METHOD_PAPER takes what hyperattn_cuda_forward_workspace()
+/// answers, with sums of 4 head_dim + 4 bytes for a query row under a causal mask or with RESIDUAL_ROW_NORM, and of
+/// 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. METHOD_REFINED takes what that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
 /// to 1 GiB, or what the listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
 /// KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
 hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params *params,

@@ -24,8 +24,11 @@ const MOST_WEIGHT: f32 = 60.0;
 pub(super) unsafe fn attend<P: Product, const ROWS: usize, const VECTORS: usize, const TAIL: usize>(
     step: &mut Step<'_>,
 ) {
-    let every_key_counts = step.visible.is_none() && step.key_count == KEY_TILE;
-    let plain = every_key_counts && step.cap.is_none() && step.log_weight.is_none() && step.mask.is_none();
+    let every_key_counts = step.options.visible.is_none() && step.options.key_count == KEY_TILE;
+    let plain = every_key_counts
+        && step.options.cap.is_none()
+        && step.options.log_weight.is_none()
+        && step.options.mask.is_none();
     // SAFETY: the caller's contract.
     unsafe {
         if plain {
@@ -54,8 +57,10 @@ unsafe fn attend_rows<
     // SAFETY: the groups' rows and queries lie within the slices (contract).
     unsafe {
         // Weight 0 keeps a hidden value out of a row only where the value is finite.
-        let key_by_key =
-            !PLAIN && step.mask.is_some() && step.use_values && !values_are_finite::<P, VECTORS>(step);
+        let key_by_key = !PLAIN
+            && step.options.mask.is_some()
+            && step.options.use_values
+            && !values_are_finite::<P, VECTORS>(step);
         for first in (0..whole).step_by(ROWS) {
             let query = step.query.as_ptr().add(first * words);
             attend_group::<P, ROWS, VECTORS, PLAIN>(step, first, (query, ROWS), key_by_key);
@@ -74,7 +79,7 @@ unsafe fn attend_rows<
 unsafe fn values_are_finite<P: Product, const VECTORS: usize>(step: &Step<'_>) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     let lanes = P::Vector::LANES;
-    let words = step.key_count.div_ceil(P::DEPTH);
+    let words = step.options.key_count.div_ceil(P::DEPTH);
     let vectors = step.value_dim / lanes;
     let mut vector = 0;
     let mut finite = true;
@@ -113,7 +118,7 @@ unsafe fn attend_group<P: Product, const ROWS: usize, const VECTORS: usize, cons
         if key_by_key {
             core::hint::cold_path();
             add_seen_values::<P, ROWS, VECTORS>(step, first, &limits);
-        } else if step.use_values && limits.most > 0 {
+        } else if step.options.use_values && limits.most > 0 {
             add_values::<P, ROWS, VECTORS>(step, first, &limits);
         }
     }
@@ -136,8 +141,8 @@ impl<const ROWS: usize> Limits<ROWS> {
     /// The step has rows `first..first + ROWS`.
     #[inline(always)]
     unsafe fn new(step: &Step<'_>, first: usize) -> Self {
-        let mut each = [step.key_count; ROWS];
-        if let Some(visible) = step.visible {
+        let mut each = [step.options.key_count; ROWS];
+        if let Some(visible) = step.options.visible {
             for (r, limit) in each.iter_mut().enumerate() {
                 // SAFETY: as the caller says.
                 *limit = (*limit).min(unsafe { *visible.get_unchecked(first + r) } as usize);
@@ -168,13 +173,13 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
         some_are_empty |= empty;
         *origin = if empty { 0.0 } else { max };
     }
-    let start = origin.map(|origin| origin - step.shift);
+    let start = origin.map(|origin| origin - step.options.shift);
     let (words, scale, logits) = (step.head_dim.div_ceil(P::DEPTH), step.scale, step.logits.as_mut_ptr());
     // SAFETY: panel p holds words * panel words, the query group words * ROWS, and there is room for ROWS
     // rows of a panel of logits (contract).
     let mut largest = unsafe {
         let keys = step.keys.as_ptr().add(p * panel * words);
-        match step.mask {
+        match step.options.mask {
             Some((mask, stride)) if !PLAIN => {
                 let mask = (mask.as_ptr().add(first * stride + p * panel), stride);
                 score::<P, ROWS, VECTORS, true>((words, scale), query, keys, (&start, mask), logits)
@@ -183,7 +188,7 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
         }
     };
     let limited = limits.least < (p + 1) * panel;
-    if !PLAIN && (limited || step.cap.is_some() || step.log_weight.is_some()) {
+    if !PLAIN && (limited || step.options.cap.is_some() || step.options.log_weight.is_some()) {
         // SAFETY: as above.
         largest = unsafe { bound::<P, ROWS, VECTORS>(step, first, p, (limits, limited), &start) };
     }
@@ -204,7 +209,7 @@ unsafe fn weigh_keys<P: Product, const ROWS: usize, const VECTORS: usize, const 
             }
             let to = step.weights.as_mut_ptr().add((r * KEY_TILE + p * panel) / P::DEPTH);
             P::store_weights(weights, to);
-            if step.use_sum {
+            if step.options.use_sum {
                 let sum = step.sum.as_mut_ptr().add((first + r) * lanes);
                 P::Vector::load(sum).add(total).store(sum);
             }
@@ -347,10 +352,10 @@ unsafe fn bound<P: Product, const ROWS: usize, const VECTORS: usize>(
             unsafe {
                 let at = step.logits.as_mut_ptr().add(r * panel + v * lanes);
                 let mut x = P::Vector::load(at);
-                if let Some(cap) = step.cap {
+                if let Some(cap) = step.options.cap {
                     x = P::Vector::splat(*cap.get_unchecked(first + r) - start).min(x);
                 }
-                if let Some(weights) = step.log_weight {
+                if let Some(weights) = step.options.log_weight {
                     x = x.add(P::Vector::load(weights.as_ptr().add(key)));
                 }
                 if limited {
@@ -407,7 +412,7 @@ unsafe fn raise<P: Product, const ROWS: usize, const VECTORS: usize>(
             for word in 0..p * VECTORS * lanes / P::DEPTH {
                 *weights.add(word) = P::scale_word(*weights.add(word), factor.reduce_max());
             }
-            if step.use_values {
+            if step.options.use_values {
                 let accumulated = step.accumulated.as_mut_ptr().add((first + r) * step.value_dim);
                 for column in (0..step.value_dim).step_by(lanes) {
                     P::Vector::load(accumulated.add(column)).mul(factor).store(accumulated.add(column));
@@ -443,7 +448,7 @@ unsafe fn add_seen_values<P: Product, const ROWS: usize, const VECTORS: usize>(
     first: usize,
     limits: &Limits<ROWS>,
 ) {
-    let Some((mask, stride)) = step.mask else { return };
+    let Some((mask, stride)) = step.options.mask else { return };
     let vectors = step.value_dim / P::Vector::LANES;
     for (r, &limit) in limits.each.iter().enumerate() {
         // SAFETY: KEY_TILE elements for each row.

@@ -63,16 +63,19 @@ pub(super) unsafe fn attend_gradient<V: Vector, const ROWS: usize, const VECTORS
 /// Whether a row may not see a key of the step.
 fn may_hide_pairs(step: &GradientStep<'_>) -> bool {
     let saw_nothing = |sum: &f32| *sum == f32::NEG_INFINITY;
-    step.visible.is_some() || step.mask.is_some() || step.log2_sum[..step.delta.len()].iter().any(saw_nothing)
+    step.options.visible.is_some()
+        || step.options.mask.is_some()
+        || step.log2_sum[..step.delta.len()].iter().any(saw_nothing)
 }
 
 /// Whether all that is multiplied by a weight or by the gradient of a logit is.
 #[inline(always)]
 fn operands_are_finite<V: Vector>(step: &GradientStep<'_>) -> bool {
     let (rows, key_stride) = (step.delta.len(), step.head_dim.next_multiple_of(V::LANES));
-    let value_len = if step.use_values { rows * step.value_dim.next_multiple_of(V::LANES) } else { 0 };
+    let value_len =
+        if step.options.use_values { rows * step.value_dim.next_multiple_of(V::LANES) } else { 0 };
     all_finite(&step.query[..rows * key_stride])
-        && all_finite(&step.keys[..step.key_count * key_stride])
+        && all_finite(&step.keys[..step.options.key_count * key_stride])
         && all_finite(&step.output_gradient[..value_len])
 }
 
@@ -101,8 +104,8 @@ impl Block {
         let mut most = 0;
         for (r, limit) in limits[..rows].iter_mut().enumerate() {
             if step.log2_sum[first + r] != f32::NEG_INFINITY {
-                let visible = step.visible.map_or(KEY_TILE, |visible| visible[first + r] as usize);
-                *limit = step.key_count.min(visible);
+                let visible = step.options.visible.map_or(KEY_TILE, |visible| visible[first + r] as usize);
+                *limit = step.options.key_count.min(visible);
                 most = most.max(*limit);
             }
         }
@@ -300,7 +303,7 @@ unsafe fn score<V: Vector, const ROWS: usize, const VECTORS: usize>(
     let logits = (step.query, step.key_panels, step.head_dim, step.weights.as_mut_ptr());
     let values = (step.output_gradient, step.value_panels, step.value_dim, step.logit_gradients.as_mut_ptr());
     let both = [logits, values];
-    let used = if step.use_values { 2 } else { 1 };
+    let used = if step.options.use_values { 2 } else { 1 };
     for p in 0..block.most.div_ceil(panel) {
         let rows = block.rows_that_see(p * panel);
         for &(left, right, width, to) in &both[..used] {
@@ -329,8 +332,8 @@ unsafe fn weigh_rows<V: Vector>(step: &mut GradientStep<'_>, block: &Block) {
     let factor = V::splat(step.scale_log2 * LN_2);
     for r in 0..block.rows {
         let (row, limit) = (block.first + r, block.limits[r]);
-        let start = V::splat(step.shift - step.log2_sum[row]);
-        let delta = V::splat(if step.use_sum { step.delta[row] } else { 0.0 });
+        let start = V::splat(step.options.shift - step.log2_sum[row]);
+        let delta = V::splat(if step.options.use_sum { step.delta[row] } else { 0.0 });
         for key in (0..KEY_TILE).step_by(V::LANES) {
             // SAFETY: KEY_TILE numbers a row, of the mask too, and for the keys.
             unsafe {
@@ -343,20 +346,20 @@ unsafe fn weigh_rows<V: Vector>(step: &mut GradientStep<'_>, block: &Block) {
                 }
                 let product = V::load(weights);
                 let scale = V::splat(step.scale_log2);
-                let mask = step.mask.map(|(mask, stride)| mask.as_ptr().add(row * stride + key));
+                let mask = step.options.mask.map(|(mask, stride)| mask.as_ptr().add(row * stride + key));
                 // The mask and the sum may be as large: together first.
                 let mut addend = start;
                 if let Some(mask) = mask {
                     addend = V::load(mask).mul_add(V::splat(LOG2_E), addend);
                 }
-                if let Some(log_weight) = step.log_weight {
+                if let Some(log_weight) = step.options.log_weight {
                     addend = V::load(log_weight.as_ptr().add(key)).add(addend);
                 }
                 let exponent = product.mul_add(scale, addend);
                 // In this order a NaN stays one.
                 let mut weight = V::splat(MOST_EXPONENT).min(exponent).exp2();
                 let mut gradient = zero.sub(delta);
-                if step.use_values {
+                if step.options.use_values {
                     gradient = V::load(gradients).sub(delta);
                 }
                 gradient = weight.mul(factor).mul(gradient);
@@ -365,7 +368,7 @@ unsafe fn weigh_rows<V: Vector>(step: &mut GradientStep<'_>, block: &Block) {
                     weight = zero.select_less(weight, mask, lowest);
                     gradient = zero.select_less(gradient, mask, lowest);
                 }
-                if let Some(cap) = step.cap {
+                if let Some(cap) = step.options.cap {
                     let cap = V::splat(cap[row]);
                     let mut logit = product.mul(scale);
                     if let Some(mask) = mask {
@@ -442,7 +445,7 @@ unsafe fn add_gradients<V: Vector, const ROWS: usize, const VECTORS: usize>(
     // SAFETY: the block's rows are among the step's, and its limits are not beyond the last key.
     unsafe {
         let [values, keys, queries] = gradient_products::<V>(step, block);
-        if step.use_values {
+        if step.options.use_values {
             let (product, vectors) = values;
             product.compute::<V, ROWS, VECTORS, false>(block.most, vectors, RowsThatSee(block));
         }
@@ -456,8 +459,8 @@ unsafe fn add_gradients<V: Vector, const ROWS: usize, const VECTORS: usize>(
 /// [`add_gradients`] where operands are not finite: for each row the keys that it sees, and no others.
 #[inline(always)]
 unsafe fn add_seen_pairs<V: Vector>(step: &mut GradientStep<'_>, block: &Block) {
-    let skipped = if step.use_values { 0 } else { 1 };
-    let mask = step.mask;
+    let skipped = if step.options.use_values { 0 } else { 1 };
+    let mask = step.options.mask;
     let is_seen = |row: usize, key: usize| {
         let hidden =
             |(mask, stride): (&[f32], usize)| mask[(block.first + row) * stride + key] < HIDDEN_BELOW;

@@ -99,6 +99,53 @@ impl Packing {
     }
 }
 
+/// How the query rows of a step meet its keys.
+#[derive(Clone, Copy)]
+pub struct StepOptions<'a> {
+    /// Keys in this tile, at most [`KEY_TILE`].
+    pub key_count: usize,
+    /// Added to all logits (base 2).
+    pub shift: f32,
+    /// Added to the logits of each key (base 2, `[KEY_TILE]`).
+    pub log_weight: Option<&'a [f32]>,
+    /// Number of leading keys each row sees (`[rows]`); all when absent.
+    pub visible: Option<&'a [u32]>,
+    /// Added to the logits (natural logarithm), and the distance from one row's [`KEY_TILE`] numbers to the next row's;
+    /// a row does not see a key that has less than -2^127 there.
+    pub mask: Option<(&'a [f32], usize)>,
+    /// Upper bound on each row's logits before weight and shift are added (`[rows]`).
+    pub cap: Option<&'a [f32]>,
+    /// Whether these keys enter the sum.
+    pub use_sum: bool,
+    /// Whether these keys enter the product with the values.
+    pub use_values: bool,
+}
+
+impl StepOptions<'_> {
+    /// All of a tile's keys as they are, met by every row: plain attention.
+    pub const PLAIN: Self = StepOptions {
+        key_count: KEY_TILE,
+        shift: 0.0,
+        log_weight: None,
+        visible: None,
+        mask: None,
+        cap: None,
+        use_sum: true,
+        use_values: true,
+    };
+
+    /// Whether the slices are as long as they must be for `rows` rows.
+    fn are_whole(&self, rows: usize) -> bool {
+        self.key_count <= KEY_TILE
+            && self.log_weight.is_none_or(|weights| weights.len() >= KEY_TILE)
+            && self.visible.is_none_or(|visible| visible.len() >= rows)
+            && self.cap.is_none_or(|caps| caps.len() >= rows)
+            && self.mask.is_none_or(|(mask, stride)| {
+                stride >= KEY_TILE && rows > 0 && mask.len() >= (rows - 1) * stride + KEY_TILE
+            })
+    }
+}
+
 /// Queries against one packed tile of keys: the unit of work of a kernel.
 ///
 /// Logits are in base 2. With R = `query_rows`, P = `panel` and L = `lanes` of the table, rows come in groups
@@ -119,23 +166,8 @@ pub struct Step<'a> {
     pub keys: &'a [u32],
     /// `[panels][S][P or L]`; words beyond the last key are not looked at.
     pub values: &'a [u32],
-    /// Keys in this tile, at most [`KEY_TILE`].
-    pub key_count: usize,
-    /// Added to all logits (base 2).
-    pub shift: f32,
-    /// Added to the logits of each key (base 2, `[KEY_TILE]`).
-    pub log_weight: Option<&'a [f32]>,
-    /// Number of leading keys each row sees (`[rows]`); all when absent.
-    pub visible: Option<&'a [u32]>,
-    /// Added to the logits (natural logarithm), and the distance from one row's [`KEY_TILE`] numbers to the next row's;
-    /// a row does not see a key that has less than -2^127 there.
-    pub mask: Option<(&'a [f32], usize)>,
-    /// Upper bound on each row's logits before weight and shift are added (`[rows]`).
-    pub cap: Option<&'a [f32]>,
-    /// Whether these keys enter the sum.
-    pub use_sum: bool,
-    /// Whether these keys enter the product with the values.
-    pub use_values: bool,
+    /// How rows meet these keys.
+    pub options: StepOptions<'a>,
     /// What each row's weights are relative to (`[rows]`, a multiple of T): -inf as long as a row has seen
     /// nothing but -inf, then a logit that no other exceeds by more than 8.
     pub max: &'a mut [f32],
@@ -195,24 +227,10 @@ pub struct GradientStep<'a> {
     pub key_panels: &'a [u32],
     /// The values as bits of f32: `[KEY_TILE / P][value_dim][P]`.
     pub value_panels: &'a [u32],
-    /// Keys in this tile, 1 to [`KEY_TILE`].
-    pub key_count: usize,
-    /// Added to all logits (base 2).
-    pub shift: f32,
-    /// Added to the logits of each key (base 2, `[KEY_TILE]`).
-    pub log_weight: Option<&'a [f32]>,
-    /// Number of leading keys each row sees (`[rows]`); all when absent.
-    pub visible: Option<&'a [u32]>,
-    /// As in [`Step`].
-    pub mask: Option<(&'a [f32], usize)>,
-    /// A pair whose logit, before weight and shift are added, is above its row's number is a constant and has no
-    /// weight here (`[rows]`).
-    pub cap: Option<&'a [f32]>,
-    /// Whether these keys are in the rows' sums.
-    pub use_sum: bool,
-    /// Whether these keys are in the products with the values. Without it `output_gradient`, `value_panels` and
-    /// `value_gradient` are not looked at.
-    pub use_values: bool,
+    /// How rows meet these keys, of which there is at least one. A pair whose logit is above its row's cap is a
+    /// constant and has no weight here. Without `use_values` nobody looks at `output_gradient`, `value_panels` and
+    /// `value_gradient`.
+    pub options: StepOptions<'a>,
     /// Base-2 logarithm of each row's sum; -inf for a row that saw nothing, which then adds and gets nothing
     /// (`[rows]`).
     pub log2_sum: &'a [f32],
@@ -265,13 +283,6 @@ pub struct Kernels {
     squared_distances: unsafe fn(&[f32], &[f32], &mut [f32]),
     widen_f16: unsafe fn(*const u8, &mut [f32]),
     survey_mask: SurveyMask,
-}
-
-/// Whether a mask has [`KEY_TILE`] numbers for each of `rows` rows.
-fn mask_is_full(mask: Option<(&[f32], usize)>, rows: usize) -> bool {
-    mask.is_none_or(|(mask, stride)| {
-        stride >= KEY_TILE && rows > 0 && mask.len() >= (rows - 1) * stride + KEY_TILE
-    })
 }
 
 impl core::fmt::Debug for Kernels {
@@ -370,18 +381,13 @@ impl Kernels {
         let rows = step.max.len();
         let depth = step.packing.depth();
         let words = step.head_dim.div_ceil(depth);
-        let full = |weights: Option<&[f32]>, len| weights.is_none_or(|slice| slice.len() >= len);
         assert!(
             rows.is_multiple_of(self.row_multiple)
                 && step.value_dim.is_multiple_of(self.lanes)
-                && step.key_count <= KEY_TILE
+                && step.options.are_whole(rows)
                 && step.query.len() >= rows.next_multiple_of(self.query_rows) * words
                 && step.keys.len() >= KEY_TILE * words
                 && step.values.len() >= KEY_TILE / depth * step.value_dim
-                && full(step.log_weight, KEY_TILE)
-                && full(step.cap, rows)
-                && mask_is_full(step.mask, rows)
-                && step.visible.is_none_or(|visible| visible.len() >= rows)
                 && step.sum.len() >= rows * self.lanes
                 && step.accumulated.len() >= rows * step.value_dim
                 && step.logits.len() >= self.query_rows * self.panel
@@ -407,18 +413,14 @@ impl Kernels {
         let (head_dim, value_dim) = (step.head_dim, step.value_dim);
         let (key_stride, value_stride) =
             (head_dim.next_multiple_of(self.lanes), value_dim.next_multiple_of(self.lanes));
-        let keys = step.key_count;
-        let full = |numbers: Option<&[f32]>, len| numbers.is_none_or(|slice| slice.len() >= len);
+        let keys = step.options.key_count;
         assert!(
             rows > 0
-                && (1..=KEY_TILE).contains(&keys)
+                && keys > 0
+                && step.options.are_whole(rows)
                 && step.query.len() >= rows * key_stride
                 && step.keys.len() >= keys * key_stride
                 && step.key_panels.len() >= KEY_TILE * head_dim
-                && full(step.log_weight, KEY_TILE)
-                && full(step.cap, rows)
-                && mask_is_full(step.mask, rows)
-                && step.visible.is_none_or(|visible| visible.len() >= rows)
                 && step.log2_sum.len() >= rows
                 && step.query_gradient.len() >= rows * key_stride
                 && step.key_gradient.len() >= keys * key_stride
@@ -426,7 +428,7 @@ impl Kernels {
                 && step.logit_gradients.len() >= rows * KEY_TILE
         );
         assert!(
-            !step.use_values
+            !step.options.use_values
                 || (step.output_gradient.len() >= rows * value_stride
                     && step.value_panels.len() >= KEY_TILE * value_dim
                     && step.value_gradient.len() >= keys * value_stride)

@@ -116,11 +116,6 @@ template <u32 DIM> struct Loader {
                         tile.first_key, tile.kv_head, tile.batch);
         }
         barrier_arrive(full);
-        if (tile.flags & KEY_TILE_RESUME) {
-            u64 first = (u64)(tile.batch * p.heads_kv() + tile.kv_head) * p.n_k + tile.first_key;
-            hopper::prefetch(params.key_sums + first * p.head_dim, tile.rows * p.head_dim * 4);
-            hopper::prefetch(params.value_sums + first * p.value_dim, tile.rows * p.value_dim * 4);
-        }
     }
 
     __device__ __forceinline__ void load_queries(const FusedTile &tile)

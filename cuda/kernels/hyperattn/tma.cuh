@@ -29,12 +29,6 @@ __device__ __forceinline__ void tensor_copy(u32 to, const TensorMap &map, u32 ba
                  : "memory");
 }
 
-// Has the cache fetch memory, at a multiple of 16 bytes as their count is.
-__device__ __forceinline__ void prefetch(const void *from, u32 bytes)
-{
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // Box in shared memory to [batch, head, row, dim]; what is outside the tensor is left out.
 __device__ __forceinline__ void tensor_store(const TensorMap &map, u32 from, u32 dim, u32 row, u32 head, u32 batch)
 {

@@ -183,9 +183,10 @@ impl Fused {
     }
 
     /// dk and dv of the tiles of keys, and dq of the tiles of queries.
-    /// / # Safety / What `params` points to is there, for as many tiles as it says; gradients and sums of their rows
-    //are this launch's / to write; `state_accumulated` of row and head are the sums; `next_tile` is one word of the
-    //workspace.
+    ///
+    /// # Safety
+    /// What `params` points to is there, for as many tiles as it says; gradients and sums of their rows are this launch's
+    /// to write; `state_accumulated` of row and head are the sums; `next_tile` is one word of the workspace.
     pub(crate) unsafe fn run(&self, queue: &Queue<'_>, params: &BackwardParams) -> Result<()> {
         let Launch { block, shared_bytes, names, .. } = self.launch;
         // SAFETY: next_tile and the turns are the workspace's, and the parameters are (BackwardParams, FusedParams) and

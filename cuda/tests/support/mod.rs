@@ -9,4 +9,5 @@ pub mod expect;
 pub mod gradients;
 pub mod graph;
 pub mod problem;
+pub mod refined;
 pub mod tensor;

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use hyperattn_core::Kernels;
-use hyperattn_core::simd::{GradientStep, KEY_TILE, Packing, Step};
+use hyperattn_core::simd::{GradientStep, KEY_TILE, Packing, Step, StepOptions};
 
 const ROWS: usize = 256;
 
@@ -53,14 +53,7 @@ fn forward(kernels: &Kernels, dim: usize) -> f64 {
             query: black_box(&query),
             keys: &keys,
             values: &keys,
-            key_count: KEY_TILE,
-            shift: 0.0,
-            log_weight: None,
-            visible: None,
-            mask: None,
-            cap: None,
-            use_sum: true,
-            use_values: true,
+            options: StepOptions::PLAIN,
             max: &mut max,
             sum: &mut sum,
             accumulated: &mut accumulated,
@@ -91,14 +84,7 @@ fn backward(kernels: &Kernels, dim: usize, limited: bool) -> f64 {
             keys: &keys,
             key_panels: &panels,
             value_panels: &panels,
-            key_count: KEY_TILE,
-            shift: 0.0,
-            log_weight: None,
-            visible: limited.then_some(&visible),
-            mask: None,
-            cap: None,
-            use_sum: true,
-            use_values: true,
+            options: StepOptions { visible: limited.then_some(&visible), ..StepOptions::PLAIN },
             log2_sum: &log2_sum,
             delta: &delta,
             query_gradient: &mut query_gradient,

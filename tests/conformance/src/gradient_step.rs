@@ -1,7 +1,7 @@
 //! One [`GradientStep`] of a kernel from plain rows, padded and packed as its documentation says.
 
 use hyperattn_core::Kernels;
-use hyperattn_core::simd::{GradientStep, KEY_TILE, Packing};
+use hyperattn_core::simd::{GradientStep, KEY_TILE, Packing, StepOptions};
 
 use crate::packing::{MASK_STRIDE, extended, pack_keys};
 
@@ -152,14 +152,16 @@ impl GradientInputs {
             keys: &padded(&self.keys, d, lanes, f32::NAN),
             key_panels: &pack_keys(kernels, Packing::F32, &self.keys, d),
             value_panels: &packed_values,
-            key_count: count,
-            shift: self.shift,
-            log_weight: log_weight.as_deref(),
-            visible: self.visible.as_deref(),
-            mask: mask.as_deref().map(|mask| (mask, MASK_STRIDE)),
-            cap: self.cap.as_deref(),
-            use_sum: self.use_sum,
-            use_values: self.use_values,
+            options: StepOptions {
+                key_count: count,
+                shift: self.shift,
+                log_weight: log_weight.as_deref(),
+                visible: self.visible.as_deref(),
+                mask: mask.as_deref().map(|mask| (mask, MASK_STRIDE)),
+                cap: self.cap.as_deref(),
+                use_sum: self.use_sum,
+                use_values: self.use_values,
+            },
             log2_sum: &self.log2_sum,
             delta: &self.delta,
             query_gradient: &mut query_gradient,

@@ -2,7 +2,7 @@
 
 use hyperattn_core::Kernels;
 use hyperattn_core::bf16;
-use hyperattn_core::simd::{KEY_TILE, Packing, Step, WEIGHING_QUERIES, Weighing};
+use hyperattn_core::simd::{KEY_TILE, Packing, Step, StepOptions, WEIGHING_QUERIES, Weighing};
 
 /// The state of some query rows.
 #[derive(Clone, Debug)]
@@ -212,14 +212,16 @@ impl State {
             query: &self.query,
             keys: &packed_keys,
             values: &packed_values,
-            key_count: count,
-            shift: keys.shift,
-            log_weight: log_weight.as_deref(),
-            visible: visible.as_deref(),
-            mask: mask.as_deref().map(|mask| (mask, MASK_STRIDE)),
-            cap: cap.as_deref(),
-            use_sum: keys.use_sum,
-            use_values: keys.use_values,
+            options: StepOptions {
+                key_count: count,
+                shift: keys.shift,
+                log_weight: log_weight.as_deref(),
+                visible: visible.as_deref(),
+                mask: mask.as_deref().map(|mask| (mask, MASK_STRIDE)),
+                cap: cap.as_deref(),
+                use_sum: keys.use_sum,
+                use_values: keys.use_values,
+            },
             max: &mut self.max,
             sum: &mut self.sum,
             accumulated: &mut self.accumulated,

@@ -24,7 +24,7 @@ fn all_params(mask: Mask) -> Vec<Params> {
     [exact(mask)].into_iter().chain(papers).collect()
 }
 
-/// Runs the backward call from the clean forward call's results, with those rows that differ from a dirty one.
+/// Runs the forward call, and the backward call with its results.
 fn run(kernels: &Kernels, params: &Params, inputs: &Inputs, loss: &Loss) -> (Outcome, Slopes) {
     let call = Backward::new(Setup::new(kernels, params, inputs), loss);
     let outcome = call.of.run();

@@ -226,21 +226,17 @@ fn check(inputs: &GradientInputs, before: &StepGradients, after: &StepGradients)
     }
 }
 
-#[test]
-fn steps_agree_with_f64() {
-    let seed = 310;
+/// Calls `check` with every table and `cases` random steps.
+fn for_each_random_step(
+    seed: u64,
+    cases: usize,
+    check: impl Fn(&'static Kernels, &mut Generator, GradientInputs),
+) {
     println!("seed {seed}");
     for_each_table(|kernels| {
         let mut generator = Generator::new(seed);
-        for case in 0..160 {
+        for case in 0..cases {
             let inputs = random_inputs(&mut generator);
-            let before = StepGradients {
-                query: normals(&mut generator, inputs.query.len()),
-                keys: normals(&mut generator, inputs.keys.len()),
-                values: normals(&mut generator, inputs.values.len()),
-            };
-            let mut after = before.clone();
-            inputs.add_to(kernels, &mut after);
             println!(
                 "case {case}: {} rows, {} keys of {}, values of {}",
                 inputs.rows(),
@@ -248,8 +244,22 @@ fn steps_agree_with_f64() {
                 inputs.head_dim,
                 inputs.value_dim
             );
-            check(&inputs, &before, &after);
+            check(kernels, &mut generator, inputs);
         }
+    });
+}
+
+#[test]
+fn steps_agree_with_f64() {
+    for_each_random_step(310, 160, |kernels, generator, inputs| {
+        let before = StepGradients {
+            query: normals(generator, inputs.query.len()),
+            keys: normals(generator, inputs.keys.len()),
+            values: normals(generator, inputs.values.len()),
+        };
+        let mut after = before.clone();
+        inputs.add_to(kernels, &mut after);
+        check(&inputs, &before, &after);
     });
 }
 
@@ -260,7 +270,7 @@ fn plain_steps_agree_with_f64() {
     println!("seed {seed}");
     for_each_table(|kernels| {
         let mut generator = Generator::new(seed);
-        for rows in (1..=20).chain(60..=90).chain([128, 256]) {
+        for rows in (1..=20).chain(90..=120).chain([192, 256]) {
             let inputs = plain_inputs(&mut generator, (rows, KEY_TILE), (64, 64));
             check(&inputs, &StepGradients::zero(&inputs), &inputs.gradients(kernels));
         }
@@ -282,24 +292,18 @@ fn all_bits(gradients: &StepGradients) -> [Vec<u32>; 3] {
 
 #[test]
 fn a_row_s_bits_are_its_own_and_a_key_s_too() {
-    let seed = 312;
-    println!("seed {seed}");
-    for_each_table(|kernels| {
-        let mut generator = Generator::new(seed);
-        for _ in 0..60 {
-            let inputs = random_inputs(&mut generator);
-            let d = inputs.head_dim;
-            let all = inputs.gradients(kernels);
-            assert_eq!(all_bits(&all), all_bits(&inputs.gradients(kernels)));
-            for row in 0..inputs.rows() {
-                let alone = inputs.row(row).gradients(kernels);
-                assert_eq!(bits(&alone.query), bits(&all.query[row * d..][..d]), "row {row}");
-            }
-            let count = 1 + generator.below(inputs.key_count());
-            let fewer = inputs.leading_keys(count).gradients(kernels);
-            assert_eq!(bits(&fewer.keys), bits(&all.keys[..count * d]));
-            assert_eq!(bits(&fewer.values), bits(&all.values[..count * inputs.value_dim]));
+    for_each_random_step(312, 60, |kernels, generator, inputs| {
+        let d = inputs.head_dim;
+        let all = inputs.gradients(kernels);
+        assert_eq!(all_bits(&all), all_bits(&inputs.gradients(kernels)));
+        for row in 0..inputs.rows() {
+            let alone = inputs.row(row).gradients(kernels);
+            assert_eq!(bits(&alone.query), bits(&all.query[row * d..][..d]), "row {row}");
         }
+        let count = 1 + generator.below(inputs.key_count());
+        let fewer = inputs.leading_keys(count).gradients(kernels);
+        assert_eq!(bits(&fewer.keys), bits(&all.keys[..count * d]));
+        assert_eq!(bits(&fewer.values), bits(&all.values[..count * inputs.value_dim]));
     });
 }
 
@@ -307,66 +311,56 @@ fn a_row_s_bits_are_its_own_and_a_key_s_too() {
 /// the same step holds only numbers.
 #[test]
 fn what_is_not_finite_stays_with_those_who_see_it() {
-    let seed = 313;
-    println!("seed {seed}");
-    for_each_table(|kernels| {
-        let mut generator = Generator::new(seed);
-        for _ in 0..200 {
-            let mut inputs = random_inputs(&mut generator);
-            let (rows, count, d, dv) = (inputs.rows(), inputs.key_count(), inputs.head_dim, inputs.value_dim);
-            inputs.cap = None;
-            inputs.log_weight = None;
-            let finite = inputs.gradients(kernels);
-            let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][generator.below(3)];
-            let (row, key) = (generator.below(rows), generator.below(count));
-            let what = generator.below(5);
-            match what {
-                0 => inputs.query[row * d + generator.below(d)] = bad,
-                1 => inputs.output_gradient[row * dv + generator.below(dv)] = bad,
-                2 => inputs.keys[key * d + generator.below(d)] = bad,
-                3 => inputs.values[key * dv + generator.below(dv)] = bad,
-                _ => inputs.delta[row] = bad,
+    for_each_random_step(313, 200, |kernels, generator, mut inputs| {
+        let (rows, count, d, dv) = (inputs.rows(), inputs.key_count(), inputs.head_dim, inputs.value_dim);
+        inputs.cap = None;
+        inputs.log_weight = None;
+        let finite = inputs.gradients(kernels);
+        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][generator.below(3)];
+        let (row, key) = (generator.below(rows), generator.below(count));
+        let what = generator.below(5);
+        match what {
+            0 => inputs.query[row * d + generator.below(d)] = bad,
+            1 => inputs.output_gradient[row * dv + generator.below(dv)] = bad,
+            2 => inputs.keys[key * d + generator.below(d)] = bad,
+            3 => inputs.values[key * dv + generator.below(dv)] = bad,
+            _ => inputs.delta[row] = bad,
+        }
+        let gradients = inputs.gradients(kernels);
+        let of_row = matches!(what, 0 | 1 | 4);
+        for r in 0..rows {
+            let touched = if of_row { r == row } else { is_seen(&inputs, r, key) };
+            if !touched {
+                let range = r * d..(r + 1) * d;
+                assert_eq!(
+                    bits(&gradients.query[range.clone()]),
+                    bits(&finite.query[range]),
+                    "{what}: row {r}"
+                );
             }
-            let gradients = inputs.gradients(kernels);
-            let of_row = matches!(what, 0 | 1 | 4);
-            for r in 0..rows {
-                let touched = if of_row { r == row } else { is_seen(&inputs, r, key) };
-                if !touched {
-                    let range = r * d..(r + 1) * d;
-                    assert_eq!(
-                        bits(&gradients.query[range.clone()]),
-                        bits(&finite.query[range]),
-                        "{what}: row {r}"
-                    );
-                }
+        }
+        for j in 0..count {
+            let touched = if of_row { is_seen(&inputs, row, j) } else { j == key };
+            if !touched {
+                let (of_key, of_value) = (j * d..(j + 1) * d, j * dv..(j + 1) * dv);
+                assert_eq!(bits(&gradients.keys[of_key.clone()]), bits(&finite.keys[of_key]), "{what}: {j}");
+                assert_eq!(
+                    bits(&gradients.values[of_value.clone()]),
+                    bits(&finite.values[of_value]),
+                    "{what}: {j}"
+                );
             }
-            for j in 0..count {
-                let touched = if of_row { is_seen(&inputs, row, j) } else { j == key };
-                if !touched {
-                    let (of_key, of_value) = (j * d..(j + 1) * d, j * dv..(j + 1) * dv);
-                    assert_eq!(
-                        bits(&gradients.keys[of_key.clone()]),
-                        bits(&finite.keys[of_key]),
-                        "{what}: {j}"
-                    );
-                    assert_eq!(
-                        bits(&gradients.values[of_value.clone()]),
-                        bits(&finite.values[of_value]),
-                        "{what}: {j}"
-                    );
-                }
+        }
+        if bad.is_nan() && what == 0 {
+            for j in (0..count).filter(|&j| is_seen(&inputs, row, j)) {
+                assert!(gradients.keys[j * d..][..d].iter().all(|x| x.is_nan()), "key {j}");
+                assert!(gradients.query[row * d..][..d].iter().all(|x| x.is_nan()));
             }
-            if bad.is_nan() && what == 0 {
-                for j in (0..count).filter(|&j| is_seen(&inputs, row, j)) {
-                    assert!(gradients.keys[j * d..][..d].iter().all(|x| x.is_nan()), "key {j}");
-                    assert!(gradients.query[row * d..][..d].iter().all(|x| x.is_nan()));
-                }
-            }
-            if bad.is_nan() && what == 2 {
-                for r in (0..rows).filter(|&r| is_seen(&inputs, r, key)) {
-                    assert!(gradients.query[r * d..][..d].iter().all(|x| x.is_nan()), "row {r}");
-                    assert!(gradients.keys[key * d..][..d].iter().all(|x| x.is_nan()));
-                }
+        }
+        if bad.is_nan() && what == 2 {
+            for r in (0..rows).filter(|&r| is_seen(&inputs, r, key)) {
+                assert!(gradients.query[r * d..][..d].iter().all(|x| x.is_nan()), "row {r}");
+                assert!(gradients.keys[key * d..][..d].iter().all(|x| x.is_nan()));
             }
         }
     });
@@ -375,22 +369,13 @@ fn what_is_not_finite_stays_with_those_who_see_it() {
 /// One row and one key, with a logit of 0, no gradient of the row's sum, and a value of 1.
 fn one_pair(log2_sum: f32, output_gradient: f32) -> GradientInputs {
     GradientInputs {
-        head_dim: 1,
-        value_dim: 1,
         scale_log2: 1.0,
         query: vec![0.0],
         output_gradient: vec![output_gradient],
-        keys: vec![0.0],
         values: vec![1.0],
-        shift: 0.0,
-        log_weight: None,
-        visible: None,
-        mask: None,
-        cap: None,
-        use_sum: true,
-        use_values: true,
         log2_sum: vec![log2_sum],
         delta: vec![0.0],
+        ..plain_inputs(&mut Generator::new(0), (1, 1), (1, 1))
     }
 }
 

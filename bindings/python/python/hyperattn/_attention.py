@@ -8,28 +8,12 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 from . import _params
 from ._call import Call, cpu_execution
 from ._dlpack import SupportsDLPack
-from ._inputs import BlockMask, Layout, Numbers, add_choices, tensors_of
+from ._inputs import BlockMask, Layout, Numbers, Options, add_choices, tensors_of
 from ._library import check, ffi, lib
 from ._params import Mask, Method, Parameters
 
 Array = TypeVar("Array", bound=SupportsDLPack)
 Other = TypeVar("Other", bound=SupportsDLPack)
-
-
-class _Options(Parameters, total=False):
-    """The keyword arguments of `forward` on which the type of its result does not depend."""
-
-    method: Method | int
-    mask: Mask | int
-    scale: float | None
-    layout: Layout
-    threads: int
-    stream: int | None
-    additive_mask: SupportsDLPack | None
-    block_mask: BlockMask | None
-    head_methods: Sequence[Method | int] | None
-    cu_seqlens_q: Numbers | None
-    cu_seqlens_k: Numbers | None
 
 
 @overload
@@ -41,7 +25,7 @@ def forward(
     out: None = ...,
     return_lse: Literal[False] = ...,
     return_error: Literal[False] = ...,
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> Array: ...
 @overload
 def forward(
@@ -52,7 +36,7 @@ def forward(
     out: Other,
     return_lse: Literal[False] = ...,
     return_error: Literal[False] = ...,
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> Other: ...
 @overload
 def forward(
@@ -63,7 +47,7 @@ def forward(
     out: None = ...,
     return_lse: bool = ...,
     return_error: bool = ...,
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> tuple[Array, ...]: ...
 @overload
 def forward(
@@ -74,7 +58,7 @@ def forward(
     out: SupportsDLPack,
     return_lse: bool = ...,
     return_error: bool = ...,
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> tuple[Any, ...]: ...
 def forward(
     q: Any,

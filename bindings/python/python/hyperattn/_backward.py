@@ -7,7 +7,7 @@ from . import _params
 from ._arrays import arrays_of
 from ._call import Call
 from ._dlpack import SupportsDLPack
-from ._inputs import BlockMask, Layout, Numbers, add_choices, tensors_of
+from ._inputs import BlockMask, Layout, Numbers, Options, add_choices, tensors_of
 from ._library import ffi
 from ._params import Mask, Method, Parameters
 
@@ -27,18 +27,7 @@ def backward(
     *,
     dlse: SupportsDLPack | None = ...,
     gradients: None = ...,
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[Options],
 ) -> tuple[Query, Key, Value]: ...
 @overload
 def backward(
@@ -51,18 +40,7 @@ def backward(
     *,
     dlse: SupportsDLPack | None = ...,
     gradients: tuple[Query, Key, Value],
-    method: Method | int = ...,
-    mask: Mask | int = ...,
-    scale: float | None = ...,
-    layout: Layout = ...,
-    threads: int = ...,
-    stream: int | None = ...,
-    additive_mask: SupportsDLPack | None = ...,
-    block_mask: BlockMask | None = ...,
-    head_methods: Sequence[Method | int] | None = ...,
-    cu_seqlens_q: Numbers | None = ...,
-    cu_seqlens_k: Numbers | None = ...,
-    **params: Unpack[Parameters],
+    **options: Unpack[Options],
 ) -> tuple[Query, Key, Value]: ...
 def backward(
     q: Any,

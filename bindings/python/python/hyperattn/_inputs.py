@@ -8,7 +8,7 @@ from . import _params
 from ._call import Call
 from ._dlpack import SupportsDLPack
 from ._library import ffi
-from ._params import Method
+from ._params import Mask, Method, Parameters
 
 Layout = Literal["bhsd", "bshd"]
 # Whole numbers: a list, or an array that has `tolist`.
@@ -43,6 +43,22 @@ class BlockMask:
         struct.row_offsets = call.pointer("row_offsets", self.row_offsets, "int64", "int64_t *")
         struct.columns = call.pointer("columns", self.columns, "int32", "int32_t *")
         struct.row_offsets_head_stride = 0 if self.row_offsets.ndim == 1 else per_head
+
+
+class Options(Parameters, total=False):
+    """The keyword arguments of `forward` and `backward` on which the type of the result does not depend."""
+
+    method: Method | int
+    mask: Mask | int
+    scale: float | None
+    layout: Layout
+    threads: int
+    stream: int | None
+    additive_mask: SupportsDLPack | None
+    block_mask: BlockMask | None
+    head_methods: Sequence[Method | int] | None
+    cu_seqlens_q: Numbers | None
+    cu_seqlens_k: Numbers | None
 
 
 def tensors_of(call: Call, q: Any, k: Any, v: Any, block_mask: BlockMask | None) -> Any:
