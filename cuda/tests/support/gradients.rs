@@ -13,6 +13,7 @@ use hyperattn_reference::Generator;
 
 use super::call::{Call, Prepared};
 use super::device::{Memory, Stream};
+use super::graph::Graph;
 use super::tensor::{Arrangement, Tensor, rounded};
 
 /// One backward call, to be run after its forward.
@@ -278,6 +279,17 @@ impl PreparedBackward<'_> {
         self.enqueue(&stream).unwrap_or_else(|error| panic!("{:?}: {error:?}", self.forward.params()));
         stream.synchronize();
         self.found()
+    }
+
+    /// Asserts that runs and replays of a graph leave the same bits. The first call of these kernels may be the captured one.
+    pub fn check_bits(&self) {
+        let stream = Stream::new();
+        let graph = Graph::capture(&stream, || self.enqueue(&stream).unwrap());
+        graph.launch(&stream);
+        let first = self.found();
+        assert!(first == self.run());
+        graph.launch(&stream);
+        assert!(first == self.found());
     }
 
     /// What the gradients hold. Panics where the call wrote behind its workspace or around a gradient, or left a part
