@@ -259,7 +259,7 @@ fn compile(source: &CStr, architecture: &str) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// One to two minutes each.
+    /// Two to three minutes each.
     fn assert_compiles(architecture: &str) {
         if let Err(error) = nvrtc() {
             println!("SKIPPED: {error}");

@@ -153,7 +153,7 @@ __global__ void reference(AttendParams p, float *out, float *lse)
                     continue;
                 if ((segment.flags & SEGMENT_LIMITED) && position >= p.limit(row))
                     continue;
-                u32 key = p.key_row(tile, segment, j, position);
+                u32 key = p.key_row(p.order_of_keys(tile.batch, p.kv_head(tile)), segment, j, position);
                 k = p.k.row(tile.batch, p.kv_head(tile), key);
                 v = p.v.row(tile.batch, p.kv_head(tile), key);
             }

@@ -192,7 +192,7 @@ __global__ void reference(AttendParams p, const u32 *checked_tiles, u32 checked,
                     bool seen = !(position >= segment.hidden_start && position < segment.hidden_end);
                     if (segment.flags & SEGMENT_LIMITED)
                         seen = seen && position < limit;
-                    u32 key_row = p.key_row(tile, segment, j, position);
+                    u32 key_row = p.key_row(p.order_of_keys(tile.batch, p.kv_head(tile)), segment, j, position);
                     row = seen ? (i64)key_row : UNSEEN;
                     key = p.k.row(tile.batch, p.kv_head(tile), key_row);
                 }
