@@ -64,8 +64,9 @@ pub unsafe extern "C" fn hyperattn_cuda_forward(
 ) -> hyperattn_status {
     guard(|| {
         // SAFETY: the pointers are what the header asks for.
-        let (arguments, exec) =
-            unsafe { (Arguments::read(params, tensors, |from| given_tensors(from))?, read_exec(exec)?) };
+        let arguments = unsafe { Arguments::read(params, tensors, |from| given_tensors(from)) }?;
+        // SAFETY: as above.
+        let exec = unsafe { read_exec(exec) }?;
         let Arguments { options, division, tensors, .. } = &arguments;
         // SAFETY: as above: the tensors and the workspace are the call's until the stream has passed it.
         unsafe { enqueue(options, division, tensors, &exec) }

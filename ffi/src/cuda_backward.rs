@@ -15,8 +15,9 @@ use crate::types::*;
 /// Linear in the sequence: 8 bytes for every query row, and the lists of tiles. Exact attention of 16-bit tensors of up to 128
 /// dimensions takes 4 head_dim + 4 bytes for a query row more. METHOD_PAPER takes what hyperattn_cuda_forward_workspace()
 /// answers, with sums of 4 head_dim + 4 bytes for a query row under a causal mask or with RESIDUAL_ROW_NORM, and of
-/// 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. METHOD_REFINED takes what that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
-/// to 1 GiB, or what the listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
+/// 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. METHOD_REFINED takes what that answers, with sums
+/// of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up to 1 GiB, or what the
+/// listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
 /// KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(

@@ -735,8 +735,9 @@ hyperattn_status hyperattn_cuda_forward(const struct hyperattn_params *params,
 /// Linear in the sequence: 8 bytes for every query row, and the lists of tiles. Exact attention of 16-bit tensors of up to 128
 /// dimensions takes 4 head_dim + 4 bytes for a query row more. METHOD_PAPER takes what hyperattn_cuda_forward_workspace()
 /// answers, with sums of 4 head_dim + 4 bytes for a query row under a causal mask or with RESIDUAL_ROW_NORM, and of
-/// 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. METHOD_REFINED takes what that answers, with sums of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up
-/// to 1 GiB, or what the listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
+/// 4 (head_dim + value_dim) for a key row; the lists of a block mask twice. METHOD_REFINED takes what that answers, with sums
+/// of 4 (head_dim + value_dim) bytes for the key rows of a set of KV heads, 1 GiB or one head, and up to 1 GiB, or what the
+/// listed keys of one tile take, of partial sums. Head_methods that differ among the query heads of one
 /// KV head take 8 (head_dim + value_dim) bytes for each of its keys more.
 hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params *params,
                                                    const struct hyperattn_tensors *tensors,
