@@ -149,7 +149,8 @@ impl StepOptions<'_> {
 /// Queries against one packed tile of keys: the unit of work of a kernel.
 ///
 /// Logits are in base 2. With R = `query_rows`, P = `panel` and L = `lanes` of the table, rows come in groups
-/// of R, the last of which may have only a multiple of T = `row_multiple`, keys in panels of P, and the columns of the values in panels of P and, where less than P are left, of L.
+/// of R, the last of which may have only a multiple of T = `row_multiple`, keys in panels of P, and the columns of the
+/// values in panels of P and, where less than P are left, of L.
 /// W is the number of words that hold `head_dim` elements, S the number that hold [`KEY_TILE`].
 pub struct Step<'a> {
     /// What the words are.

@@ -63,8 +63,9 @@ enum TileFlags : u32 {
     TILE_COMPACT = 8,
 };
 
-// The state of one row between launches is (max, sum, accumulated): weights are 2^(logit - max), `sum` is theirs, `accumulated` that
-// of the weighted values. A row that has met nothing has max -inf and sum 0, and its accumulated values are undefined.
+// The state of one row between launches is (max, sum, accumulated): weights are 2^(logit - max), `sum` is theirs,
+// `accumulated` that of the weighted values. A row that has met nothing has max -inf and sum 0, and its accumulated
+// values are undefined.
 struct AttendParams {
     View q;
     View k;

@@ -9,6 +9,7 @@ pub mod expected;
 pub mod expected_gradients;
 pub mod gradient_step;
 pub mod inputs;
+pub mod isolation;
 pub mod packing;
 pub mod patterns;
 pub mod random_mask;

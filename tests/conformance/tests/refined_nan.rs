@@ -1,24 +1,22 @@
 //! METHOD_REFINED and what a row must not feel: keys and values that it does not see, NaN of others, keys without
 //! weight.
 
-use std::ops::Range;
-
 use hyperattn_conformance::compare::head_errors;
-use hyperattn_conformance::expected::{exact_output, visible_keys};
+use hyperattn_conformance::expected::exact_output;
 use hyperattn_conformance::for_each_table;
 use hyperattn_conformance::inputs::{Inputs, Shape};
+use hyperattn_conformance::isolation::{
+    assert_a_key_or_value_stays_with_the_rows_that_see_it, assert_a_query_spoils_its_own_row_only,
+    assert_later_keys_are_not_felt,
+};
 use hyperattn_conformance::patterns::{hide, topics};
-use hyperattn_conformance::run::{Outcome, Setup};
+use hyperattn_conformance::run::Setup;
 use hyperattn_core::{Mask, Method, Params};
 use hyperattn_reference::Output;
 
-const D: usize = 16;
 const N: usize = 700;
 const CAUSAL: [Mask; 2] = [Mask::CausalBottomRight, Mask::CausalTopLeft];
 const MASKS: [Mask; 2] = [Mask::None, Mask::CausalBottomRight];
-
-/// Queries that may share what they meet: no tile is longer.
-const MOST_TILE_ROWS: usize = 256;
 
 fn refined(mask: Mask, target_error: f32) -> Params {
     let base = Params { method: Method::Refined, mask, target_error, ..Params::default() };
@@ -30,118 +28,42 @@ fn shape(n_q: usize, n_k: usize) -> Shape {
     Shape { batch: 2, heads_q: 4, heads_kv: 2, ..Shape::single(n_q, n_k) }
 }
 
-/// The bits of one row: output and lse.
-fn row(outcome: &Outcome, index: usize) -> Vec<u32> {
-    let out = &outcome.out[index * D..][..D];
-    out.iter().chain([&outcome.lse[index]]).map(|x| x.to_bits()).collect()
-}
-
-fn has_nan(outcome: &Outcome, index: usize) -> bool {
-    outcome.lse[index].is_nan() || outcome.out[index * D..][..D].iter().any(|x| x.is_nan())
-}
-
-/// Fills keys, values or both at `positions` of every KV head.
-fn fill(inputs: &Inputs, positions: Range<usize>, key: Option<f32>, value: Option<f32>) -> Inputs {
-    let mut changed = inputs.clone();
-    let n_k = inputs.shape.n_k;
-    for (values, with) in [(&mut changed.k, key), (&mut changed.v, value)] {
-        let Some(with) = with else { continue };
-        for head in values.chunks_mut(n_k * D) {
-            head[positions.start * D..positions.end * D].fill(with);
-        }
-    }
-    changed
-}
-
-/// Rows that see no key from `position` on, nor do those that may share a tile with them, keep their bits, whatever
-/// the later keys and values are; and no row gets a NaN that it does not see.
 #[test]
 fn rows_do_not_feel_later_keys() {
-    let nan = Some(f32::NAN);
-    let fills = [(Some(3.0), Some(100.0)), (nan, None), (None, nan)];
     for mask in CAUSAL {
         for (n_q, n_k) in [(N, N), (400, N), (N, 400)] {
             let clean = Inputs::normal(Shape { batch: 1, ..shape(n_q, n_k) }, 2200);
-            let visible = visible_keys(mask, &clean.shape);
             let (params, with_target) = (refined(mask, 0.0), refined(mask, 0.05));
             for_each_table(|kernels| {
-                let before = Setup::new(kernels, &params, &clean).run();
-                for (position, (key, value)) in
-                    [130, 300, n_k - 1].into_iter().flat_map(|position| fills.map(|fill| (position, fill)))
-                {
-                    let changed = fill(&clean, position..n_k, key, value);
-                    let after = Setup::new(kernels, &params, &changed).run();
-                    let targeted = Setup::new(kernels, &with_target, &changed).run();
-                    for index in 0..before.lse.len() {
-                        let i = index % n_q;
-                        if visible[(i + MOST_TILE_ROWS).min(n_q - 1)] <= position {
-                            assert_eq!(row(&before, index), row(&after, index), "row {index}, {params:?}");
-                        }
-                        if visible[i] <= position {
-                            assert!(!has_nan(&after, index), "row {index}, {params:?}");
-                            assert!(!has_nan(&targeted, index), "row {index}, {with_target:?}");
-                        }
-                    }
-                }
+                assert_later_keys_are_not_felt(&params, &with_target, &clean, |params, inputs| {
+                    Setup::new(kernels, params, inputs).run()
+                });
             });
         }
     }
 }
 
-/// Its queries may lead those of its tile elsewhere, but not to NaN, and other heads not at all.
 #[test]
 fn a_query_of_nan_spoils_its_own_row_only() {
     let clean = Inputs::normal(shape(N, N), 2210);
     for (mask, target_error) in MASKS.into_iter().flat_map(|mask| [(mask, 0.0), (mask, 0.05)]) {
-        let params = refined(mask, target_error);
         for_each_table(|kernels| {
-            let before = Setup::new(kernels, &params, &clean).run();
-            for (with, spoiled_row) in [(f32::NAN, 77), (f32::NAN, N - 1), (f32::INFINITY, 500)] {
-                // Row of batch item 1, query head 2.
-                let head = 6 * N..7 * N;
-                let spoiled = head.start + spoiled_row;
-                let mut dirty = clean.clone();
-                dirty.q[spoiled * D..][..D].fill(with);
-                let after = Setup::new(kernels, &params, &dirty).run();
-                assert!(has_nan(&after, spoiled), "{params:?}");
-                for index in (0..before.lse.len()).filter(|&index| index != spoiled) {
-                    if head.contains(&index) {
-                        assert!(!has_nan(&after, index), "row {index}, {params:?}");
-                    } else {
-                        assert_eq!(row(&before, index), row(&after, index), "row {index}, {params:?}");
-                    }
-                }
-            }
+            assert_a_query_spoils_its_own_row_only(&refined(mask, target_error), &clean, |params, inputs| {
+                Setup::new(kernels, params, inputs).run()
+            });
         });
     }
 }
 
-/// A key or value of KV head 1 of batch item 0 reaches no query head but 2 and 3, and there no row that does not see
-/// it. With a target the heads whose probe rows meet it are exact.
 #[test]
 fn a_key_or_value_that_is_not_finite_stays_with_the_rows_that_see_it() {
     let clean = Inputs::normal(shape(N, N), 2220);
-    let spoils = [(true, f32::NAN), (false, f32::NAN), (true, f32::INFINITY)];
     for (mask, target_error) in MASKS.into_iter().flat_map(|mask| [(mask, 0.0), (mask, 0.05)]) {
         let params = refined(mask, target_error);
         for_each_table(|kernels| {
-            let before = Setup::new(kernels, &params, &clean).run();
-            for (position, (is_key, with)) in
-                [3, 400, N - 1].into_iter().flat_map(|position| spoils.map(|spoil| (position, spoil)))
-            {
-                let mut dirty = clean.clone();
-                let values = if is_key { &mut dirty.k } else { &mut dirty.v };
-                values[(N + position) * D..][..D].fill(with);
-                let after = Setup::new(kernels, &params, &dirty).run();
-                for index in 0..before.lse.len() {
-                    let sees = mask == Mask::None || index % N >= position;
-                    if !(2 * N..4 * N).contains(&index) {
-                        assert_eq!(row(&before, index), row(&after, index), "row {index}, {params:?}");
-                    } else if !sees {
-                        assert!(!has_nan(&after, index), "row {index}, {position}, {params:?}");
-                    }
-                }
-            }
+            assert_a_key_or_value_stays_with_the_rows_that_see_it(&params, &clean, |params, inputs| {
+                Setup::new(kernels, params, inputs).run()
+            });
         });
     }
 }
