@@ -69,7 +69,8 @@ pub fn forward_divided_workspace(
 /// A row that sees no key gets output 0 and lse -inf. NaN stays in the rows that see it, also one in the mask tensor,
 /// where +inf makes its row NaN too. The result
 /// depends on nothing but the arguments and the kernels' instruction set: not on the executor, nor on the workspace.
-/// Nothing is allocated. On an error nothing has been written, unless it is [`ErrorKind::Executor`].
+/// Nothing is allocated. On an error nothing has been written, unless it is
+/// [`ErrorKind::Executor`](crate::ErrorKind::Executor).
 ///
 /// Cost: n_q * n_k pairs of `head_dim + value_dim` multiply-adds per query head for exact attention (half under a
 /// causal mask); about n_q * (block_size + sample_size) for the estimator without a mask.
