@@ -109,12 +109,10 @@ impl Timed {
     /// Milliseconds of the backward call with each of these.
     pub fn backward<const COUNT: usize>(&self, params: [&Params; COUNT]) -> [f32; COUNT] {
         let (tensors, gradients) = (&self.tensors, &self.gradients);
-        // SAFETY: as above.
         let calls = params.map(|params| {
-            move || unsafe {
-                hyperattn_cuda::backward(params, tensors, gradients, self.given(), self.stream.raw())
-                    .unwrap();
-            }
+            let (given, stream) = (self.given(), self.stream.raw());
+            // SAFETY: as above.
+            move || unsafe { hyperattn_cuda::backward(params, tensors, gradients, given, stream).unwrap() }
         });
         self.milliseconds(calls.each_ref().map(|call| call as &dyn Fn()))
     }
