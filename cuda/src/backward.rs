@@ -2,7 +2,7 @@
 //!
 //! A thread block owns a tile of queries, and walks the keys that they meet, for dq; another owns a tile of keys, and walks
 //! the queries that meet them, for dk and dv. On Hopper one kernel does both for exact rectangles: its tiles of keys add to
-//! sums of dq in memory, in turn. Every sum has one order.
+//! sums of dq in memory, in turn or, where the caller permits it, in any order. Every other sum has one order.
 
 mod exact;
 pub(crate) mod fused;
