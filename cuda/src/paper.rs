@@ -11,6 +11,7 @@ mod partials;
 mod row_norm;
 mod samples_gradient;
 
+use std::ffi::CStr;
 use std::ops::Range;
 
 use hyperattn_core::device::{PaperParts, ProbePlan, RefinedPlan, effective_residual};
@@ -21,7 +22,7 @@ use crate::abi::{AttendParams, Segment, Tile, element_type};
 use crate::attend::attend;
 use crate::call::{Call, DeviceBlockMask, DeviceTensor};
 use crate::figures::fill_heads;
-use crate::launch::{Queue, args};
+use crate::launch::{Argument, Queue, args};
 use crate::refined::Probing;
 use crate::states::States;
 use crate::workspace::{Carver, Pointer};
@@ -116,11 +117,12 @@ fn projection_rows(call: &Call<'_>) -> usize {
 
 /// The call's part of the workspace.
 ///
-/// Under a causal mask a query row has half as many partial outputs as there are levels, and one more where a past is
-/// estimated, which take the size of a row of out and 4 bytes each. With the row-norm residual states take
-/// `4 (value_dim + 2)` bytes instead, and as much again for the exact blocks. Orders and ranks 8 to 12 for every row
-/// that is sorted; lists less than that but for small blocks. Where all heads together would take more than k and v
-/// twice, they are worked on in sets.
+/// Under a causal mask a query row has a partial output from half of the levels on average, and one more from a past that is
+/// estimated, each the size of a row of out and 4 bytes. With the row-norm residual states take `4 (value_dim + 2)` bytes
+/// instead, and as much again for the exact blocks. Every row that is sorted takes 4 bytes for its rank and 4 for each level
+/// and the past, those twice with more than 8 hyperplanes; every leaf, or 4096 rows of it, 1 KiB for each of them and once
+/// more. Lists take less than that but for small blocks. Where all heads together would take more than k and v twice, they
+/// are worked on in sets.
 pub(crate) fn carve(call: &Call<'_>, carver: &mut Carver) -> Result<Buffers> {
     carve_for(call, false, carver)
 }
@@ -325,6 +327,9 @@ pub(crate) unsafe fn run(queue: &Queue<'_>, call: &Call<'_>, buffers: &Buffers) 
     unsafe { fill_heads(queue, call, to, keys as f32) }
 }
 
+/// A pass or some rectangles of it, and what its tiles have in common.
+type PassWork<'a> = (&'a Step, &'a Lists, mirror::PassTiles);
+
 /// A call under way. KV heads are counted through the batch here, and query heads are those of these KV heads.
 struct Paper<'r, 'a> {
     queue: &'r Queue<'a>,
@@ -451,6 +456,7 @@ impl Paper<'_, '_> {
     unsafe fn launch(&self, heads: &Range<usize>, launch: &[(usize, Range<usize>)]) -> Result<()> {
         let buffers = self.buffers;
         let (mut tiles, mut segments, mut positions) = (0, 0, 0);
+        let mut passes = Vec::new();
         for (number, rectangles) in launch {
             let (step, lists, _) = &buffers.steps[*number];
             let mut common = self.rectangles(heads, step, lists, rectangles.clone());
@@ -460,15 +466,17 @@ impl Paper<'_, '_> {
             }
             common.tiles = buffers.tiles.after(tiles);
             (common.first_segment, common.first_position) = (segments as u32, positions as u32);
-            // SAFETY: the caller's contract.
-            unsafe { self.select(heads, step, lists, &common) }?;
+            passes.push((step, lists, common));
             let lens = lists.lens(common.group as usize).map(|len| len * heads.len() * rectangles.len());
             (tiles, segments, positions) = (tiles + lens[0], segments + lens[1], positions + lens[2]);
         }
         let mut attention = self.attention(heads, None, &buffers.states);
         attention.tile_count = tiles as u32;
         // SAFETY: the caller's contract; the tiles are written before they are read.
-        unsafe { attend(self.queue, self.call, &attention) }
+        unsafe {
+            self.select(heads, &passes)?;
+            attend(self.queue, self.call, &attention)
+        }
     }
 
     fn square(&self) -> mirror::Square {
@@ -513,21 +521,39 @@ impl Paper<'_, '_> {
         orders.map_or([Pointer::NULL; 2], |orders| orders.of(orders.number(step), heads.len()))
     }
 
-    /// The uniform samples and the tiles.
-    unsafe fn select(
-        &self,
-        heads: &Range<usize>,
-        step: &Step,
-        lists: &Lists,
-        common: &mirror::PassTiles,
-    ) -> Result<()> {
+    /// The uniform samples and the tiles of several passes.
+    unsafe fn select(&self, heads: &Range<usize>, passes: &[PassWork<'_>]) -> Result<()> {
         // SAFETY: the caller's contract.
         unsafe {
-            if step.estimated && self.call.tensors.block_mask.is_none() {
-                self.samples(heads, step, common, self.buffers.positions)?;
+            if self.call.tensors.block_mask.is_none() {
+                let estimated = passes.iter().filter(|(step, ..)| step.estimated);
+                self.samples(
+                    heads,
+                    estimated.map(|(step, _, common)| (*step, common)),
+                    self.buffers.positions,
+                )?;
             }
-            self.tiles(step, lists, *common)
+            self.tiles(passes)
         }
+    }
+
+    /// Launches a kernel for passes, each with its parameters and items for threads.
+    unsafe fn launch_passes<T: Copy>(&self, name: &'static CStr, passes: &[(T, usize)]) -> Result<()>
+    where
+        mirror::Passes<T>: Argument,
+    {
+        for passes in passes.chunks(mirror::PASSES_AT_ONCE) {
+            let (mut end, mut end_block) = (0, [0; mirror::PASSES_AT_ONCE]);
+            for (number, to) in end_block.iter_mut().enumerate() {
+                end += passes.get(number).map_or(0, |&(_, items)| items.div_ceil(THREADS) as u32);
+                *to = end;
+            }
+            let of = |number: usize| passes[number.min(passes.len() - 1)].0;
+            let arguments = mirror::Passes { passes: std::array::from_fn(of), end_block };
+            // SAFETY: this is the kernel's parameter; what it touches is the caller's contract.
+            unsafe { self.queue.launch(name, [end, 1, 1], THREADS as u32, 0, args![arguments]) }?;
+        }
+        Ok(())
     }
 
     /// Flags of all tiles of a pass, and of those of all rectangles but the first.
@@ -616,58 +642,59 @@ impl Paper<'_, '_> {
         }
     }
 
-    /// The uniform samples of every rectangle, to their place among `positions`.
-    unsafe fn samples(
+    /// The uniform samples of every rectangle of passes, to their place among `positions`.
+    unsafe fn samples<'p>(
         &self,
         heads: &Range<usize>,
-        step: &Step,
-        common: &mirror::PassTiles,
+        passes: impl Iterator<Item = (&'p Step, &'p mirror::PassTiles)>,
         positions: Pointer<u32>,
     ) -> Result<()> {
         let (params, problem) = (self.call.params, &self.call.problem);
-        let samples = mirror::SampleParams {
-            pass: common.pass,
-            seed: params.seed,
-            offset: params.offset,
-            positions: positions.after(common.first_position as usize),
-            heads_kv: problem.heads_kv as u32,
-            first_head: heads.start as u32,
-            set_heads: heads.len() as u32,
-            sample_size: common.sample_size,
-            key_order: self.orders(heads, step)[1],
-            listed_rows: self
-                .buffers
-                .listed_rows
-                .map_or(Pointer::NULL, |rows| rows.after(common.first_position as usize)),
-            n_k: problem.n_k as u32,
-            first_stream_head: problem.first_kv_head as u32,
+        let of_pass = |(step, common): (&Step, &mirror::PassTiles)| {
+            let first = common.first_position as usize;
+            let arguments = mirror::SampleParams {
+                pass: common.pass,
+                seed: params.seed,
+                offset: params.offset,
+                positions: positions.after(first),
+                heads_kv: problem.heads_kv as u32,
+                first_head: heads.start as u32,
+                set_heads: heads.len() as u32,
+                sample_size: common.sample_size,
+                key_order: self.orders(heads, step)[1],
+                listed_rows: self.buffers.listed_rows.map_or(Pointer::NULL, |rows| rows.after(first)),
+                n_k: problem.n_k as u32,
+                first_stream_head: problem.first_kv_head as u32,
+            };
+            (arguments, common.sample_size as usize * heads.len() * common.pass.count as usize)
         };
-        let count = common.sample_size as usize * heads.len() * common.pass.count as usize;
-        // SAFETY: this is the kernel's parameter, and it writes the positions and their rows only.
-        unsafe {
-            self.queue.launch(c"paper_samples", blocks_of(count, THREADS), THREADS as u32, 0, args![samples])
-        }
+        let passes: Vec<_> = passes.map(of_pass).collect();
+        // SAFETY: these are the kernel's parameters, and it writes the positions and their rows only.
+        unsafe { self.launch_passes(c"paper_samples", &passes) }
     }
 
-    /// The tiles of a pass.
-    unsafe fn tiles(&self, step: &Step, lists: &Lists, common: mirror::PassTiles) -> Result<()> {
-        match &self.call.tensors.block_mask {
-            // SAFETY: the caller's contract.
-            Some(mask) if step.estimated => return unsafe { self.block_mask_tiles(lists, common, mask) },
-            _ => {}
+    /// The tiles of passes.
+    unsafe fn tiles(&self, passes: &[PassWork<'_>]) -> Result<()> {
+        let mut plain = Vec::new();
+        for &(step, lists, common) in passes {
+            if let (true, Some(mask)) = (step.estimated, &self.call.tensors.block_mask) {
+                // SAFETY: the caller's contract.
+                unsafe { self.block_mask_tiles(lists, common, mask) }?;
+                continue;
+            }
+            let arguments = mirror::PaperTileParams {
+                common,
+                exact: u32::from(!step.estimated),
+                limited: self.call.limited(),
+                visible: self.call.visible(),
+                block_size: self.call.params.block_size,
+                sorted: if step.estimated && self.buffers.plan.sorted { SEGMENT_SORTED } else { 0 },
+                segments_per_block: lists.segments_per_block as u32,
+            };
+            plain.push((arguments, tile_count(&common)));
         }
-        let arguments = mirror::PaperTileParams {
-            common,
-            exact: u32::from(!step.estimated),
-            limited: self.call.limited(),
-            visible: self.call.visible(),
-            block_size: self.call.params.block_size,
-            sorted: if step.estimated && self.buffers.plan.sorted { SEGMENT_SORTED } else { 0 },
-            segments_per_block: lists.segments_per_block as u32,
-        };
-        let grid = blocks_of(tile_count(&common), THREADS);
-        // SAFETY: this is the kernel's parameter, and it writes tiles and segments only.
-        unsafe { self.queue.launch(c"paper_tiles", grid, THREADS as u32, 0, args![arguments]) }
+        // SAFETY: these are the kernel's parameters, and it writes tiles and segments only.
+        unsafe { self.launch_passes(c"paper_tiles", &plain) }
     }
 
     /// Tiles of the caller's blocks.

@@ -443,6 +443,16 @@ static void launch_hash(const hyperattn::HashParams &params, uint32_t r)
     kernel<<<grid, HASH_THREADS, shared>>>(params);
 }
 
+// A launch of so many thread blocks for one pass.
+template <class Params> static hyperattn::Passes<Params> one_pass(const Params &params, unsigned blocks)
+{
+    hyperattn::Passes<Params> passes{};
+    passes.passes[0] = params;
+    for (unsigned &end : passes.end_block)
+        end = blocks;
+    return passes;
+}
+
 // Queries and keys of a causal square at the sequences' ends and of a rectangle of all of them, or of what is before
 // the square: their orders, those of the levels first.
 struct Sort {
@@ -653,7 +663,8 @@ static void check_case(const Case &c)
         Pass pass{PASS_LEVEL, level, 0, 1u << level, {}, sort.params.square};
         Buffer<u32> positions((size_t)key_heads * pass.count * m);
         SampleParams sample{pass, c.seed, c.offset, positions.data, c.heads_kv, 0, key_heads, m};
-        paper_samples<<<(unsigned)((positions.len + 127) / 128), 128>>>(sample);
+        unsigned sample_blocks = (unsigned)((positions.len + 127) / 128);
+        paper_samples<<<sample_blocks, 128>>>(one_pass(sample, sample_blocks));
         check(cudaDeviceSynchronize(), name);
         take(level);
         auto found_positions = positions.read();
@@ -711,7 +722,8 @@ static void check_tiles(uint32_t n_q, uint32_t n_k, uint32_t block_size, uint32_
                      kv_heads, blocks, parts, TILE_SORTED, 0, m, n_k, 1.5f, 2.5f};
     params.block_size = block_size;
     params.sorted = SEGMENT_SORTED;
-    paper_tiles<<<(unsigned)((tiles.len + 127) / 128), 128>>>(params);
+    unsigned tile_blocks = (unsigned)((tiles.len + 127) / 128);
+    paper_tiles<<<tile_blocks, 128>>>(one_pass(params, tile_blocks));
     check(cudaDeviceSynchronize(), "paper_tiles");
     auto found_tiles = tiles.read();
     auto found_segments = segments.read();
@@ -756,7 +768,8 @@ static void check_leaves(uint32_t len, uint32_t leaf)
     params.exact = 1;
     params.limited = SEGMENT_LIMITED;
     params.visible = 1;
-    paper_tiles<<<(unsigned)((tiles.len + 127) / 128), 128>>>(params);
+    unsigned tile_blocks = (unsigned)((tiles.len + 127) / 128);
+    paper_tiles<<<tile_blocks, 128>>>(one_pass(params, tile_blocks));
     check(cudaDeviceSynchronize(), "paper_tiles");
     auto found_tiles = tiles.read();
     auto found_segments = segments.read();
@@ -1097,7 +1110,8 @@ static void check_row_norm(uint32_t kind, uint32_t n_q, uint32_t n_k, uint32_t m
     params.log2_kappa = (float)log2_kappa, params.log2_cap = (float)log2_cap;
     SampleParams sample{params.common.pass, seed, offset, positions.data, kv_heads, 0, kv_heads, m};
     uint32_t shared = 4 * (d * ROW_NORM_ROWS + ROW_NORM_KEYS * (d + 1)), all = shared + 4 * ROW_NORM_KEYS * dv;
-    paper_samples<<<(kv_heads * m + 127) / 128, 128>>>(sample);
+    unsigned sample_blocks = (kv_heads * m + 127) / 128;
+    paper_samples<<<sample_blocks, 128>>>(one_pass(sample, sample_blocks));
     paper_row_norms<<<(kv_heads * n_k + 127) / 128, 128>>>(params);
     paper_norm_prefix<<<kv_heads, 32>>>(params);
     paper_norm_samples<<<(kv_heads * m + 127) / 128, 128>>>(params);

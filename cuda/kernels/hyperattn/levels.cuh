@@ -119,6 +119,25 @@ struct Pass {
     }
 };
 
+// What one launch does for several passes, each by thread blocks of its own.
+constexpr u32 PASSES_AT_ONCE = 8;
+
+template <class Params> struct Passes {
+    Params passes[PASSES_AT_ONCE];
+    // Thread blocks of a pass and of those before.
+    u32 end_block[PASSES_AT_ONCE];
+
+    // The thread block's pass, and its number among the pass's blocks.
+    __device__ __forceinline__ const Params &pass(u32 &block) const
+    {
+        u32 number = 0;
+        block = blockIdx.x;
+        while (blockIdx.x >= end_block[number])
+            block = blockIdx.x - end_block[number++];
+        return passes[number];
+    }
+};
+
 static_assert(sizeof(Pass) == 48, "the host's mirror of this struct counts on it");
 
 } // namespace hyperattn

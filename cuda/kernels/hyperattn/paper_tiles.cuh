@@ -96,17 +96,21 @@ struct PaperTileParams {
 };
 
 static_assert(sizeof(PassTiles) == 128 && sizeof(PaperTileParams) == 152, "the host's mirrors count on it");
+static_assert(sizeof(Passes<PaperTileParams>) == 1248, "the host's mirror of this struct counts on it");
 
 } // namespace hyperattn
 
-// One thread per tile: grid ceil(kv_heads * rectangles * blocks * group * tiles_per_block / 128), block 128. A block
-// has segments_per_block segments.
-extern "C" __global__ void __launch_bounds__(128) paper_tiles(const __grid_constant__ hyperattn::PaperTileParams params)
+// One thread per tile: for each pass ceil(kv_heads * rectangles * blocks * group * tiles_per_block / 128) blocks of 128
+// threads. A block of queries has segments_per_block segments.
+extern "C" __global__ void __launch_bounds__(128)
+    paper_tiles(const __grid_constant__ hyperattn::Passes<hyperattn::PaperTileParams> passes)
 {
     using namespace hyperattn;
+    u32 thread_block;
+    const PaperTileParams &params = passes.pass(thread_block);
     const PassTiles &common = params.common;
     u32 per_block = common.group * common.tiles_per_block;
-    u64 at = (u64)blockIdx.x * 128 + threadIdx.x;
+    u64 at = (u64)thread_block * 128 + threadIdx.x;
     if (at >= (u64)common.kv_heads * common.pass.count * common.blocks * per_block)
         return;
     u32 number = (u32)(at / per_block), member = (u32)(at % per_block) / common.tiles_per_block;

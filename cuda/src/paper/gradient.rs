@@ -307,7 +307,7 @@ impl Paper<'_, '_> {
                     self.row_norm_gradient(&pass, row_norm, buffers, &params)?;
                 }
                 _ => {
-                    self.select(heads, step, lists, &common)?;
+                    self.select(heads, &[(step, lists, common)])?;
                     if let Some(fused) = self.fused(heads, step, buffers, &params)? {
                         return self.leaves_gradient(
                             &fused,

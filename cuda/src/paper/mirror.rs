@@ -154,6 +154,17 @@ pub(crate) struct PaperTileParams {
     pub(crate) segments_per_block: u32,
 }
 
+/// Of up to [`PASSES_AT_ONCE`] passes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Passes<T> {
+    pub(crate) passes: [T; PASSES_AT_ONCE],
+    pub(crate) end_block: [u32; PASSES_AT_ONCE],
+}
+
+/// Passes that one launch works for.
+pub(crate) const PASSES_AT_ONCE: usize = 8;
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct BlockMaskTileParams {
@@ -269,6 +280,8 @@ const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 
 const _: () = assert!(size_of::<SortParams>() == 136 && size_of::<SampleParams>() == 112);
 const _: () = assert!(size_of::<PassTiles>() == 128 && size_of::<PaperTileParams>() == 152);
 const _: () = assert!(size_of::<BlockMaskTileParams>() == 200);
+const _: () = assert!(size_of::<Passes<PaperTileParams>>() == 1248);
+const _: () = assert!(size_of::<Passes<SampleParams>>() == 928);
 const _: () = assert!(size_of::<RowNormParams>() == 288 + size_of::<AttendParams>());
 
 // SAFETY: a mirror of the struct of that name.
@@ -278,9 +291,9 @@ unsafe impl Argument for HashParams {}
 // SAFETY: as above.
 unsafe impl Argument for SortParams {}
 // SAFETY: as above.
-unsafe impl Argument for SampleParams {}
+unsafe impl Argument for Passes<SampleParams> {}
 // SAFETY: as above.
-unsafe impl Argument for PaperTileParams {}
+unsafe impl Argument for Passes<PaperTileParams> {}
 // SAFETY: as above.
 unsafe impl Argument for BlockMaskTileParams {}
 // SAFETY: as above.

@@ -114,12 +114,12 @@ impl Paper<'_, '_> {
         let (queue, shared) = (self.queue, shared_bytes(problem.head_dim));
         // SAFETY: these are the kernels' parameters; every buffer is written before it is read.
         unsafe {
-            self.samples(heads, step, &common, self.buffers.positions)?;
+            self.samples(heads, [(step, &common)].into_iter(), self.buffers.positions)?;
             queue.launch(c"paper_norm_prefix", [rectangles as u32, 1, 1], 32, 0, args![arguments])?;
             queue.launch(c"paper_norm_samples", sample_grid, THREADS as u32, 0, args![arguments])?;
             queue.fill(buffers.tau.address(), NO_TAU, taus)?;
             queue.launch(c"paper_tau", tau_grid, ROW_NORM_THREADS, shared as u32, args![arguments])?;
-            self.tiles(step, lists, exact)?;
+            self.tiles(&[(step, lists, exact)])?;
             attend(queue, self.call, &self.attention(heads, Some((step, &exact)), &buffers.exact))
         }
     }
