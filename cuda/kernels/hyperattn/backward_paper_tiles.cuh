@@ -63,7 +63,7 @@ struct BackwardPaperParams {
     }
 };
 
-static_assert(sizeof(BackwardPaperParams) == 248, "the host's mirror of this struct counts on it");
+static_assert(sizeof(BackwardPaperParams) == 264, "the host's mirror of this struct counts on it");
 
 constexpr u32 BACKWARD_SAMPLES_THREADS = 128;
 // Columns of a key and a value together that a thread adds up.

@@ -41,7 +41,7 @@ impl Paper<'_, '_> {
         let samples = Samples { part: BOTH, positions, log_weights, bounds };
         // SAFETY: the caller's contract; the samples are written before they are read.
         unsafe {
-            self.samples(pass.heads, &pass.arguments.common, positions)?;
+            self.samples(pass.heads, [(pass.step, &pass.arguments.common)].into_iter(), positions)?;
             self.keys_of_samples(pass, &self.samples_params(pass, buffers, params, &samples))
         }
     }
@@ -72,7 +72,7 @@ impl Paper<'_, '_> {
         unsafe {
             self.row_norm_samples(heads, step, lists, common, row_norm)?;
             self.row_norm_residual(heads, step, common, row_norm, bounds)?;
-            self.tiles(step, lists, exact)?;
+            self.tiles(&[(step, lists, exact)])?;
             queries(self.queue, params)?;
             for samples in &kinds {
                 let mut own = self.samples_params(pass, buffers, params, samples);
