@@ -5,9 +5,11 @@
 // in base 2; weights are 2^(logit - max), where max is not much below the largest logit so far.
 #pragma once
 
+#include "attend_wgmma_copy.cuh"
 #include "attend_wgmma_layout.cuh"
 #include "barrier.cuh"
 #include "convert.cuh"
+#include "load_matrices.cuh"
 #include "wgmma.cuh"
 
 namespace hyperattn {
@@ -24,6 +26,13 @@ __device__ __forceinline__ float exp2_approximate(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -56,24 +65,31 @@ struct Exponents {
     float offset[2];
 };
 
+// The limits of positions in a block that its flags tell of.
+__device__ __forceinline__ void limits_of_block(u32 flags, const Rows &rows, u32 (&limits)[2])
+{
+    limits[0] = flags & BLOCK_LIMITED ? rows.limit[0] : NO_ROW;
+    limits[1] = flags & BLOCK_LIMITED ? rows.limit[1] : NO_ROW;
+}
+
 // Logits in place of products, -inf where a key is masked. Without branches: values are
 // multiplied meanwhile, and branches would have the compiler move the scores to other registers.
 template <u32 KEYS>
-__device__ __forceinline__ void make_logits(float (&scores)[KEYS / 2], const KeyStage<KEYS> &stage, u32 flags,
+__device__ __forceinline__ void make_logits(float (&scores)[KEYS / 2], const u32 *positions, u32 flags,
                                             const Rows &rows, u32 lane, float slope, float shift)
 {
     bool all = !(flags & BLOCK_MASKED);
-    u32 limit_0 = flags & BLOCK_LIMITED ? rows.limit[0] : NO_ROW;
-    u32 limit_1 = flags & BLOCK_LIMITED ? rows.limit[1] : NO_ROW;
+    u32 limits[2];
+    limits_of_block(flags, rows, limits);
 #pragma unroll
     for (u32 j = 0; j < KEYS / 8; ++j) {
-        u32 first = stage.position[8 * j + 2 * (lane & 3)];
-        u32 second = stage.position[8 * j + 2 * (lane & 3) + 1];
+        u32 first = positions[8 * j + 2 * (lane & 3)];
+        u32 second = positions[8 * j + 2 * (lane & 3) + 1];
         float *s = &scores[4 * j];
-        s[0] = all || first < limit_0 ? fmaf(s[0], slope, shift) : minus_infinity();
-        s[1] = all || second < limit_0 ? fmaf(s[1], slope, shift) : minus_infinity();
-        s[2] = all || first < limit_1 ? fmaf(s[2], slope, shift) : minus_infinity();
-        s[3] = all || second < limit_1 ? fmaf(s[3], slope, shift) : minus_infinity();
+        s[0] = all || first < limits[0] ? fmaf(s[0], slope, shift) : minus_infinity();
+        s[1] = all || second < limits[0] ? fmaf(s[1], slope, shift) : minus_infinity();
+        s[2] = all || first < limits[1] ? fmaf(s[2], slope, shift) : minus_infinity();
+        s[3] = all || second < limits[1] ? fmaf(s[3], slope, shift) : minus_infinity();
     }
 }
 
@@ -116,14 +132,13 @@ __device__ __forceinline__ Exponents raise(const float (&scores)[KEYS / 2], floa
     return exponents;
 }
 
-// Weights of products, and each thread's sums of them.
-template <u32 TYPE, u32 KEYS>
-__device__ __forceinline__ void weigh(const float (&scores)[KEYS / 2], const Exponents &exponents,
-                                      u32 (&weights)[KEYS / 4], float (&sum)[2])
+// Weights of COUNT pairs of products from pair FIRST on, which are added to each thread's sums.
+template <u32 TYPE, u32 FIRST, u32 COUNT, u32 SCORES>
+__device__ __forceinline__ void weigh_pairs(const float (&scores)[SCORES], const Exponents &exponents,
+                                            u32 (&weights)[SCORES / 2], float (&sum)[2])
 {
-    sum[0] = sum[1] = 0.0f;
 #pragma unroll
-    for (u32 i = 0; i < KEYS / 4; ++i) {
+    for (u32 i = FIRST; i < FIRST + COUNT; ++i) {
         u32 r = i & 1;
         float first = exp2_approximate(fmaf(scores[2 * i], exponents.slope[r], exponents.offset[r]));
         float second = exp2_approximate(fmaf(scores[2 * i + 1], exponents.slope[r], exponents.offset[r]));
@@ -131,6 +146,15 @@ __device__ __forceinline__ void weigh(const float (&scores)[KEYS / 2], const Exp
         sum[r] += second;
         weights[i] = f32_to_16x2<TYPE>(first, second);
     }
+}
+
+// Weights of products, and each thread's sums of them.
+template <u32 TYPE, u32 KEYS>
+__device__ __forceinline__ void weigh(const float (&scores)[KEYS / 2], const Exponents &exponents,
+                                      u32 (&weights)[KEYS / 4], float (&sum)[2])
+{
+    sum[0] = sum[1] = 0.0f;
+    weigh_pairs<TYPE, 0, KEYS / 4>(scores, exponents, weights, sum);
 }
 
 // Adds the elements that the loaders took out of the block's values to rows that see them: what is not finite swamps
@@ -167,9 +191,12 @@ __device__ __forceinline__ void add_not_finite(const AttendParams &p, u32 batch,
 template <u32 TYPE, u32 DIM> struct Consumer {
     using S = Shape<DIM>;
     static constexpr u32 KEYS = S::KEYS;
+    // Where registers allow it, blocks are weighed by halves, see attend_by_halves().
+    static constexpr u32 PARTS = DIM <= 64 ? 2 : 1;
+    static constexpr u32 PART_KEYS = KEYS / PARTS;
     // Whether the two warpgroups take turns in issuing products, so that one's weights are computed beside the other's
     // products. Named barrier 1 + group is passed when it is the group's turn.
-    static constexpr bool TURNS = DIM <= 128;
+    static constexpr bool TURNS = PARTS == 1 && DIM <= 128;
 
     const AttendParams &p;
     typename S::Control &control;
@@ -181,8 +208,10 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     u32 batch;
     u32 head;
 
-    float scores[KEYS / 2];
-    u32 weights[KEYS / 4];
+    // Of PARTS == 2, as the products take them.
+    u32 queries[PARTS == 2 ? DIM / 16 : 1][4];
+    float scores[PARTS][PART_KEYS / 2];
+    u32 weights[PARTS][PART_KEYS / 4];
     float accumulated[DIM / 2];
     Rows rows;
     Ring<S::QUERY_STAGES> query_ring;
@@ -202,28 +231,94 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             barrier_arrive(shared_address(&barrier));
     }
 
+    // The warp's 16 rows of the tile's queries.
+    __device__ __forceinline__ u32 warp_rows() const
+    {
+        return data + query_ring.stage * S::QUERY_BYTES + (group * 64 + threadIdx.x / 32 % 4 * 16) * ROW_BYTES;
+    }
+
+    // Of the four matrices that are columns 16 k to 16 k + 15 of these rows: what this lane gives their address of.
+    __device__ __forceinline__ u32 fragment_address(u32 first_row, u32 k) const
+    {
+        return swizzled(first_row + k / 4 * S::QUERY_CHUNK_BYTES, lane % 16, k % 4 * 2 + lane / 16);
+    }
+
+    __device__ __forceinline__ void load_queries()
+    {
+#pragma unroll
+        for (u32 k = 0; k < DIM / 16; ++k)
+            load_matrices(queries[k], fragment_address(warp_rows(), k));
+    }
+
+    __device__ __forceinline__ u32 values_at(u32 stage) const
+    {
+        return opaque(data + S::VALUES_AT + stage * S::KEY_BYTES);
+    }
+
+    __device__ __forceinline__ u32 keys_at(u32 stage) const { return opaque(data + S::KEYS_AT + stage * S::KEY_BYTES); }
+
+    // Products of the queries and the keys of the block.
     __device__ __forceinline__ void multiply_keys(u32 stage)
     {
         products_begin();
         u32 queries = opaque(data + query_ring.stage * S::QUERY_BYTES + group * 64 * ROW_BYTES);
-        u32 keys = opaque(data + S::KEYS_AT + stage * S::KEY_BYTES);
+        u32 keys = keys_at(stage);
 #pragma unroll
         for (u32 k = 0; k < DIM / 16; ++k) {
             u32 within = k % 4 * 32;
-            multiply_shared<TYPE, KEYS>(scores, operand<16>(queries + k / 4 * S::QUERY_CHUNK_BYTES + within),
+            multiply_shared<TYPE, KEYS>(scores[0], operand<16>(queries + k / 4 * S::QUERY_CHUNK_BYTES + within),
                                         operand<16>(keys + k / 4 * S::KEY_CHUNK_BYTES + within), k != 0);
         }
         products_commit();
     }
 
+    // What the products with the keys of a part of the block are added to, if it is masked: -inf where a row must not see
+    // a key. The sum is NaN if the key is not finite, which fine() tells of.
+    template <u32 PART> __device__ __forceinline__ void begin_part(const KeyStage<KEYS> &stage, u32 flags)
+    {
+        if (flags & BLOCK_MASKED) {
+            u32 limits[2];
+            limits_of_block(flags, rows, limits);
+#pragma unroll
+            for (u32 j = 0; j < PART_KEYS / 8; ++j) {
+                const u32 *position = stage.position + PART * PART_KEYS + 8 * j + 2 * (lane & 3);
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i)
+                    scores[PART][4 * j + i] = position[i & 1] < limits[i / 2] ? 0.0f : minus_infinity();
+            }
+        } else {
+            // It does not matter what they are.
+#pragma unroll
+            for (u32 i = 0; i < PART_KEYS / 2; ++i)
+                asm volatile("" : "=f"(scores[PART][i]));
+        }
+    }
+
+    // Step K of the products with the keys of a part of the block, which are at `keys`, added to what begin_part() made.
+    template <u32 PART, u32 K> __device__ __forceinline__ void multiply_part_keys(u32 keys, u32 flags)
+    {
+        const u32 (&q)[4] = queries[K];
+        multiply_registers_by_rows<TYPE, PART_KEYS>(scores[PART], q[0], q[1], q[2], q[3],
+                                                    operand<16>(keys + PART * PART_KEYS * ROW_BYTES + K * 32),
+                                                    K != 0 || (flags & BLOCK_MASKED));
+    }
+
+    // Step K of summing up the values of a part of the block, which are at `values`, with its weights.
+    template <u32 PART, u32 K> __device__ __forceinline__ void multiply_part_values(u32 values)
+    {
+        const u32 *w = weights[PART] + 4 * K;
+        multiply_registers<TYPE, DIM>(accumulated, w[0], w[1], w[2], w[3],
+                                      operand<S::KEY_CHUNK_BYTES>(values + (PART * PART_KEYS + K * 16) * ROW_BYTES));
+    }
+
     __device__ __forceinline__ void multiply_values(u32 stage)
     {
         products_begin();
-        u32 values = opaque(data + S::VALUES_AT + stage * S::KEY_BYTES);
+        u32 values = values_at(stage);
 #pragma unroll
         for (u32 k = 0; k < KEYS / 16; ++k)
-            multiply_registers<TYPE, DIM>(accumulated, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
-                                          weights[4 * k + 3], operand<S::KEY_CHUNK_BYTES>(values + k * 16 * ROW_BYTES));
+            multiply_registers<TYPE, DIM>(accumulated, weights[0][4 * k], weights[0][4 * k + 1], weights[0][4 * k + 2],
+                                          weights[0][4 * k + 3], operand<S::KEY_CHUNK_BYTES>(values + k * 16 * ROW_BYTES));
         products_commit();
     }
 
@@ -243,17 +338,17 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         slope = p.scale_log2;
         shift = key_stage.log_weight;
         if (SPECIAL) {
-            make_logits<KEYS>(scores, key_stage, flags, rows, lane, slope, shift);
+            make_logits<KEYS>(scores[0], key_stage.position, flags, rows, lane, slope, shift);
             slope = 1.0f;
             shift = 0.0f;
         }
         release(control.barriers[S::KEY_EMPTY + ring.loader()]);
-        if (flags & BLOCK_LAST)
+        if (S::QUERY_STAGES == 1 && flags & BLOCK_LAST)
             release(control.barriers[S::QUERY_EMPTY + query_ring.stage]);
     }
 
-    // Weights of the block, relative to the rows' maxima as they are if that will do.
-    __device__ __forceinline__ void weigh_block(float slope, float shift)
+    // The exponents relative to the rows' maxima as they are.
+    __device__ __forceinline__ Exponents exponents_as_is(float slope, float shift) const
     {
         Exponents exponents;
 #pragma unroll
@@ -261,26 +356,45 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             exponents.slope[r] = slope;
             exponents.offset[r] = shift - rows.max[r];
         }
-        float sum[2];
-        weigh<TYPE, KEYS>(scores, exponents, weights, sum);
-        bool fine = sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM && fabsf(rows.max[0]) < LARGE_LOGIT &&
-                    fabsf(rows.max[1]) < LARGE_LOGIT;
-        if (!__all_sync(ALL_LANES, fine)) {
-            exponents = raise<KEYS, DIM>(scores, slope, shift, rows, accumulated);
-            weigh<TYPE, KEYS>(scores, exponents, weights, sum);
-        }
+        return exponents;
+    }
+
+    // Whether weights by exponents_as_is(), which have these sums, will do.
+    __device__ __forceinline__ bool fine(const float (&sum)[2]) const
+    {
+        return sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM && fabsf(rows.max[0]) < LARGE_LOGIT &&
+               fabsf(rows.max[1]) < LARGE_LOGIT;
+    }
+
+    // Weights of a part of the block relative to its own maxima, where those are above the rows'.
+    template <u32 PART> __device__ __forceinline__ void weigh_raised(float slope, float shift, float (&sum)[2])
+    {
+        Exponents exponents = raise<PART_KEYS, DIM>(scores[PART], slope, shift, rows, accumulated);
+        weigh<TYPE, PART_KEYS>(scores[PART], exponents, weights[PART], sum);
+    }
+
+    __device__ __forceinline__ void add_sums(const float (&sum)[2])
+    {
         rows.sum[0] += sum[0];
         rows.sum[1] += sum[1];
+    }
+
+    // Weights of the block, relative to the rows' maxima as they are if that will do.
+    __device__ __forceinline__ void weigh_block(float slope, float shift)
+    {
+        float sum[2];
+        weigh<TYPE, KEYS>(scores[0], exponents_as_is(slope, shift), weights[0], sum);
+        if (!__all_sync(ALL_LANES, fine(sum)))
+            weigh_raised<0>(slope, shift, sum);
+        add_sums(sum);
     }
 
     // The same for a tile's first block.
     __device__ __forceinline__ void weigh_first_block(float slope, float shift)
     {
-        Exponents exponents = raise<KEYS, DIM>(scores, slope, shift, rows, accumulated);
         float sum[2];
-        weigh<TYPE, KEYS>(scores, exponents, weights, sum);
-        rows.sum[0] += sum[0];
-        rows.sum[1] += sum[1];
+        weigh_raised<0>(slope, shift, sum);
+        add_sums(sum);
     }
 
     // Of the block in `ring`; returns its flags. Threads' copies are ordered before the products.
@@ -308,7 +422,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     template <bool SPECIAL>
     __device__ __forceinline__ void step(u32 flags, Ring<S::KEY_STAGES> before, u32 flags_before)
     {
-        pin(weights);
+        pin(weights[0]);
         pin(accumulated);
         multiply_keys(ring.stage);
         wait_for_values(before, flags_before);
@@ -316,13 +430,13 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         if (TURNS)
             named_barrier_arrive(2 - group, CONSUMERS * WARPGROUP);
         products_wait<1>();
-        pin(scores);
+        pin(scores[0]);
         float slope, shift;
         finish_keys<SPECIAL>(flags, slope, shift);
         products_wait<0>();
-        pin(scores);
+        pin(scores[0]);
         pin(accumulated);
-        pin(weights);
+        pin(weights[0]);
         finish_values(before, flags_before);
         weigh_block(slope, shift);
     }
@@ -342,12 +456,12 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         release(control.barriers[S::VALUE_EMPTY + place.loader()]);
     }
 
-    __device__ __forceinline__ void attend()
+    __device__ __forceinline__ void attend_by_blocks()
     {
         u32 flags = wait_for_keys();
         multiply_keys(ring.stage);
         products_wait<0>();
-        pin(scores);
+        pin(scores[0]);
         float slope, shift;
         if (special(flags))
             finish_keys<true>(flags, slope, shift);
@@ -369,12 +483,114 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         }
 
         wait_for_values(ring, flags);
-        pin(weights);
+        pin(weights[0]);
         pin(accumulated);
         multiply_values(ring.stage);
         products_wait<0>();
         pin(accumulated);
-        pin(weights);
+        pin(weights[0]);
+        finish_values(ring, flags);
+        ring.advance();
+    }
+
+    // Weights of a half of the block in `place`, whose products are there. Meanwhile, step by step, the products with
+    // the keys of the next half, which is of the block in stage `next`, are computed if NEXT, and the values of the half
+    // before, of the block in stage `before`, are summed up if BEFORE: issuing a product waits for all but few before
+    // it, so that a warp that issued them at once would not weigh.
+    template <u32 PART, bool BEFORE, bool NEXT>
+    __device__ __forceinline__ void weigh_half(const Ring<S::KEY_STAGES> &place, u32 flags, u32 before, u32 next,
+                                               u32 next_flags)
+    {
+        const KeyStage<KEYS> &key_stage = control.key[place.stage];
+        float slope = p.scale_log2, shift = key_stage.log_weight;
+        Exponents exponents = BEFORE ? exponents_as_is(slope, shift)
+                                     : raise<PART_KEYS, DIM>(scores[PART], slope, shift, rows, accumulated);
+        float sum[2] = {};
+        if (NEXT)
+            begin_part<1 - PART>(control.key[next], next_flags);
+        u32 keys = keys_at(next), values = values_at(before);
+        weigh_beside<PART, 0, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
+        weigh_beside<PART, 1, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
+        weigh_beside<PART, 2, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
+        weigh_beside<PART, 3, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
+        products_wait<0>();
+        pin(accumulated);
+        pin(scores[1 - PART]);
+        pin(weights[1 - PART]);
+        bool again = !fine(sum) || p.scale_log2 < 0.0f;
+        if (__builtin_expect(__any_sync(ALL_LANES, again), 0)) {
+            if (special(flags)) {
+                make_logits<PART_KEYS>(scores[PART], key_stage.position + PART * PART_KEYS, flags, rows, lane, slope,
+                                       shift);
+                slope = 1.0f;
+                shift = 0.0f;
+            }
+            weigh_raised<PART>(slope, shift, sum);
+        }
+        add_sums(sum);
+        if (PART == 1)
+            release(control.barriers[S::KEY_EMPTY + place.loader()]);
+    }
+
+    // A quarter of a half's weights, and a step of the products.
+    template <u32 PART, u32 K, bool BEFORE, bool NEXT>
+    __device__ __forceinline__ void weigh_beside(const Exponents &exponents, float (&sum)[2], u32 keys, u32 next_flags,
+                                                 u32 values)
+    {
+        static_assert(DIM == 64 && PART_KEYS == 64, "as many steps as quarters");
+        products_begin();
+        if (NEXT)
+            multiply_part_keys<1 - PART, K>(keys, next_flags);
+        if (BEFORE)
+            multiply_part_values<1 - PART, K>(values);
+        products_commit();
+        weigh_pairs<TYPE, 4 * K, 4>(scores[PART], exponents, weights[PART], sum);
+#pragma unroll
+        for (u32 i = 4 * K; i < 4 * K + 4; ++i)
+            asm volatile("" : "+r"(weights[PART][i])::"memory");
+    }
+
+    // The same by halves of blocks: while one half is weighed, the products of the next half's keys are computed, and
+    // those of the values of the half before.
+    __device__ __forceinline__ void attend_by_halves()
+    {
+        load_queries();
+        u32 flags = wait_for_keys();
+        begin_part<0>(control.key[ring.stage], flags);
+        u32 keys = keys_at(ring.stage);
+        products_begin();
+        multiply_part_keys<0, 0>(keys, flags);
+        multiply_part_keys<0, 1>(keys, flags);
+        multiply_part_keys<0, 2>(keys, flags);
+        multiply_part_keys<0, 3>(keys, flags);
+        products_commit();
+        products_wait<0>();
+        pin(scores[0]);
+        weigh_half<0, false, true>(ring, flags, 0, ring.stage, flags);
+
+        while (!(flags & BLOCK_LAST)) {
+            Ring<S::KEY_STAGES> before = ring;
+            u32 flags_before = flags;
+            wait_for_values(before, flags_before);
+            ring.advance();
+            flags = wait_for_keys();
+            weigh_half<1, true, true>(before, flags_before, before.stage, ring.stage, flags);
+            weigh_half<0, true, true>(ring, flags, before.stage, ring.stage, flags);
+            finish_values(before, flags_before);
+        }
+
+        wait_for_values(ring, flags);
+        weigh_half<1, true, false>(ring, flags, ring.stage, 0, 0);
+        u32 values = values_at(ring.stage);
+        products_begin();
+        multiply_part_values<1, 0>(values);
+        multiply_part_values<1, 1>(values);
+        multiply_part_values<1, 2>(values);
+        multiply_part_values<1, 3>(values);
+        products_commit();
+        products_wait<0>();
+        pin(accumulated);
+        pin(weights[1]);
         finish_values(ring, flags);
         ring.advance();
     }
@@ -521,6 +737,60 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             write_16<R, F16>(to, write, aligned);
     }
 
+    // The same for 16 whole rows of the type of the queries that have weights, which is usual, and without branches: they
+    // go through the shared memory of the warp's queries.
+    __device__ __forceinline__ void end_whole_rows(const float (&sum)[2])
+    {
+        u32 first_row = warp_rows();
+        float factor[2] = {reciprocal_approximate(sum[0]), reciprocal_approximate(sum[1])};
+#pragma unroll
+        for (u32 j = 0; j < DIM / 16; ++j) {
+            u32 pairs[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i)
+                pairs[i] = f32_to_16x2<TYPE>(accumulated[8 * j + 2 * i] * factor[i & 1],
+                                             accumulated[8 * j + 2 * i + 1] * factor[i & 1]);
+            store_matrices(fragment_address(first_row, j), pairs);
+        }
+        __syncwarp();
+        char *head_rows = p.out.row(batch, head, 0);
+        char *head_lse = p.lse.data ? p.lse.row(batch, head, 0) : nullptr;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            u32 row = 4 * i + lane / 8;
+            u32 output = __shfl_sync(ALL_LANES, rows.row[i / 2], row % 8 * 4);
+            char *to = head_rows + (i64)output * p.out.row_stride + lane % 8 * 16;
+#pragma unroll
+            for (u32 chunk = 0; chunk < S::CHUNKS; ++chunk)
+                *(uint4 *)(to + chunk * ROW_BYTES) =
+                    load_row_part(swizzled(first_row + chunk * S::QUERY_CHUNK_BYTES, row, lane % 8));
+        }
+        if (head_lse && (lane & 3) == 0) {
+#pragma unroll
+            for (u32 r = 0; r < 2; ++r)
+                *(float *)(head_lse + (i64)rows.row[r] * p.lse.row_stride) =
+                    (rows.max[r] + log2f(sum[r])) * 0.693147180559945309f;
+        }
+    }
+
+    __device__ __forceinline__ void end_rows(u32 flags)
+    {
+        if (S::QUERY_STAGES > 1) {
+            float sum[2] = {row_sum(rows.sum[0]), row_sum(rows.sum[1])};
+            bool whole = !(flags & TILE_STORE) && p.out_type == TYPE && p.value_dim == S::CHUNKS * ROW_ELEMENTS;
+            whole &= (((u64)p.out.data | p.out.batch_stride | p.out.head_stride | p.out.row_stride) & 15) == 0;
+#pragma unroll
+            for (u32 r = 0; r < 2; ++r)
+                whole &= rows.row[r] != NO_ROW && sum[r] != 0.0f;
+            if (__all_sync(ALL_LANES, whole)) {
+                end_whole_rows(sum);
+                return;
+            }
+        }
+        end_row<0>(flags);
+        end_row<1>(flags);
+    }
+
     __device__ __forceinline__ void run()
     {
         // The first turn is group 0's.
@@ -545,13 +815,16 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                     rows.row[r] = query.first_output + first_row + 8 * r;
             }
             begin(flags);
-            if (has_keys)
-                attend();
-            else
+            if (has_keys) {
+                if constexpr (PARTS == 2)
+                    attend_by_halves();
+                else
+                    attend_by_blocks();
+            }
+            end_rows(flags);
+            if (S::QUERY_STAGES > 1 || !has_keys)
                 release(control.barriers[S::QUERY_EMPTY + query_ring.stage]);
             query_ring.advance();
-            end_row<0>(flags);
-            end_row<1>(flags);
         }
         if (TURNS && group == 0)
             named_barrier_sync(1, CONSUMERS * WARPGROUP);
