@@ -194,9 +194,10 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     // Where registers allow it, blocks are weighed by halves, see attend_by_halves().
     static constexpr u32 PARTS = DIM <= 64 ? 2 : 1;
     static constexpr u32 PART_KEYS = KEYS / PARTS;
-    // Whether the two warpgroups take turns in issuing products, so that one's weights are computed beside the other's
-    // products. Named barrier 1 + group is passed when it is the group's turn.
-    static constexpr bool TURNS = PARTS == 1 && DIM <= 128;
+    // Whether the two warpgroups take turns: in issuing the products of blocks, so that one's weights are computed beside
+    // the other's products; in weighing halves, so that one has the exponential units while the other waits and checks.
+    // Named barrier 1 + group is passed when it is the group's turn.
+    static constexpr bool TURNS = DIM <= 128;
 
     const AttendParams &p;
     typename S::Control &control;
@@ -221,6 +222,18 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                                         u32 shared_data, u32 number)
         : p(params), control(shared_control), data(shared_data), group(number), lane(threadIdx.x % 32)
     {
+    }
+
+    __device__ __forceinline__ void wait_for_turn() const
+    {
+        if (TURNS)
+            named_barrier_sync(1 + group, CONSUMERS * WARPGROUP);
+    }
+
+    __device__ __forceinline__ void pass_turn() const
+    {
+        if (TURNS)
+            named_barrier_arrive(2 - group, CONSUMERS * WARPGROUP);
     }
 
     // The warp is done with a stage.
@@ -407,6 +420,17 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return flags;
     }
 
+    // Of the values of the block in `before`, and the keys of the next one, in `ring`, whose flags it returns.
+    __device__ __forceinline__ u32 wait_for_values_and_keys(const Ring<S::KEY_STAGES> &before, u32 flags_before)
+    {
+        barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + before.stage]), before.phase);
+        barrier_wait(shared_address(&control.barriers[S::KEY_FULL + ring.stage]), ring.phase);
+        u32 flags = block_flags(ring.stage);
+        if ((flags | flags_before) & BLOCK_GATHERED)
+            async_proxy_fence();
+        return flags;
+    }
+
     __device__ __forceinline__ void wait_for_values(const Ring<S::KEY_STAGES> &place, u32 flags)
     {
         // Not one wait before the branch: the compiler would serialize the products around it.
@@ -427,8 +451,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         multiply_keys(ring.stage);
         wait_for_values(before, flags_before);
         multiply_values(before.stage);
-        if (TURNS)
-            named_barrier_arrive(2 - group, CONSUMERS * WARPGROUP);
+        pass_turn();
         products_wait<1>();
         pin(scores[0]);
         float slope, shift;
@@ -474,8 +497,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             u32 flags_before = flags;
             ring.advance();
             flags = wait_for_keys();
-            if (TURNS)
-                named_barrier_sync(1 + group, CONSUMERS * WARPGROUP);
+            wait_for_turn();
             if (special(flags))
                 step<true>(flags, before, flags_before);
             else
@@ -509,9 +531,12 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         if (NEXT)
             begin_part<1 - PART>(control.key[next], next_flags);
         u32 keys = keys_at(next), values = values_at(before);
+        wait_for_turn();
+        pin(exponents.offset);
         weigh_beside<PART, 0, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
         weigh_beside<PART, 1, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
         weigh_beside<PART, 2, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
+        pass_turn();
         weigh_beside<PART, 3, BEFORE, NEXT>(exponents, sum, keys, next_flags, values);
         products_wait<0>();
         pin(accumulated);
@@ -571,9 +596,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         while (!(flags & BLOCK_LAST)) {
             Ring<S::KEY_STAGES> before = ring;
             u32 flags_before = flags;
-            wait_for_values(before, flags_before);
             ring.advance();
-            flags = wait_for_keys();
+            flags = wait_for_values_and_keys(before, flags_before);
             weigh_half<1, true, true>(before, flags_before, before.stage, ring.stage, flags);
             weigh_half<0, true, true>(ring, flags, before.stage, ring.stage, flags);
             finish_values(before, flags_before);
