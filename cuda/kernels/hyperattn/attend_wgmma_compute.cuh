@@ -1,191 +1,21 @@
 // A computing warpgroup of the Hopper attention kernel: 64 rows of each tile.
 //
-// The logits of a block are computed while the values of the block before are multiplied and summed. Logits are
-//     slope * product + shift
-// in base 2; weights are 2^(logit - max), where max is not much below the largest logit so far.
+// The logits of a block are computed while the values of the block before are multiplied and summed; up to 64 columns
+// by halves of blocks, whose products are issued among the exponentials of the half before.
 #pragma once
 
 #include "attend_wgmma_copy.cuh"
-#include "attend_wgmma_layout.cuh"
+#include "attend_wgmma_softmax.cuh"
 #include "barrier.cuh"
 #include "convert.cuh"
 #include "load_matrices.cuh"
+#include "online_softmax.cuh"
 #include "wgmma.cuh"
 
 namespace hyperattn {
 namespace hopper {
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
-
-// A logit is large if its absolute value is above this, see weigh().
-constexpr float LARGE_LOGIT = 4194304.0f;
-
-__device__ __forceinline__ float exp2_approximate(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approximate(float x)
-{
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Over the four lanes that hold a row.
-__device__ __forceinline__ float row_max(float x)
-{
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
-__device__ __forceinline__ float row_sum(float x)
-{
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-
-// The two rows of a thread.
-struct Rows {
-    // What weights are relative to: not much below the largest logit.
-    float max[2];
-    // This thread's part.
-    float sum[2];
-    u32 row[2];
-    u32 limit[2];
-};
-
-// The exponents of a block's weights are slope * product + offset.
-struct Exponents {
-    float slope[2];
-    float offset[2];
-};
-
-// The limits of positions in a block that its flags tell of.
-__device__ __forceinline__ void limits_of_block(u32 flags, const Rows &rows, u32 (&limits)[2])
-{
-    limits[0] = flags & BLOCK_LIMITED ? rows.limit[0] : NO_ROW;
-    limits[1] = flags & BLOCK_LIMITED ? rows.limit[1] : NO_ROW;
-}
-
-// Logits in place of products, -inf where a key is masked. Without branches: values are
-// multiplied meanwhile, and branches would have the compiler move the scores to other registers.
-template <u32 KEYS>
-__device__ __forceinline__ void make_logits(float (&scores)[KEYS / 2], const u32 *positions, u32 flags,
-                                            const Rows &rows, u32 lane, float slope, float shift)
-{
-    bool all = !(flags & BLOCK_MASKED);
-    u32 limits[2];
-    limits_of_block(flags, rows, limits);
-#pragma unroll
-    for (u32 j = 0; j < KEYS / 8; ++j) {
-        u32 first = positions[8 * j + 2 * (lane & 3)];
-        u32 second = positions[8 * j + 2 * (lane & 3) + 1];
-        float *s = &scores[4 * j];
-        s[0] = all || first < limits[0] ? fmaf(s[0], slope, shift) : minus_infinity();
-        s[1] = all || second < limits[0] ? fmaf(s[1], slope, shift) : minus_infinity();
-        s[2] = all || first < limits[1] ? fmaf(s[2], slope, shift) : minus_infinity();
-        s[3] = all || second < limits[1] ? fmaf(s[3], slope, shift) : minus_infinity();
-    }
-}
-
-// A row's maximum is only raised when a thread's weights of a block sum up to more than this: most blocks then need no
-// maximum at all, and leave what was accumulated alone.
-constexpr float LARGEST_SUM = 16384.0f;
-
-// Raises the maxima of a warp's rows to a block's. What was accumulated follows.
-template <u32 KEYS, u32 COLUMNS>
-__device__ __forceinline__ Exponents raise(const float (&scores)[KEYS / 2], float slope, float shift, Rows &rows,
-                                           float (&accumulated)[COLUMNS / 2])
-{
-    float largest[2] = {fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3])};
-#pragma unroll
-    for (u32 j = 1; j < KEYS / 8; ++j) {
-        largest[0] = fmaxf(largest[0], fmaxf(scores[4 * j], scores[4 * j + 1]));
-        largest[1] = fmaxf(largest[1], fmaxf(scores[4 * j + 2], scores[4 * j + 3]));
-    }
-    Exponents exponents;
-    float factor[2];
-    float power = __uint_as_float(__float_as_uint(slope) & 0x7f800000);
-#pragma unroll
-    for (u32 r = 0; r < 2; ++r) {
-        float product = row_max(largest[r]);
-        float logit = fmaf(product, slope, shift);
-        float max = fmaxf(rows.max[r], logit);
-        float center = max == minus_infinity() ? 0.0f : max;
-        factor[r] = exp2_approximate(rows.max[r] - center);
-        rows.max[r] = max;
-        rows.sum[r] *= factor[r];
-        // The rounding of a large maximum must not become a large exponent. Its last place is above 1/4 then, so the
-        // products' differences may as well be scaled by a power of two, which takes them without any rounding.
-        bool large = fabsf(center) > LARGE_LOGIT && logit != minus_infinity();
-        exponents.slope[r] = large ? power : slope;
-        exponents.offset[r] = large ? fmaf(-product, power, logit - center) : shift - center;
-    }
-#pragma unroll
-    for (u32 i = 0; i < COLUMNS / 2; ++i)
-        accumulated[i] *= factor[i / 2 & 1];
-    return exponents;
-}
-
-// Weights of COUNT pairs of products from pair FIRST on, which are added to each thread's sums.
-template <u32 TYPE, u32 FIRST, u32 COUNT, u32 SCORES>
-__device__ __forceinline__ void weigh_pairs(const float (&scores)[SCORES], const Exponents &exponents,
-                                            u32 (&weights)[SCORES / 2], float (&sum)[2])
-{
-#pragma unroll
-    for (u32 i = FIRST; i < FIRST + COUNT; ++i) {
-        u32 r = i & 1;
-        float first = exp2_approximate(fmaf(scores[2 * i], exponents.slope[r], exponents.offset[r]));
-        float second = exp2_approximate(fmaf(scores[2 * i + 1], exponents.slope[r], exponents.offset[r]));
-        sum[r] += first;
-        sum[r] += second;
-        weights[i] = f32_to_16x2<TYPE>(first, second);
-    }
-}
-
-// Weights of products, and each thread's sums of them.
-template <u32 TYPE, u32 KEYS>
-__device__ __forceinline__ void weigh(const float (&scores)[KEYS / 2], const Exponents &exponents,
-                                      u32 (&weights)[KEYS / 4], float (&sum)[2])
-{
-    sum[0] = sum[1] = 0.0f;
-    weigh_pairs<TYPE, 0, KEYS / 4>(scores, exponents, weights, sum);
-}
-
-// Adds the elements that the loaders took out of the block's values to rows that see them: what is not finite swamps
-// any weight.
-template <u32 TYPE, u32 KEYS, u32 COLUMNS>
-__device__ __forceinline__ void add_not_finite(const AttendParams &p, u32 batch, u32 head,
-                                               const ValueStage<KEYS> &stage, const Rows &rows, u32 lane,
-                                               float (&accumulated)[COLUMNS / 2])
-{
-    constexpr u32 EXPONENT = TYPE == BF16 ? 0x7f80 : 0x7c00;
-#pragma unroll 1
-    for (u32 key = 0; key < KEYS; ++key) {
-        if (!(stage.not_finite[key / 32] >> (key % 32) & 1))
-            continue;
-        u32 row = stage.row[key];
-        const char *value = p.v.row(batch, head / p.group, row) + 4 * (lane & 3);
-        bool seen[2] = {row < rows.limit[0], row < rows.limit[1]};
-#pragma unroll
-        for (u32 j = 0; j < COLUMNS / 8; ++j) {
-            if (8 * j >= p.value_dim)
-                continue;
-            u32 pair = *(const u32 *)(value + 16 * j);
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                u32 element = i & 1 ? pair >> 16 : pair & 0xffff;
-                if (seen[i / 2] && (element & EXPONENT) == EXPONENT)
-                    accumulated[4 * j + i] += f32_from_16<TYPE>((u16)element);
-            }
-        }
-    }
-}
 
 // The body of a computing warpgroup, whose number is `group`.
 template <u32 TYPE, u32 DIM> struct Consumer {
@@ -194,9 +24,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     // Where registers allow it, blocks are weighed by halves, see attend_by_halves().
     static constexpr u32 PARTS = DIM <= 64 ? 2 : 1;
     static constexpr u32 PART_KEYS = KEYS / PARTS;
-    // Whether the two warpgroups take turns: in issuing the products of blocks, so that one's weights are computed beside
-    // the other's products; in weighing halves, so that one has the exponential units while the other waits and checks.
-    // Named barrier 1 + group is passed when it is the group's turn.
+    // Whether the two warpgroups take turns: in issuing the products of blocks, so that one's weights are computed
+    // beside the other's products; in weighing halves, so that one has the exponential units while the other waits and
+    // checks. Named barrier 1 + group is passed when it is the group's turn.
     static constexpr bool TURNS = DIM <= 128;
 
     const AttendParams &p;
@@ -285,8 +115,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         products_commit();
     }
 
-    // What the products with the keys of a part of the block are added to, if it is masked: -inf where a row must not see
-    // a key. The sum is NaN if the key is not finite, which fine() tells of.
+    // What the products with the keys of a part of the block are added to, if it is masked: -inf where a row must not
+    // see a key. The sum is NaN if the key is not finite, which fine() tells of.
     template <u32 PART> __device__ __forceinline__ void begin_part(const KeyStage<KEYS> &stage, u32 flags)
     {
         if (flags & BLOCK_MASKED) {
@@ -300,14 +130,14 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                     scores[PART][4 * j + i] = position[i & 1] < limits[i / 2] ? 0.0f : minus_infinity();
             }
         } else {
-            // It does not matter what they are.
+            // They are not read, and what they were need not be kept until here.
 #pragma unroll
             for (u32 i = 0; i < PART_KEYS / 2; ++i)
-                asm volatile("" : "=f"(scores[PART][i]));
+                scores[PART][i] = anything();
         }
     }
 
-    // Step K of the products with the keys of a part of the block, which are at `keys`, added to what begin_part() made.
+    // Step K of the products with the keys of a part of the block, which are at `keys`. Added to what begin_part() made.
     template <u32 PART, u32 K> __device__ __forceinline__ void multiply_part_keys(u32 keys, u32 flags)
     {
         const u32 (&q)[4] = queries[K];
@@ -328,10 +158,11 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     {
         products_begin();
         u32 values = values_at(stage);
+        const u32 (&w)[PART_KEYS / 4] = weights[0];
 #pragma unroll
         for (u32 k = 0; k < KEYS / 16; ++k)
-            multiply_registers<TYPE, DIM>(accumulated, weights[0][4 * k], weights[0][4 * k + 1], weights[0][4 * k + 2],
-                                          weights[0][4 * k + 3], operand<S::KEY_CHUNK_BYTES>(values + k * 16 * ROW_BYTES));
+            multiply_registers<TYPE, DIM>(accumulated, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
+                                          operand<S::KEY_CHUNK_BYTES>(values + k * 16 * ROW_BYTES));
         products_commit();
     }
 
@@ -516,9 +347,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     }
 
     // Weights of a half of the block in `place`, whose products are there. Meanwhile, step by step, the products with
-    // the keys of the next half, which is of the block in stage `next`, are computed if NEXT, and the values of the half
-    // before, of the block in stage `before`, are summed up if BEFORE: issuing a product waits for all but few before
-    // it, so that a warp that issued them at once would not weigh.
+    // the keys of the next half, of the block in stage `next`, are computed if NEXT, and the values of the half before,
+    // of the block in stage `before`, are summed up if BEFORE. Not all at once: issuing a product waits for those before
+    // it but for a few, and a warp that waits does not weigh.
     template <u32 PART, bool BEFORE, bool NEXT>
     __device__ __forceinline__ void weigh_half(const Ring<S::KEY_STAGES> &place, u32 flags, u32 before, u32 next,
                                                u32 next_flags)
@@ -543,7 +374,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(scores[1 - PART]);
         pin(weights[1 - PART]);
         bool again = !fine(sum) || p.scale_log2 < 0.0f;
-        if (__builtin_expect(__any_sync(ALL_LANES, again), 0)) {
+        if (__any_sync(ALL_LANES, again)) {
             if (special(flags)) {
                 make_logits<PART_KEYS>(scores[PART], key_stage.position + PART * PART_KEYS, flags, rows, lane, slope,
                                        shift);
@@ -557,7 +388,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             release(control.barriers[S::KEY_EMPTY + place.loader()]);
     }
 
-    // A quarter of a half's weights, and a step of the products.
+    // A quarter of a half's weights, and a step of the products beside it.
     template <u32 PART, u32 K, bool BEFORE, bool NEXT>
     __device__ __forceinline__ void weigh_beside(const Exponents &exponents, float (&sum)[2], u32 keys, u32 next_flags,
                                                  u32 values)
@@ -570,9 +401,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             multiply_part_values<1 - PART, K>(values);
         products_commit();
         weigh_pairs<TYPE, 4 * K, 4>(scores[PART], exponents, weights[PART], sum);
-#pragma unroll
-        for (u32 i = 4 * K; i < 4 * K + 4; ++i)
-            asm volatile("" : "+r"(weights[PART][i])::"memory");
+        pin_some<4 * K, 4>(weights[PART]);
     }
 
     // The same by halves of blocks: while one half is weighed, the products of the next half's keys are computed, and
@@ -761,8 +590,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             write_16<R, F16>(to, write, aligned);
     }
 
-    // The same for 16 whole rows of the type of the queries that have weights, which is usual, and without branches: they
-    // go through the shared memory of the warp's queries.
+    // The same for the warp's 16 rows if all of them are there and have weights, and their outputs have the type of the
+    // queries and DIM columns, as usual: without branches, through the shared memory of the warp's queries.
     __device__ __forceinline__ void end_whole_rows(const float (&sum)[2])
     {
         u32 first_row = warp_rows();
@@ -789,19 +618,18 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 *(uint4 *)(to + chunk * ROW_BYTES) =
                     load_row_part(swizzled(first_row + chunk * S::QUERY_CHUNK_BYTES, row, lane % 8));
         }
-        if (head_lse && (lane & 3) == 0) {
-#pragma unroll
-            for (u32 r = 0; r < 2; ++r)
-                *(float *)(head_lse + (i64)rows.row[r] * p.lse.row_stride) =
-                    (rows.max[r] + log2f(sum[r])) * 0.693147180559945309f;
-        }
+        // Two lanes of a row's four, one for each of their rows.
+        u32 r = lane & 1;
+        if (head_lse && (lane & 2) == 0)
+            *(float *)(head_lse + (i64)(r ? rows.row[1] : rows.row[0]) * p.lse.row_stride) =
+                online_softmax::log_sum(r ? rows.max[1] : rows.max[0], r ? sum[1] : sum[0]);
     }
 
     __device__ __forceinline__ void end_rows(u32 flags)
     {
-        if (S::QUERY_STAGES > 1) {
+        if constexpr (S::QUERY_STAGES > 1 && DIM % ROW_ELEMENTS == 0) {
             float sum[2] = {row_sum(rows.sum[0]), row_sum(rows.sum[1])};
-            bool whole = !(flags & TILE_STORE) && p.out_type == TYPE && p.value_dim == S::CHUNKS * ROW_ELEMENTS;
+            bool whole = !(flags & TILE_STORE) && p.out_type == TYPE && p.value_dim == DIM;
             whole &= (((u64)p.out.data | p.out.batch_stride | p.out.head_stride | p.out.row_stride) & 15) == 0;
 #pragma unroll
             for (u32 r = 0; r < 2; ++r)

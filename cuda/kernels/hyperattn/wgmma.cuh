@@ -53,6 +53,22 @@ template <u32 COUNT> __device__ __forceinline__ void pin(u32 (&registers)[COUNT]
         asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+// The same of COUNT registers from FIRST on.
+template <u32 FIRST, u32 COUNT, u32 ALL> __device__ __forceinline__ void pin_some(u32 (&registers)[ALL])
+{
+#pragma unroll
+    for (u32 i = FIRST; i < FIRST + COUNT; ++i)
+        asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+// A number that nobody has made.
+__device__ __forceinline__ float anything()
+{
+    float number;
+    asm volatile("" : "=f"(number));
+    return number;
+}
+
 // Keeps the compiler from computing everything that follows from a number once and for all, in many registers.
 __device__ __forceinline__ u32 opaque(u32 number)
 {
