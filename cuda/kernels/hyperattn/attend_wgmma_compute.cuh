@@ -137,7 +137,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         }
     }
 
-    // Step K of the products with the keys of a part of the block, which are at `keys`. Added to what begin_part() made.
+    // Step K of the products with the keys of a part of the block, which are at `keys`, added to what begin_part()
+    // made.
     template <u32 PART, u32 K> __device__ __forceinline__ void multiply_part_keys(u32 keys, u32 flags)
     {
         const u32 (&q)[4] = queries[K];
@@ -348,8 +349,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
 
     // Weights of a half of the block in `place`, whose products are there. Meanwhile, step by step, the products with
     // the keys of the next half, of the block in stage `next`, are computed if NEXT, and the values of the half before,
-    // of the block in stage `before`, are summed up if BEFORE. Not all at once: issuing a product waits for those before
-    // it but for a few, and a warp that waits does not weigh.
+    // of the block in stage `before`, are summed up if BEFORE. Not all at once: a product is issued when most of those
+    // before it are done, and a warp that waits does not weigh.
     template <u32 PART, bool BEFORE, bool NEXT>
     __device__ __forceinline__ void weigh_half(const Ring<S::KEY_STAGES> &place, u32 flags, u32 before, u32 next,
                                                u32 next_flags)
