@@ -11,6 +11,7 @@
 
 #include "convert.cuh"
 #include "key_stream.cuh"
+#include "load_matrices.cuh"
 #include "merge_partials.cuh"
 #include "online_softmax.cuh"
 
@@ -60,20 +61,6 @@ __device__ __forceinline__ void copy_chunk(u32 shared, const char *global, bool 
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void load_matrices(u32 (&fragment)[4], u32 address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-}
-
-__device__ __forceinline__ void load_matrices_transposed(u32 (&fragment)[4], u32 address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-}
 
 template <u32 TYPE>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b_low, u32 b_high)

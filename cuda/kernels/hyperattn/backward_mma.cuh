@@ -21,8 +21,6 @@ namespace backward_mma {
 
 using namespace online_softmax;
 using mma::copy_rows;
-using mma::load_matrices;
-using mma::load_matrices_transposed;
 using mma::mma_shared;
 using mma::multiply_add;
 constexpr u32 NO_KEY = key_stream::NO_KEY;
