@@ -81,8 +81,8 @@ static_assert(hyperattn::simt::Shape<256>::SHARED_BYTES == 48288, "attend_any");
 
 // The launches in cuda/src/backward/launch.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::backward_hopper::THREADS == 384, "backward_wgmma");
-static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 176944, "backward_wgmma");
-static_assert(hyperattn::backward_hopper::Shape<128>::SHARED_BYTES == 206640, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 176432, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<128>::SHARED_BYTES == 206128, "backward_wgmma");
 static_assert(hyperattn::backward_mma::Shape<64>::THREADS == 256, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<64>::SHARED_BYTES == 69296, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<128>::SHARED_BYTES == 134832, "backward_mma");
@@ -100,8 +100,5 @@ static_assert(hyperattn::backward_fused::Shape<128>::QUERIES == 64, "backward_fu
 static_assert(hyperattn::backward_fused::Shape<64>::SHARED_BYTES == 199984, "backward_fused");
 static_assert(hyperattn::backward_fused::Shape<128>::SHARED_BYTES == 215344, "backward_fused");
 static_assert(hyperattn::FUSED_QUERIES_THREADS == 256, "backward_fused_queries");
-static_assert(hyperattn::BACKWARD_SAMPLES_COLUMNS * hyperattn::BACKWARD_SAMPLES_THREADS == 512,
-              "backward_paper_add_samples");
-static_assert(hyperattn::BACKWARD_ROWS_THREADS * hyperattn::BACKWARD_ROWS_AT_ONCE ==
-                  64 * hyperattn::BACKWARD_ROWS_LANES,
-              "backward_rows");
+static_assert(hyperattn::BACKWARD_SAMPLES_THREADS == 128, "backward_paper_add_samples");
+static_assert(hyperattn::BACKWARD_ROWS_THREADS == 256 && hyperattn::BACKWARD_ROWS == 64, "backward_rows");

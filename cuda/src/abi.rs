@@ -134,15 +134,15 @@ pub(crate) struct BackwardParams {
     pub(crate) key_tiles: Pointer<KeyTile>,
     pub(crate) query_segments: Pointer<Segment>,
     pub(crate) hidden: Pointer<u32>,
-    pub(crate) key_sums: Pointer<f32>,
-    pub(crate) value_sums: Pointer<f32>,
+    pub(crate) key_sums: Pointer<u8>,
+    pub(crate) value_sums: Pointer<u8>,
     pub(crate) key_stored: Pointer<u32>,
     pub(crate) dout_type: u32,
     pub(crate) dk_type: u32,
     pub(crate) dv_type: u32,
     pub(crate) key_tile_count: u32,
     pub(crate) scale: f32,
-    pub(crate) reserved: u32,
+    pub(crate) key_sums_type: u32,
 }
 
 // What entry.cu states too.
@@ -270,7 +270,7 @@ mod tests {
                     dv_type,
                     key_tile_count,
                     scale,
-                    reserved
+                    key_sums_type
                 }
             );
         }

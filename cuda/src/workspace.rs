@@ -38,6 +38,11 @@ impl<T> Pointer<T> {
         self.address
     }
 
+    /// Of elements whose type the device is told.
+    pub(crate) const fn bytes(self) -> Pointer<u8> {
+        Pointer::new(self.address)
+    }
+
     /// Moved back by `len` elements: what is there is never touched.
     pub(crate) fn before(self, len: usize) -> Self {
         Self::new(self.address.wrapping_sub((len * size_of::<T>()) as u64))

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward_work.cuh"
+#include "convert.cuh"
 #include "paper_tiles.cuh"
 
 namespace hyperattn {
@@ -21,8 +22,8 @@ struct BackwardPaperParams {
     const float *key_partials;
     const float *value_partials;
     // Of keys, see BackwardParams.
-    float *key_sums;
-    float *value_sums;
+    char *key_sums;
+    char *value_sums;
     u32 *key_stored;
     // As in PaperTileParams.
     u32 exact;
@@ -43,6 +44,8 @@ struct BackwardPaperParams {
     u32 value_dim;
     // Rectangles of a KV head whose tiles of keys are handed out together: tile t of each before tile t + 1 of any.
     u32 section;
+    u32 key_sums_type;
+    u32 reserved;
 
     // Number of a rectangle among the launch's, a KV head's next to each other.
     __device__ __forceinline__ u32 rectangle_number(u32 set_kv_head, u32 index) const
@@ -63,11 +66,94 @@ struct BackwardPaperParams {
     }
 };
 
-static_assert(sizeof(BackwardPaperParams) == 248, "the host's mirror of this struct counts on it");
+static_assert(sizeof(BackwardPaperParams) == 256, "the host's mirror of this struct counts on it");
 
 constexpr u32 BACKWARD_SAMPLES_THREADS = 128;
-// Columns of a key and a value together that a thread adds up.
-constexpr u32 BACKWARD_SAMPLES_COLUMNS = 4;
+
+// WIDTH neighbouring columns of a row of sums.
+template <u32 WIDTH> struct NeighbouringSums {
+    float values[WIDTH];
+
+    __device__ __forceinline__ void load(const float *from)
+    {
+        if constexpr (WIDTH == 4) {
+            float4 four = *(const float4 *)from;
+            values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+        } else {
+            values[0] = *from;
+        }
+    }
+
+    // Element number `at` of all and the next ones, f32 or bf16.
+    __device__ __forceinline__ void load(const char *all, u64 at, u32 type)
+    {
+        if (type == F32) {
+            load((const float *)all + at);
+        } else if constexpr (WIDTH == 4) {
+            uint2 four = *(const uint2 *)((const u16 *)all + at);
+            values[0] = f32_from_bf16((u16)four.x), values[1] = f32_from_bf16((u16)(four.x >> 16));
+            values[2] = f32_from_bf16((u16)four.y), values[3] = f32_from_bf16((u16)(four.y >> 16));
+        } else {
+            values[0] = f32_from_bf16(((const u16 *)all)[at]);
+        }
+    }
+
+    __device__ __forceinline__ void store(char *all, u64 at, u32 type) const
+    {
+        if constexpr (WIDTH == 4) {
+            if (type == F32)
+                *(float4 *)((float *)all + at) = make_float4(values[0], values[1], values[2], values[3]);
+            else
+                *(uint2 *)((u16 *)all + at) =
+                    make_uint2(bf16x2_from_f32(values[0], values[1]), bf16x2_from_f32(values[2], values[3]));
+        } else if (type == F32) {
+            ((float *)all)[at] = values[0];
+        } else {
+            ((u16 *)all)[at] = bf16_from_f32(values[0]);
+        }
+    }
+
+    __device__ __forceinline__ void add(const NeighbouringSums &others)
+    {
+#pragma unroll
+        for (u32 i = 0; i < WIDTH; ++i)
+            values[i] += others.values[i];
+    }
+};
+
+// Adds the sums of a key's samples, those from `own` to `end` with this position, to those of row `to`. A warp, whose
+// lanes have WIDTH columns at a time; head_dim and value_dim are multiples of it.
+template <u32 WIDTH>
+__device__ __forceinline__ void add_samples_of_key(const BackwardPaperParams &params, u32 number, u32 chunks, u32 own,
+                                                   u32 end, u32 position, u64 to)
+{
+    const u32 samples = params.common.sample_size, columns = params.head_dim + params.value_dim;
+    const u32 *positions = params.positions + (u64)number * samples;
+    const bool stored = params.key_stored[to] != 0;
+#pragma unroll 1
+    for (u32 column = threadIdx.x % 32 * WIDTH; column < columns; column += 32 * WIDTH) {
+        const bool of_key = column < params.head_dim;
+        const u32 dim = of_key ? params.head_dim : params.value_dim, within = of_key ? column : column - params.head_dim;
+        const float *partials = (of_key ? params.key_partials : params.value_partials) + within;
+        char *all = of_key ? params.key_sums : params.value_sums;
+        NeighbouringSums<WIDTH> sums = {};
+        if (stored)
+            sums.load(all, to * dim + within, params.key_sums_type);
+        for (u32 sample = own; sample < end; ++sample) {
+            if (positions[sample] != position)
+                continue;
+            const float *from = partials + ((u64)number * params.chunks * samples + sample) * dim;
+            // Several are read before they are added.
+#pragma unroll 8
+            for (u32 chunk = 0; chunk < chunks; ++chunk) {
+                NeighbouringSums<WIDTH> partial;
+                partial.load(from + (u64)chunk * samples * dim);
+                sums.add(partial);
+            }
+        }
+        sums.store(all, to * dim + within, params.key_sums_type);
+    }
+}
 
 } // namespace hyperattn
 
@@ -191,70 +277,40 @@ extern "C" __global__ void __launch_bounds__(128)
     params.segments[number] = segment;
 }
 
-// Adds the samples' sums to those of the keys. A key that was drawn several times gets all of them from the thread
-// block of the first. Grid: kv_heads * rectangles * sample_size; block BACKWARD_SAMPLES_THREADS.
+// Adds the samples' sums to those of the keys. A warp for each sample: grid ceil(kv_heads * rectangles * sample_size / 4),
+// block BACKWARD_SAMPLES_THREADS. A key that was drawn several times gets all of them from the warp of the first.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS)
     backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params)
 {
     using namespace hyperattn;
     constexpr u32 ALL_LANES = 0xffffffffu;
     const PassTiles &common = params.common;
-    u32 samples = common.sample_size;
-    u32 own = blockIdx.x % samples, number = blockIdx.x / samples;
+    const u32 samples = common.sample_size, lane = threadIdx.x % 32;
+    u64 at = (u64)blockIdx.x * (BACKWARD_SAMPLES_THREADS / 32) + threadIdx.x / 32;
+    u32 number = (u32)(at / samples), own = (u32)(at % samples);
     Rectangle rectangle;
-    if (!common.rectangle(number % common.pass.count, rectangle))
+    if (number >= common.kv_heads * common.pass.count || !common.rectangle(number % common.pass.count, rectangle))
         return;
     const u32 *positions = params.positions + (u64)number * samples;
-    u32 position = positions[own];
-    u32 chunks = (rectangle.query_end - rectangle.query_start + params.chunk_queries - 1) / params.chunk_queries;
-    u32 columns = params.head_dim + params.value_dim;
-
-    __shared__ u32 same_as[BACKWARD_SAMPLES_THREADS / 32];
-    float sums[BACKWARD_SAMPLES_COLUMNS] = {};
-    for (u32 first = 0; first < samples; first += BACKWARD_SAMPLES_THREADS) {
-        u32 other = first + threadIdx.x;
-        bool same = other < samples && positions[other] == position;
-        u32 of_warp = __ballot_sync(ALL_LANES, same);
-        if (threadIdx.x % 32 == 0)
-            same_as[threadIdx.x / 32] = of_warp;
-        // An earlier sample's block adds this one.
-        if (__syncthreads_or(same && other < own))
-            return;
-        for (u32 word = 0; word < BACKWARD_SAMPLES_THREADS / 32; ++word) {
-            for (u32 found = same_as[word]; found != 0; found &= found - 1) {
-                u64 row = (u64)number * params.chunks * samples + first + 32 * word + __ffs(found) - 1;
-#pragma unroll
-                for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-                    u32 column = threadIdx.x + BACKWARD_SAMPLES_THREADS * i;
-                    if (column >= columns)
-                        continue;
-                    bool of_key = column < params.head_dim;
-                    u32 dim = of_key ? params.head_dim : params.value_dim;
-                    const float *partial = of_key ? params.key_partials + row * dim + column
-                                                  : params.value_partials + row * dim + column - params.head_dim;
-                    // Several are read before they are added.
+    const u32 position = positions[own];
+    const u64 first_key = (u64)(number / common.pass.count) * params.n_k;
+    const u64 to = first_key + (params.sorted ? params.key_order[first_key + position] : position);
+    bool earlier = false, later = false;
 #pragma unroll 8
-                    for (u32 chunk = 0; chunk < chunks; ++chunk)
-                        sums[i] += partial[(u64)chunk * samples * dim];
-                }
-            }
-        }
-        __syncthreads();
+    for (u32 other = lane; other < samples; other += 32) {
+        bool same = positions[other] == position;
+        earlier |= same && other < own;
+        later |= same && other > own;
     }
-
-    u64 first_key = (u64)(number / common.pass.count) * params.n_k;
-    u64 to = first_key + (params.sorted ? params.key_order[first_key + position] : position);
-    bool stored = params.key_stored[to] != 0;
-#pragma unroll
-    for (u32 i = 0; i < BACKWARD_SAMPLES_COLUMNS; ++i) {
-        u32 column = threadIdx.x + BACKWARD_SAMPLES_THREADS * i;
-        if (column >= columns)
-            continue;
-        float *sum = column < params.head_dim ? params.key_sums + to * params.head_dim + column
-                                              : params.value_sums + to * params.value_dim + column - params.head_dim;
-        *sum = stored ? *sum + sums[i] : sums[i];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0)
+    if (__any_sync(ALL_LANES, earlier))
+        return;
+    const u32 end = __any_sync(ALL_LANES, later) ? samples : own + 1;
+    const u32 chunks = (rectangle.query_end - rectangle.query_start + params.chunk_queries - 1) / params.chunk_queries;
+    if (params.head_dim % 4 == 0 && params.value_dim % 4 == 0)
+        add_samples_of_key<4>(params, number, chunks, own, end, position, to);
+    else
+        add_samples_of_key<1>(params, number, chunks, own, end, position, to);
+    __syncwarp();
+    if (lane == 0)
         params.key_stored[to] = 1;
 }

@@ -75,9 +75,9 @@ struct BackwardParams {
     const KeyTile *key_tiles;
     const Segment *query_segments;
     const u32 *hidden;
-    // [batch][heads_kv][n_k][head_dim] and [batch][heads_kv][n_k][value_dim].
-    float *key_sums;
-    float *value_sums;
+    // [batch][heads_kv][n_k][head_dim] and [batch][heads_kv][n_k][value_dim], of key_sums_type.
+    char *key_sums;
+    char *value_sums;
     // [batch][heads_kv][n_k]: not 0 for a key whose sums are stored.
     u32 *key_stored;
     u32 dout_type;
@@ -85,7 +85,8 @@ struct BackwardParams {
     u32 dv_type;
     u32 key_tile_count;
     float scale;
-    u32 reserved;
+    // F32, or BF16 for kernels of backward_wgmma.cuh and backward_fused.cuh.
+    u32 key_sums_type;
 
     // Row of key i of a tile, and its position.
     __device__ __forceinline__ u32 key_position(const KeyTile &tile, u32 i) const
@@ -106,6 +107,17 @@ struct BackwardParams {
     __device__ __forceinline__ u64 sums_row(const KeyTile &tile, u32 row) const
     {
         return (u64)(tile.batch * attend.heads_kv() + tile.kv_head) * attend.n_k + row;
+    }
+
+    // Stored sums of row number `row` of all.
+    __device__ __forceinline__ char *key_sums_of(u64 row) const
+    {
+        return key_sums + row * attend.head_dim * element_bytes(key_sums_type);
+    }
+
+    __device__ __forceinline__ char *value_sums_of(u64 row) const
+    {
+        return value_sums + row * attend.value_dim * element_bytes(key_sums_type);
     }
 
     // The first row whose limit is above a position.

@@ -28,13 +28,13 @@ const DIMS: [usize; 3] = [64, 128, 256];
 const WGMMA: [Launch; 2] = [
     Launch {
         block: 384,
-        shared_bytes: 176_944,
+        shared_bytes: 176_432,
         queries: [c"backward_wgmma_queries_f16_64", c"backward_wgmma_queries_bf16_64"],
         keys: [&[c"backward_wgmma_keys_f16_64"], &[c"backward_wgmma_keys_bf16_64"]],
     },
     Launch {
         block: 384,
-        shared_bytes: 206_640,
+        shared_bytes: 206_128,
         queries: [c"backward_wgmma_queries_f16_128", c"backward_wgmma_queries_bf16_128"],
         keys: [&[c"backward_wgmma_keys_f16_128"], &[c"backward_wgmma_keys_bf16_128"]],
     },
@@ -140,6 +140,19 @@ fn launch(device: &Device, params: &BackwardParams) -> Launch {
         .filter_map(|(_, launch)| launch.copied())
         .find(|launch| launch.shared_bytes <= device.shared_bytes)
         .unwrap_or(ANY[size])
+}
+
+/// Element type of sums of keys that go through memory between passes: that of the gradients where it is bf16, which has
+/// the range of f32, and the kernels take it.
+pub(crate) fn key_sums_type(device: &Device, params: &BackwardParams) -> u32 {
+    let bf16 = element_type(DType::BF16);
+    let of_gradients = params.dk_type == bf16 && params.dv_type == bf16;
+    let dim = params.attend.head_dim.max(params.attend.value_dim) as usize;
+    if of_gradients && WGMMA.get(size_of_dim(dim)) == Some(&launch(device, params)) {
+        bf16
+    } else {
+        element_type(DType::F32)
+    }
 }
 
 /// f16 kernels come first.

@@ -5,24 +5,24 @@ use std::iter;
 use std::ops::Range;
 
 use hyperattn_core::device::{PaperParts, Problem, effective_residual};
-use hyperattn_core::{Mask, Residual, Result};
+use hyperattn_core::{DType, Mask, Residual, Result};
 
 use super::lists::{Lists as ForwardLists, Step, blocks_met};
 use super::{
     PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, VISITED_ALL, blocks_of, mirror, sample_size, tile_count,
     unsupported,
 };
-use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS};
+use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS, element_type};
 use crate::backward::fused::{self, Fused, Sums};
-use crate::backward::launch::{keys, queries};
+use crate::backward::launch::{key_sums_type, keys, queries};
 use crate::call::Call;
 use crate::launch::{Queue, args};
 use crate::workspace::{Carver, Pointer};
 
 /// Queries that a sampled key meets before its sums are stored.
 const CHUNK_QUERIES: usize = 4096;
-/// Threads of the blocks that add the samples' sums, one for each sample (BACKWARD_SAMPLES_THREADS).
-const ADD_THREADS: u32 = 128;
+/// Threads of the blocks that add the samples' sums, a warp for each sample (BACKWARD_SAMPLES_THREADS).
+const ADD_THREADS: usize = 128;
 
 const KEY_TILE_STORE: u32 = 4;
 
@@ -300,7 +300,7 @@ impl Paper<'_, '_> {
             let common = self.sort_rectangles(heads, step, lists, rectangles)?;
             let inverse = Lists::new(self.call, step, lists);
             let mut params = self.gradient_params(heads, &common, buffers, params);
-            let mut arguments = self.inverse(step, &common, &inverse, buffers);
+            let mut arguments = self.inverse(step, &common, &inverse, buffers, &params);
             match &self.buffers.row_norm {
                 Some(row_norm) if step.estimated => {
                     let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
@@ -396,8 +396,9 @@ impl Paper<'_, '_> {
         let tiles = rectangles * (arguments.chunks * arguments.sample_tiles) as usize;
         let mut partial = *params;
         partial.key_tile_count = tiles as u32;
-        partial.key_sums = buffers.key_partials;
-        partial.value_sums = buffers.value_partials;
+        partial.key_sums = buffers.key_partials.bytes();
+        partial.value_sums = buffers.value_partials.bytes();
+        partial.key_sums_type = element_type(DType::F32);
         let grid = |items| blocks_of(items, THREADS);
         let (queue, threads) = (self.queue, THREADS as u32);
         // SAFETY: this is the kernels' parameter; every buffer is written before it is read.
@@ -415,9 +416,11 @@ impl Paper<'_, '_> {
     pub(super) unsafe fn add_samples(&self, arguments: &mirror::BackwardPaperParams) -> Result<()> {
         let common = &arguments.common;
         let samples = common.kv_heads as usize * common.pass.count as usize * common.sample_size as usize;
-        let grid = blocks_of(samples, 1);
+        let grid = blocks_of(samples, ADD_THREADS / 32);
         // SAFETY: this is the kernel's parameter; the partial sums have been enqueued before.
-        unsafe { self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS, 0, args![*arguments]) }
+        unsafe {
+            self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS as u32, 0, args![*arguments])
+        }
     }
 
     /// dk and dv of all keys of the rectangles.
@@ -490,9 +493,9 @@ impl Paper<'_, '_> {
         };
         let pass = mirror::Pass { count: 1, one, ..mirror::Pass::default() };
         let common = self.common(heads, &step, &lists, pass);
-        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers);
-        arguments.flags = 0;
         let mut params = self.gradient_params(heads, &common, buffers, params);
+        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers, &params);
+        arguments.flags = 0;
         // SAFETY: the caller's contract.
         unsafe { self.keys_gradient(&arguments, None, &mut params) }
     }
@@ -520,8 +523,10 @@ impl Paper<'_, '_> {
         own.key_tiles = buffers.tiles;
         own.query_segments = buffers.segments;
         own.hidden = buffers.hidden;
-        own.key_sums = buffers.key_sums.before(earlier[1] * problem.head_dim);
-        own.value_sums = buffers.value_sums.before(earlier[1] * problem.value_dim);
+        own.key_sums_type = key_sums_type(self.queue.device, params);
+        let size = if own.key_sums_type == element_type(DType::F32) { 4 } else { 2 };
+        own.key_sums = buffers.key_sums.bytes().before(earlier[1] * problem.head_dim * size);
+        own.value_sums = buffers.value_sums.bytes().before(earlier[1] * problem.value_dim * size);
         own.key_stored = buffers.key_stored.before(earlier[1]);
         own
     }
@@ -533,6 +538,7 @@ impl Paper<'_, '_> {
         common: &mirror::PassTiles,
         lists: &Lists,
         buffers: &Buffers,
+        params: &BackwardParams,
     ) -> mirror::BackwardPaperParams {
         let (plan, problem) = (&self.buffers.plan, &self.call.problem);
         mirror::BackwardPaperParams {
@@ -544,8 +550,8 @@ impl Paper<'_, '_> {
             key_order: self.buffers.orders[1],
             key_partials: buffers.key_partials,
             value_partials: buffers.value_partials,
-            key_sums: buffers.key_sums,
-            value_sums: buffers.value_sums,
+            key_sums: buffers.key_sums.bytes(),
+            value_sums: buffers.value_sums.bytes(),
             key_stored: buffers.key_stored,
             exact: u32::from(!step.estimated),
             limited: u32::from(problem.mask != Mask::None),
@@ -561,6 +567,8 @@ impl Paper<'_, '_> {
             head_dim: problem.head_dim as u32,
             value_dim: problem.value_dim as u32,
             section: 1,
+            key_sums_type: params.key_sums_type,
+            reserved: 0,
         }
     }
 }
