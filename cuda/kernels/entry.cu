@@ -49,7 +49,7 @@ static_assert(sizeof(hyperattn::Tile) == 32, "Tile");
 static_assert(sizeof(hyperattn::AttendParams) == 304, "AttendParams");
 static_assert(sizeof(hyperattn::RowTerms) == 8, "RowTerms");
 static_assert(sizeof(hyperattn::KeyTile) == 48, "KeyTile");
-static_assert(sizeof(hyperattn::BackwardParams) == 480, "BackwardParams");
+static_assert(sizeof(hyperattn::BackwardParams) == 496, "BackwardParams");
 static_assert(sizeof(hyperattn::backward_fused::FusedParams) == 768, "FusedParams");
 
 // The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
@@ -81,8 +81,8 @@ static_assert(hyperattn::simt::Shape<256>::SHARED_BYTES == 48288, "attend_any");
 
 // The launches in cuda/src/backward/launch.rs count on these; a test there compares the numbers.
 static_assert(hyperattn::backward_hopper::THREADS == 384, "backward_wgmma");
-static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 176432, "backward_wgmma");
-static_assert(hyperattn::backward_hopper::Shape<128>::SHARED_BYTES == 206128, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<64>::SHARED_BYTES == 176944, "backward_wgmma");
+static_assert(hyperattn::backward_hopper::Shape<128>::SHARED_BYTES == 206640, "backward_wgmma");
 static_assert(hyperattn::backward_mma::Shape<64>::THREADS == 256, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<64>::SHARED_BYTES == 69296, "backward_mma");
 static_assert(hyperattn::backward_mma::Shape<128>::SHARED_BYTES == 134832, "backward_mma");

@@ -136,6 +136,8 @@ pub(crate) struct BackwardParams {
     pub(crate) hidden: Pointer<u32>,
     pub(crate) key_sums: Pointer<u8>,
     pub(crate) value_sums: Pointer<u8>,
+    pub(crate) key_partials: Pointer<f32>,
+    pub(crate) value_partials: Pointer<f32>,
     pub(crate) key_stored: Pointer<u32>,
     pub(crate) dout_type: u32,
     pub(crate) dk_type: u32,
@@ -147,7 +149,7 @@ pub(crate) struct BackwardParams {
 
 // What entry.cu states too.
 const _: () = assert!(size_of::<RowTerms>() == 8 && size_of::<KeyTile>() == 48);
-const _: () = assert!(size_of::<BackwardParams>() == 480);
+const _: () = assert!(size_of::<BackwardParams>() == 496);
 const _: () = assert!(size_of::<View>() == 32 && size_of::<Segment>() == 24 && size_of::<Tile>() == 32);
 const _: () = assert!(size_of::<AttendParams>() == 304);
 
@@ -264,6 +266,8 @@ mod tests {
                     hidden,
                     key_sums,
                     value_sums,
+                    key_partials,
+                    value_partials,
                     key_stored,
                     dout_type,
                     dk_type,

@@ -231,6 +231,8 @@ impl Backward<'_, '_> {
             hidden: Pointer::NULL,
             key_sums: Pointer::NULL,
             value_sums: Pointer::NULL,
+            key_partials: Pointer::NULL,
+            value_partials: Pointer::NULL,
             key_stored: Pointer::NULL,
             dout_type: element_type(gradients.dout.layout.dtype),
             dk_type: element_type(gradients.dk.layout.dtype),

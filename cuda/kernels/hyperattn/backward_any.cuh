@@ -314,8 +314,8 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                     u64 row = sums_row(first_row + own_row + i);
                     if (params.key_stored[row] == 0)
                         continue;
-                    load_sums(key_sums[i], (float *)params.key_sums_of(row), own_column, p.head_dim);
-                    load_sums(value_sums[i], (float *)params.value_sums_of(row), own_column, p.value_dim);
+                    load_sums(key_sums[i], (float *)params.key_sums_of(tile.flags, row), own_column, p.head_dim);
+                    load_sums(value_sums[i], (float *)params.value_sums_of(tile.flags, row), own_column, p.value_dim);
                 }
             }
             if (threadIdx.x < COLUMNS)
@@ -367,8 +367,8 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                     continue;
                 if (tile.flags & KEY_TILE_STORE) {
                     u64 row = sums_row(first_row + own_row + i);
-                    write_sums((float *)params.key_sums_of(row), own_column, p.head_dim, key_sums[i]);
-                    write_sums((float *)params.value_sums_of(row), own_column, p.value_dim, value_sums[i]);
+                    write_sums((float *)params.key_sums_of(tile.flags, row), own_column, p.head_dim, key_sums[i]);
+                    write_sums((float *)params.value_sums_of(tile.flags, row), own_column, p.value_dim, value_sums[i]);
                     if (own_column == 0 && !(tile.flags & KEY_TILE_COMPACT))
                         params.key_stored[row] = 1;
                     continue;

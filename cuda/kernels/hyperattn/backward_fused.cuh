@@ -468,8 +468,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         const u64 at = number(batch, head, key);
         if (flags & KEY_TILE_RESUME) {
             bool stored = exists && params.key_stored[at] != 0;
-            add_row<DIM, HALF>(key_sums, stored, params.key_sums_of(at), params.key_sums_type, p.head_dim);
-            add_row<DIM, HALF>(value_sums, stored, params.value_sums_of(at), params.key_sums_type, p.value_dim);
+            add_row<DIM, HALF>(key_sums, stored, params.key_sums_of(flags, at), params.key_sums_type, p.head_dim);
+            add_row<DIM, HALF>(value_sums, stored, params.value_sums_of(flags, at), params.key_sums_type, p.value_dim);
         }
         auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float scale) {
             write_row<TYPE, DIM>(exists, to, type, dim, scale, [&](u32 n) {
@@ -477,8 +477,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             });
         };
         if (flags & KEY_TILE_STORE) {
-            write(key_sums, params.key_sums_of(at), params.key_sums_type, p.head_dim, 1.0f);
-            write(value_sums, params.value_sums_of(at), params.key_sums_type, p.value_dim, 1.0f);
+            write(key_sums, params.key_sums_of(flags, at), params.key_sums_type, p.head_dim, 1.0f);
+            write(value_sums, params.value_sums_of(flags, at), params.key_sums_type, p.value_dim, 1.0f);
             if (exists && lane % 4 == 0)
                 params.key_stored[at] = 1;
             return;

@@ -18,34 +18,28 @@ struct BackwardPaperParams {
     const u32 *positions;
     // Of the set's keys, [KV heads of the set][n_k].
     const u32 *key_order;
-    // Sums of the samples' chunks: [KV heads of the set][rectangles][chunks][sample_size][head_dim or value_dim].
-    const float *key_partials;
-    const float *value_partials;
-    // Of keys, see BackwardParams.
-    char *key_sums;
-    char *value_sums;
-    u32 *key_stored;
     // As in PaperTileParams.
     u32 exact;
     u32 limited;
     i32 visible;
     u32 block_size;
     u32 sorted;
-    // Of tiles of keys: KEY_TILE_STORE where more passes meet the keys.
+    // Of tiles of all keys: KEY_TILE_STORE where more passes meet the keys, KEY_TILE_RESUME where some have.
     u32 flags;
     // Tiles of a rectangle: of all its keys, and of the samples of a chunk.
     u32 key_tiles;
     u32 sample_tiles;
+    // Of the list every tile of this number is one of samples until there are no more: they keep the tensor cores busy,
+    // the others the memory.
+    u32 sample_period;
     // Chunks of the longest rectangle, and the queries of a chunk.
     u32 chunks;
     u32 chunk_queries;
     u32 n_k;
-    u32 head_dim;
-    u32 value_dim;
     // Rectangles of a KV head whose tiles of keys are handed out together: tile t of each before tile t + 1 of any.
     u32 section;
-    u32 key_sums_type;
-    u32 reserved;
+    // Whether samples are added to the gradients, which are written already, or to the sums.
+    u32 adds_to_gradients;
 
     // Number of a rectangle among the launch's, a KV head's next to each other.
     __device__ __forceinline__ u32 rectangle_number(u32 set_kv_head, u32 index) const
@@ -54,149 +48,49 @@ struct BackwardPaperParams {
     }
 
     // A tile of the KV head that meets all query heads of the group.
-    __device__ __forceinline__ KeyTile empty_tile(u32 set_kv_head, u32 number) const
+    __device__ __forceinline__ KeyTile empty_tile(u32 set_kv_head) const
     {
         u32 kv_head = common.first_kv_head + set_kv_head, heads_kv = common.heads_q / common.group;
         KeyTile tile = {};
         tile.batch = kv_head / heads_kv;
         tile.kv_head = kv_head % heads_kv;
         tile.members = common.group;
-        tile.first_segment = number;
         return tile;
     }
-};
 
-static_assert(sizeof(BackwardPaperParams) == 256, "the host's mirror of this struct counts on it");
-
-constexpr u32 BACKWARD_SAMPLES_THREADS = 128;
-
-// WIDTH neighbouring columns of a row of sums.
-template <u32 WIDTH> struct NeighbouringSums {
-    float values[WIDTH];
-
-    __device__ __forceinline__ void load(const float *from)
+    // Tile number `number` of all keys, and its segment.
+    __device__ __forceinline__ KeyTile tile_of_keys(u32 number, Segment &segment) const
     {
-        if constexpr (WIDTH == 4) {
-            float4 four = *(const float4 *)from;
-            values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-        } else {
-            values[0] = *from;
-        }
-    }
-
-    // Element number `at` of all and the next ones, f32 or bf16.
-    __device__ __forceinline__ void load(const char *all, u64 at, u32 type)
-    {
-        if (type == F32) {
-            load((const float *)all + at);
-        } else if constexpr (WIDTH == 4) {
-            uint2 four = *(const uint2 *)((const u16 *)all + at);
-            values[0] = f32_from_bf16((u16)four.x), values[1] = f32_from_bf16((u16)(four.x >> 16));
-            values[2] = f32_from_bf16((u16)four.y), values[3] = f32_from_bf16((u16)(four.y >> 16));
-        } else {
-            values[0] = f32_from_bf16(((const u16 *)all)[at]);
-        }
-    }
-
-    __device__ __forceinline__ void store(char *all, u64 at, u32 type) const
-    {
-        if constexpr (WIDTH == 4) {
-            if (type == F32)
-                *(float4 *)((float *)all + at) = make_float4(values[0], values[1], values[2], values[3]);
-            else
-                *(uint2 *)((u16 *)all + at) =
-                    make_uint2(bf16x2_from_f32(values[0], values[1]), bf16x2_from_f32(values[2], values[3]));
-        } else if (type == F32) {
-            ((float *)all)[at] = values[0];
-        } else {
-            ((u16 *)all)[at] = bf16_from_f32(values[0]);
-        }
-    }
-
-    __device__ __forceinline__ void add(const NeighbouringSums &others)
-    {
-#pragma unroll
-        for (u32 i = 0; i < WIDTH; ++i)
-            values[i] += others.values[i];
-    }
-};
-
-// Adds the sums of a key's samples, those from `own` to `end` with this position, to those of row `to`. A warp, whose
-// lanes have WIDTH columns at a time; head_dim and value_dim are multiples of it.
-template <u32 WIDTH>
-__device__ __forceinline__ void add_samples_of_key(const BackwardPaperParams &params, u32 number, u32 chunks, u32 own,
-                                                   u32 end, u32 position, u64 to)
-{
-    const u32 samples = params.common.sample_size, columns = params.head_dim + params.value_dim;
-    const u32 *positions = params.positions + (u64)number * samples;
-    const bool stored = params.key_stored[to] != 0;
-#pragma unroll 1
-    for (u32 column = threadIdx.x % 32 * WIDTH; column < columns; column += 32 * WIDTH) {
-        const bool of_key = column < params.head_dim;
-        const u32 dim = of_key ? params.head_dim : params.value_dim, within = of_key ? column : column - params.head_dim;
-        const float *partials = (of_key ? params.key_partials : params.value_partials) + within;
-        char *all = of_key ? params.key_sums : params.value_sums;
-        NeighbouringSums<WIDTH> sums = {};
-        if (stored)
-            sums.load(all, to * dim + within, params.key_sums_type);
-        for (u32 sample = own; sample < end; ++sample) {
-            if (positions[sample] != position)
-                continue;
-            const float *from = partials + ((u64)number * params.chunks * samples + sample) * dim;
-            // Several are read before they are added.
-#pragma unroll 8
-            for (u32 chunk = 0; chunk < chunks; ++chunk) {
-                NeighbouringSums<WIDTH> partial;
-                partial.load(from + (u64)chunk * samples * dim);
-                sums.add(partial);
-            }
-        }
-        sums.store(all, to * dim + within, params.key_sums_type);
-    }
-}
-
-} // namespace hyperattn
-
-// Tiles of the keys of every rectangle. One thread per tile: grid ceil(kv_heads * rectangles * key_tiles / 128), block
-// 128.
-extern "C" __global__ void __launch_bounds__(128)
-    backward_paper_key_tiles(const __grid_constant__ hyperattn::BackwardPaperParams params)
-{
-    using namespace hyperattn;
-    const PassTiles &common = params.common;
-    u64 number = (u64)blockIdx.x * 128 + threadIdx.x;
-    if (number >= (u64)common.kv_heads * common.pass.count * params.key_tiles)
-        return;
-    u32 of_head = common.pass.count * params.key_tiles, of_section = params.section * params.key_tiles;
-    u32 set_kv_head = (u32)(number / of_head), rest = (u32)(number % of_head);
-    u32 first = rest / of_section * params.section;
-    u32 rectangles = common.pass.count - first < params.section ? common.pass.count - first : params.section;
-    u32 rank = rest % of_section / rectangles, index = first + rest % of_section % rectangles;
-    KeyTile tile = params.empty_tile(set_kv_head, (u32)number);
-    Segment segment = {};
-    Rectangle rectangle;
-    if (common.rectangle(index, rectangle)) {
+        u32 of_head = common.pass.count * key_tiles, of_section = section * key_tiles;
+        u32 set_kv_head = number / of_head, rest = number % of_head;
+        u32 first = rest / of_section * section;
+        u32 rectangles = common.pass.count - first < section ? common.pass.count - first : section;
+        u32 rank = rest % of_section / rectangles, index = first + rest % of_section % rectangles;
+        KeyTile tile = empty_tile(set_kv_head);
+        Rectangle rectangle;
+        if (!common.rectangle(index, rectangle))
+            return tile;
         u32 queries = rectangle.query_end - rectangle.query_start, keys = rectangle.key_end - rectangle.key_start;
         u64 start = 0, end = keys;
         u32 first_query = 0, last_query = 0;
-        tile.flags = KEY_TILE_RESUME | params.flags;
-        if (params.exact) {
+        tile.flags = flags;
+        if (exact) {
             start = (u64)rank * TILE_ROWS;
             tile.turn = rank;
             last_query = queries;
-            if (params.limited) {
+            if (limited) {
                 tile.flags |= KEY_TILE_LIMITED;
-                i64 seeing = (i64)rectangle.key_start + (i64)start + 1 - params.visible - rectangle.query_start;
+                i64 seeing = (i64)rectangle.key_start + (i64)start + 1 - visible - rectangle.query_start;
                 first_query = seeing < 0 ? 0 : seeing > queries ? queries : (u32)seeing;
             }
-        } else if (params.block_size) {
-            u32 tiles_of_block = (params.block_size + (TILE_ROWS - 1)) / TILE_ROWS, block = rank / tiles_of_block;
-            u64 block_start = (u64)block * params.block_size;
+        } else if (block_size) {
+            u32 tiles_of_block = (block_size + (TILE_ROWS - 1)) / TILE_ROWS, block = rank / tiles_of_block;
+            u64 block_start = (u64)block * block_size;
             start = block_start + rank % tiles_of_block * TILE_ROWS;
-            end = block_start + params.block_size < keys ? block_start + params.block_size : keys;
-            first_query = first_query_of(block, params.block_size, queries, keys);
-            last_query = first_query_of(block + 1, params.block_size, queries, keys);
-            if (params.sorted) {
+            end = block_start + block_size < keys ? block_start + block_size : keys;
+            first_query = first_query_of(block, block_size, queries, keys);
+            last_query = first_query_of(block + 1, block_size, queries, keys);
+            if (sorted) {
                 tile.flags |= KEY_TILE_SORTED;
                 segment.flags = SEGMENT_SORTED;
             }
@@ -210,7 +104,196 @@ extern "C" __global__ void __launch_bounds__(128)
         segment.first = rectangle.query_start + first_query;
         segment.count = last_query - first_query;
         tile.segments = first_query < last_query;
+        return tile;
     }
+
+    // Tile number `number` of samples, for a chunk of their rectangle's queries, and its segment.
+    __device__ __forceinline__ KeyTile tile_of_samples(u32 number, Segment &segment) const
+    {
+        u32 part = number % sample_tiles, chunk = number / sample_tiles % chunks;
+        u32 rectangle_index = number / (chunks * sample_tiles);
+        u32 index = rectangle_index % common.pass.count, set_kv_head = rectangle_index / common.pass.count;
+        u32 samples = rectangle_number(set_kv_head, index), first = part * TILE_ROWS;
+        KeyTile tile = empty_tile(set_kv_head);
+        Rectangle rectangle;
+        if (!common.rectangle(index, rectangle))
+            return tile;
+        u32 queries = rectangle.query_end - rectangle.query_start;
+        u64 start = (u64)chunk * chunk_queries;
+        u32 rows = common.sample_size - first < TILE_ROWS ? common.sample_size - first : TILE_ROWS;
+        tile.first_key = samples * common.sample_size + first;
+        tile.flags = KEY_TILE_LISTED | KEY_TILE_STORE | KEY_TILE_COMPACT;
+        if (sorted) {
+            tile.flags |= KEY_TILE_SORTED;
+            segment.flags = SEGMENT_SORTED;
+        }
+        if (start < queries) {
+            tile.rows = rows;
+            tile.first_output = (samples * chunks + chunk) * common.sample_size + first;
+            tile.segments = 1;
+            segment.first = rectangle.query_start + (u32)start;
+            segment.count = queries - start < chunk_queries ? (u32)(queries - start) : chunk_queries;
+            segment.log_weight = common.weight(rectangle);
+        }
+        if (block_size)
+            tile.flags |= KEY_TILE_HIDING;
+        return tile;
+    }
+};
+
+static_assert(sizeof(BackwardPaperParams) == 208, "the host's mirror of this struct counts on it");
+
+constexpr u32 BACKWARD_SAMPLES_THREADS = 128;
+
+// WIDTH neighbouring elements of a row, from its number `column` on.
+template <u32 WIDTH> struct NeighbouringElements {
+    float values[WIDTH];
+
+    __device__ __forceinline__ void load(const char *row, u32 column, u32 type)
+    {
+        if (type == F32) {
+            const float *from = (const float *)row + column;
+            if constexpr (WIDTH == 4) {
+                float4 four = *(const float4 *)from;
+                values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+            } else {
+                values[0] = *from;
+            }
+            return;
+        }
+        const u16 *from = (const u16 *)row + column;
+        u32 words[2];
+        if constexpr (WIDTH == 4) {
+            uint2 four = *(const uint2 *)from;
+            words[0] = four.x, words[1] = four.y;
+        } else {
+            words[0] = *from;
+        }
+#pragma unroll
+        for (u32 i = 0; i < WIDTH; ++i) {
+            u16 bits = (u16)(words[i / 2] >> i % 2 * 16);
+            values[i] = type == BF16 ? f32_from_bf16(bits) : f32_from_f16(bits);
+        }
+    }
+
+    __device__ __forceinline__ void store(char *row, u32 column, u32 type) const
+    {
+        if (type == F32) {
+            float *to = (float *)row + column;
+            if constexpr (WIDTH == 4)
+                *(float4 *)to = make_float4(values[0], values[1], values[2], values[3]);
+            else
+                *to = values[0];
+            return;
+        }
+        u16 *to = (u16 *)row + column;
+        if constexpr (WIDTH == 4) {
+            auto pair = [&](float a, float b) { return type == BF16 ? bf16x2_from_f32(a, b) : f16x2_from_f32(a, b); };
+            *(uint2 *)to = make_uint2(pair(values[0], values[1]), pair(values[2], values[3]));
+        } else {
+            *to = type == BF16 ? bf16_from_f32(values[0]) : f16_from_f32(values[0]);
+        }
+    }
+
+    __device__ __forceinline__ void add(const NeighbouringElements &others, float factor)
+    {
+#pragma unroll
+        for (u32 i = 0; i < WIDTH; ++i)
+            values[i] = fmaf(others.values[i], factor, values[i]);
+    }
+};
+
+// What a key's samples have in common.
+struct SamplesOfKey {
+    // Rectangle, and its chunks.
+    u32 number;
+    u32 chunks;
+    // Samples [own, end) with this position.
+    u32 own;
+    u32 end;
+    u32 position;
+    u32 batch;
+    u32 kv_head;
+    u32 row;
+};
+
+// Adds the sums of a key's samples to those of the key, or to its gradients. A warp, whose lanes have WIDTH columns at a
+// time.
+template <u32 WIDTH>
+__device__ __forceinline__ void add_samples_of_key(const BackwardPaperParams &params, const BackwardParams &backward,
+                                                   const SamplesOfKey &key)
+{
+    const AttendParams &p = backward.attend;
+    const u32 samples = params.common.sample_size;
+    const u32 *positions = params.positions + (u64)key.number * samples;
+    const bool to_gradients = params.adds_to_gradients;
+    const u64 sums_row = (u64)(key.batch * p.heads_kv() + key.kv_head) * p.n_k + key.row;
+    const bool stored = to_gradients || backward.key_stored[sums_row] != 0;
+#pragma unroll 1
+    for (u32 column = threadIdx.x % 32 * WIDTH; column < p.head_dim + p.value_dim; column += 32 * WIDTH) {
+        const bool of_key = column < p.head_dim;
+        const u32 dim = of_key ? p.head_dim : p.value_dim, within = of_key ? column : column - p.head_dim;
+        const float *partials = (of_key ? backward.key_partials : backward.value_partials) + within;
+        char *to;
+        u32 type;
+        if (to_gradients) {
+            to = (of_key ? backward.dk : backward.dv).row(key.batch, key.kv_head, key.row);
+            type = of_key ? backward.dk_type : backward.dv_type;
+        } else {
+            to = of_key ? backward.key_sums_of(0, sums_row) : backward.value_sums_of(0, sums_row);
+            type = backward.key_sums_type;
+        }
+        NeighbouringElements<WIDTH> before = {}, sums = {};
+        if (stored)
+            before.load(to, within, type);
+        for (u32 sample = key.own; sample < key.end; ++sample) {
+            if (positions[sample] != key.position)
+                continue;
+            const float *from = partials + ((u64)key.number * params.chunks * samples + sample) * dim;
+            // Several are read before they are added.
+#pragma unroll 8
+            for (u32 chunk = 0; chunk < key.chunks; ++chunk) {
+                NeighbouringElements<WIDTH> partial;
+                partial.load((const char *)(from + (u64)chunk * samples * dim), 0, F32);
+                sums.add(partial, 1.0f);
+            }
+        }
+        before.add(sums, to_gradients && of_key ? backward.scale : 1.0f);
+        before.store(to, within, type);
+    }
+    __syncwarp();
+    if (!to_gradients && threadIdx.x % 32 == 0)
+        backward.key_stored[sums_row] = 1;
+}
+
+// Whether rows of a gradient are in fours.
+__device__ __forceinline__ bool gradient_in_fours(const View &gradient, u32 type)
+{
+    u64 bits = (u64)gradient.data | (u64)gradient.batch_stride | (u64)gradient.head_stride | (u64)gradient.row_stride;
+    return bits % (4 * element_bytes(type)) == 0;
+}
+
+} // namespace hyperattn
+
+// Tiles of the keys of every rectangle, and among them those of the samples for every chunk of its queries. One thread
+// per tile: grid ceil(kv_heads * rectangles * (key_tiles + chunks * sample_tiles) / 128), block 128.
+extern "C" __global__ void __launch_bounds__(128)
+    backward_paper_key_tiles(const __grid_constant__ hyperattn::BackwardPaperParams params)
+{
+    using namespace hyperattn;
+    u64 number = (u64)blockIdx.x * 128 + threadIdx.x;
+    u32 rectangles = params.common.kv_heads * params.common.pass.count, period = params.sample_period;
+    u64 samples = (u64)rectangles * params.chunks * params.sample_tiles;
+    if (number >= (u64)rectangles * params.key_tiles + samples)
+        return;
+    bool among = number < samples * period;
+    Segment segment = {};
+    KeyTile tile;
+    if (among && number % period == 0)
+        tile = params.tile_of_samples((u32)(number / period), segment);
+    else
+        tile = params.tile_of_keys((u32)(number - (among ? number / period + 1 : samples)), segment);
+    tile.first_segment = (u32)number;
     params.tiles[number] = tile;
     params.segments[number] = segment;
 }
@@ -234,83 +317,45 @@ extern "C" __global__ void __launch_bounds__(128)
     params.hidden[2 * at + 1] = rectangle.query_start + first_query_of(block + 1, params.block_size, queries, keys);
 }
 
-// Tiles of the samples of every rectangle for every chunk of its queries. One thread per tile: grid
-// ceil(kv_heads * rectangles * chunks * sample_tiles / 128), block 128.
-extern "C" __global__ void __launch_bounds__(128)
-    backward_paper_sample_tiles(const __grid_constant__ hyperattn::BackwardPaperParams params)
-{
-    using namespace hyperattn;
-    const PassTiles &common = params.common;
-    u64 number = (u64)blockIdx.x * 128 + threadIdx.x;
-    u32 of_rectangle = params.chunks * params.sample_tiles;
-    if (number >= (u64)common.kv_heads * common.pass.count * of_rectangle)
-        return;
-    u32 part = (u32)(number % params.sample_tiles), chunk = (u32)(number / params.sample_tiles) % params.chunks;
-    u32 index = (u32)(number / of_rectangle) % common.pass.count;
-    u32 set_kv_head = (u32)(number / of_rectangle) / common.pass.count;
-    u32 samples = params.rectangle_number(set_kv_head, index), first = part * TILE_ROWS;
-    KeyTile tile = params.empty_tile(set_kv_head, (u32)number);
-    Segment segment = {};
-    Rectangle rectangle;
-    if (common.rectangle(index, rectangle)) {
-        u32 queries = rectangle.query_end - rectangle.query_start;
-        u64 start = (u64)chunk * params.chunk_queries;
-        u32 rows = common.sample_size - first < TILE_ROWS ? common.sample_size - first : TILE_ROWS;
-        tile.first_key = samples * common.sample_size + first;
-        tile.flags = KEY_TILE_LISTED | KEY_TILE_STORE | KEY_TILE_COMPACT;
-        if (params.sorted) {
-            tile.flags |= KEY_TILE_SORTED;
-            segment.flags = SEGMENT_SORTED;
-        }
-        if (start < queries) {
-            tile.rows = rows;
-            tile.first_output = (samples * params.chunks + chunk) * common.sample_size + first;
-            tile.segments = 1;
-            segment.first = rectangle.query_start + (u32)start;
-            segment.count = queries - start < params.chunk_queries ? (u32)(queries - start) : params.chunk_queries;
-            segment.log_weight = common.weight(rectangle);
-        }
-        if (params.block_size)
-            tile.flags |= KEY_TILE_HIDING;
-    }
-    params.tiles[number] = tile;
-    params.segments[number] = segment;
-}
-
 // Adds the samples' sums to those of the keys. A warp for each sample: grid ceil(kv_heads * rectangles * sample_size / 4),
 // block BACKWARD_SAMPLES_THREADS. A key that was drawn several times gets all of them from the warp of the first.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS)
-    backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params)
+    backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params,
+                               const __grid_constant__ hyperattn::BackwardParams backward)
 {
     using namespace hyperattn;
     constexpr u32 ALL_LANES = 0xffffffffu;
     const PassTiles &common = params.common;
     const u32 samples = common.sample_size, lane = threadIdx.x % 32;
     u64 at = (u64)blockIdx.x * (BACKWARD_SAMPLES_THREADS / 32) + threadIdx.x / 32;
-    u32 number = (u32)(at / samples), own = (u32)(at % samples);
+    SamplesOfKey key;
+    key.number = (u32)(at / samples), key.own = (u32)(at % samples);
+    u32 set_kv_head = key.number / common.pass.count;
     Rectangle rectangle;
-    if (number >= common.kv_heads * common.pass.count || !common.rectangle(number % common.pass.count, rectangle))
+    if (set_kv_head >= common.kv_heads || !common.rectangle(key.number % common.pass.count, rectangle))
         return;
-    const u32 *positions = params.positions + (u64)number * samples;
-    const u32 position = positions[own];
-    const u64 first_key = (u64)(number / common.pass.count) * params.n_k;
-    const u64 to = first_key + (params.sorted ? params.key_order[first_key + position] : position);
+    const u32 *positions = params.positions + (u64)key.number * samples;
+    key.position = positions[key.own];
+    key.row = params.sorted ? params.key_order[(u64)set_kv_head * params.n_k + key.position] : key.position;
     bool earlier = false, later = false;
 #pragma unroll 8
     for (u32 other = lane; other < samples; other += 32) {
-        bool same = positions[other] == position;
-        earlier |= same && other < own;
-        later |= same && other > own;
+        bool same = positions[other] == key.position;
+        earlier |= same && other < key.own;
+        later |= same && other > key.own;
     }
     if (__any_sync(ALL_LANES, earlier))
         return;
-    const u32 end = __any_sync(ALL_LANES, later) ? samples : own + 1;
-    const u32 chunks = (rectangle.query_end - rectangle.query_start + params.chunk_queries - 1) / params.chunk_queries;
-    if (params.head_dim % 4 == 0 && params.value_dim % 4 == 0)
-        add_samples_of_key<4>(params, number, chunks, own, end, position, to);
+    key.end = __any_sync(ALL_LANES, later) ? samples : key.own + 1;
+    key.chunks = (rectangle.query_end - rectangle.query_start + params.chunk_queries - 1) / params.chunk_queries;
+    KeyTile of_head = params.empty_tile(set_kv_head);
+    key.batch = of_head.batch, key.kv_head = of_head.kv_head;
+    bool fours = backward.attend.head_dim % 4 == 0 && backward.attend.value_dim % 4 == 0;
+    if (params.adds_to_gradients)
+        fours = fours && gradient_in_fours(backward.dk, backward.dk_type) &&
+                gradient_in_fours(backward.dv, backward.dv_type);
+    if (fours)
+        add_samples_of_key<4>(params, backward, key);
     else
-        add_samples_of_key<1>(params, number, chunks, own, end, position, to);
-    __syncwarp();
-    if (lane == 0)
-        params.key_stored[to] = 1;
+        add_samples_of_key<1>(params, backward, key);
 }

@@ -352,18 +352,14 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 terms[0] = rows.terms[first_row];
                 terms[1] = rows.terms[first_row + 8];
             }
-            // Not 0 for rows with sums to go on from. What is read is not waited for before the end.
-            u32 resumes[2];
+            bool resumes[2];
 #pragma unroll
-            for (u32 half = 0; half < 2; ++half) {
-                resumes[half] = flags & (OF_KEYS ? (u32)KEY_TILE_RESUME : (u32)TILE_RESUME);
-                if (OF_KEYS && resumes[half] != 0)
-                    resumes[half] = row[half] == NO_KEY ? 0 : params.key_stored[number(batch, head, row[half])];
-            }
+            for (u32 half = 0; half < 2; ++half)
+                resumes[half] = OF_KEYS ? rows.resumes[first_row + 8 * half] != 0 : (flags & TILE_RESUME) != 0;
             bool more = rows.has_columns != 0;
             if (!more)
                 release(control.barriers[S::ROWS_EMPTY + group]);
-            begin(batch, head, flags, row, resumes);
+            begin(batch, head, flags, row);
             while (more) {
                 wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
                 u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
@@ -375,8 +371,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
                 else
                     step<MASK_NONE>(block_flags);
             }
-            end<0>(batch, head, flags, row[0], first_output, resumes[0] != 0);
-            end<1>(batch, head, flags, row[1], first_output, resumes[1] != 0);
+            end<0>(batch, head, flags, row[0], first_output, resumes[0]);
+            end<1>(batch, head, flags, row[1], first_output, resumes[1]);
         }
     }
 
@@ -399,8 +395,7 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
     }
 
     // Sums of queries that are not stored again go on from those that are. To all others end() adds.
-    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2],
-                                          const u32 (&resumes)[2])
+    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2])
     {
 #pragma unroll
         for (u32 i = 0; i < DIM / 2; ++i)
@@ -435,12 +430,12 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             store_row<DIM>(exists, resumes, to, type, dim, [&](u32 n) { return pair<HALF>(from, n); });
         };
         if constexpr (OF_KEYS) {
-            const u32 type = params.key_sums_type;
+            const u32 type = params.sums_type_of(flags);
             if (flags & KEY_TILE_STORE) {
                 bool compact = flags & KEY_TILE_COMPACT;
                 u64 at = compact ? (u64)first_output + first_row + 8 * HALF : number(batch, head, row);
-                store(sums, params.key_sums_of(at), type, p.head_dim);
-                store(value_sums, params.value_sums_of(at), type, p.value_dim);
+                store(sums, params.key_sums_of(flags, at), type, p.head_dim);
+                store(value_sums, params.value_sums_of(flags, at), type, p.value_dim);
                 if (exists && !compact && lane % 4 == 0)
                     params.key_stored[at] = 1;
                 return;
@@ -448,8 +443,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             // Few or none where there are no passes before.
             if (__any_sync(ALL_LANES, resumes)) {
                 u64 at = number(batch, head, row);
-                add_row<DIM, HALF>(sums, resumes, params.key_sums_of(at), type, p.head_dim);
-                add_row<DIM, HALF>(value_sums, resumes, params.value_sums_of(at), type, p.value_dim);
+                add_row<DIM, HALF>(sums, resumes, params.key_sums_of(flags, at), type, p.head_dim);
+                add_row<DIM, HALF>(value_sums, resumes, params.value_sums_of(flags, at), type, p.value_dim);
             }
             write(sums, params.dk.row(batch, head, row), params.dk_type, p.head_dim, params.scale);
             write(value_sums, params.dv.row(batch, head, row), params.dv_type, p.value_dim, 1.0f);

@@ -18,6 +18,7 @@ namespace backward_hopper {
 
 using hopper::barrier_arrive;
 using hopper::barrier_wait;
+using hopper::copy_4_bytes;
 using hopper::list_rows;
 using hopper::shared_address;
 using hopper::swizzled;
@@ -289,8 +290,17 @@ template <u32 DIM> struct KeyTiles {
             end[i] = first + 32 * i < tile.rows ? end[i] : start[i];
     }
 
-    __device__ __forceinline__ void describe(const KeyTile &tile, u32 first, const FoundRows &, HalfRows &rows) const
+    __device__ __forceinline__ void describe(const KeyTile &tile, u32 first, const FoundRows &found,
+                                             HalfRows &rows) const
     {
+        // Copied, so that nobody waits for what is read.
+        const u32 *stored = params.key_stored + params.sums_row(tile, 0);
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            bool asked = (tile.flags & KEY_TILE_RESUME) && found.row[i] != NO_KEY;
+            copy_4_bytes(shared_address(&rows.resumes[32 * i + lane]), stored + (asked ? found.row[i] : 0),
+                         asked ? 4 : 0);
+        }
         u32 start[LANE_ROWS], end[LANE_ROWS];
         hidden(tile, first + lane, start, end);
 #pragma unroll

@@ -51,7 +51,8 @@ enum KeyTileFlags : u32 {
     KEY_TILE_RESUME = 2,
     // The sums are stored; without it the gradients are written.
     KEY_TILE_STORE = 4,
-    // Sums are stored in row first_output + i instead of the key's own row. Never with KEY_TILE_RESUME.
+    // Sums are stored in row first_output + i of the partial ones instead of the key's own row. Never with
+    // KEY_TILE_RESUME.
     KEY_TILE_COMPACT = 8,
     KEY_TILE_LISTED = 16,
     // A key is seen by queries only whose limit is above its position, see AttendParams::visible. Never with
@@ -78,6 +79,9 @@ struct BackwardParams {
     // [batch][heads_kv][n_k][head_dim] and [batch][heads_kv][n_k][value_dim], of key_sums_type.
     char *key_sums;
     char *value_sums;
+    // Of KEY_TILE_COMPACT.
+    float *key_partials;
+    float *value_partials;
     // [batch][heads_kv][n_k]: not 0 for a key whose sums are stored.
     u32 *key_stored;
     u32 dout_type;
@@ -109,15 +113,22 @@ struct BackwardParams {
         return (u64)(tile.batch * attend.heads_kv() + tile.kv_head) * attend.n_k + row;
     }
 
-    // Stored sums of row number `row` of all.
-    __device__ __forceinline__ char *key_sums_of(u64 row) const
+    // Where a tile with these flags stores row number `row`, and the type of its elements.
+    __device__ __forceinline__ char *key_sums_of(u32 flags, u64 row) const
     {
-        return key_sums + row * attend.head_dim * element_bytes(key_sums_type);
+        return flags & KEY_TILE_COMPACT ? (char *)(key_partials + row * attend.head_dim)
+                                        : key_sums + row * attend.head_dim * element_bytes(key_sums_type);
     }
 
-    __device__ __forceinline__ char *value_sums_of(u64 row) const
+    __device__ __forceinline__ char *value_sums_of(u32 flags, u64 row) const
     {
-        return value_sums + row * attend.value_dim * element_bytes(key_sums_type);
+        return flags & KEY_TILE_COMPACT ? (char *)(value_partials + row * attend.value_dim)
+                                        : value_sums + row * attend.value_dim * element_bytes(key_sums_type);
+    }
+
+    __device__ __forceinline__ u32 sums_type_of(u32 flags) const
+    {
+        return flags & KEY_TILE_COMPACT ? (u32)F32 : key_sums_type;
     }
 
     // The first row whose limit is above a position.

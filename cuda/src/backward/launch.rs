@@ -28,13 +28,13 @@ const DIMS: [usize; 3] = [64, 128, 256];
 const WGMMA: [Launch; 2] = [
     Launch {
         block: 384,
-        shared_bytes: 176_432,
+        shared_bytes: 176_944,
         queries: [c"backward_wgmma_queries_f16_64", c"backward_wgmma_queries_bf16_64"],
         keys: [&[c"backward_wgmma_keys_f16_64"], &[c"backward_wgmma_keys_bf16_64"]],
     },
     Launch {
         block: 384,
-        shared_bytes: 206_128,
+        shared_bytes: 206_640,
         queries: [c"backward_wgmma_queries_f16_128", c"backward_wgmma_queries_bf16_128"],
         keys: [&[c"backward_wgmma_keys_f16_128"], &[c"backward_wgmma_keys_bf16_128"]],
     },

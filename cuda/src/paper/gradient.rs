@@ -24,6 +24,7 @@ const CHUNK_QUERIES: usize = 4096;
 /// Threads of the blocks that add the samples' sums, a warp for each sample (BACKWARD_SAMPLES_THREADS).
 const ADD_THREADS: usize = 128;
 
+const KEY_TILE_RESUME: u32 = 2;
 const KEY_TILE_STORE: u32 = 4;
 
 /// Whether the residual is the row norms'.
@@ -122,13 +123,13 @@ impl Lists {
     /// [tiles, segments, hidden, rows of partial sums, words of covered samples, samples of the caller's blocks] of one
     /// rectangle.
     fn lens(&self) -> [usize; 6] {
-        let sample_tiles = self.sample_tiles.saturating_mul(self.chunks);
-        let segments = self.given.map_or(self.key_tiles, |given| {
-            given.count.saturating_mul(given.lists).saturating_mul(given.segments)
-        });
+        let tiles = self.sample_tiles.saturating_mul(self.chunks).saturating_add(self.key_tiles);
+        let segments = self
+            .given
+            .map_or(tiles, |given| given.count.saturating_mul(given.lists).saturating_mul(given.segments));
         [
-            self.key_tiles.max(sample_tiles),
-            segments.max(sample_tiles),
+            tiles,
+            segments,
             if self.sample_tiles > 0 { 2 * self.samples } else { 0 },
             self.samples.saturating_mul(self.chunks),
             self.covered_lists.saturating_mul(self.covered_words),
@@ -300,7 +301,7 @@ impl Paper<'_, '_> {
             let common = self.sort_rectangles(heads, step, lists, rectangles)?;
             let inverse = Lists::new(self.call, step, lists);
             let mut params = self.gradient_params(heads, &common, buffers, params);
-            let mut arguments = self.inverse(step, &common, &inverse, buffers, &params);
+            let mut arguments = self.inverse(step, &common, &inverse, buffers);
             match &self.buffers.row_norm {
                 Some(row_norm) if step.estimated => {
                     let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
@@ -322,8 +323,6 @@ impl Paper<'_, '_> {
                     if common.sample_size > 0 && inverse.given.is_some() {
                         let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
                         self.given_samples_gradient(&pass, buffers, &params)?;
-                    } else if common.sample_size > 0 {
-                        self.samples_gradient(&arguments, &mut params, buffers)?;
                     }
                 }
             }
@@ -383,61 +382,46 @@ impl Paper<'_, '_> {
         }
     }
 
-    /// dk and dv of the samples, which are added to the sums.
-    unsafe fn samples_gradient(
+    /// Adds the samples' sums to those of the keys, or to their gradients.
+    pub(super) unsafe fn add_samples(
         &self,
         arguments: &mirror::BackwardPaperParams,
-        params: &mut BackwardParams,
-        buffers: &Buffers,
+        params: &BackwardParams,
     ) -> Result<()> {
-        let common = &arguments.common;
-        let rectangles = common.kv_heads as usize * common.pass.count as usize;
-        let samples = rectangles * common.sample_size as usize;
-        let tiles = rectangles * (arguments.chunks * arguments.sample_tiles) as usize;
-        let mut partial = *params;
-        partial.key_tile_count = tiles as u32;
-        partial.key_sums = buffers.key_partials.bytes();
-        partial.value_sums = buffers.value_partials.bytes();
-        partial.key_sums_type = element_type(DType::F32);
-        let grid = |items| blocks_of(items, THREADS);
-        let (queue, threads) = (self.queue, THREADS as u32);
-        // SAFETY: this is the kernels' parameter; every buffer is written before it is read.
-        unsafe {
-            if arguments.block_size > 0 {
-                queue.launch(c"backward_paper_hidden", grid(samples), threads, 0, args![*arguments])?;
-            }
-            queue.launch(c"backward_paper_sample_tiles", grid(tiles), threads, 0, args![*arguments])?;
-            keys(queue, &partial)?;
-            self.add_samples(arguments)
-        }
-    }
-
-    /// Adds the samples' sums to those of the keys.
-    pub(super) unsafe fn add_samples(&self, arguments: &mirror::BackwardPaperParams) -> Result<()> {
         let common = &arguments.common;
         let samples = common.kv_heads as usize * common.pass.count as usize * common.sample_size as usize;
         let grid = blocks_of(samples, ADD_THREADS / 32);
-        // SAFETY: this is the kernel's parameter; the partial sums have been enqueued before.
-        unsafe {
-            self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS as u32, 0, args![*arguments])
-        }
+        let arguments = args![*arguments, *params];
+        // SAFETY: these are the kernel's parameters; the partial sums have been enqueued before.
+        unsafe { self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS as u32, 0, arguments) }
     }
 
-    /// dk and dv of all keys of the rectangles.
+    /// dk and dv of all keys of the rectangles, and of their samples that are not met apart.
     unsafe fn keys_gradient(
         &self,
         arguments: &mirror::BackwardPaperParams,
         given: Option<GivenBlocks>,
         params: &mut BackwardParams,
     ) -> Result<()> {
-        // SAFETY: the caller's contract.
+        let common = &arguments.common;
+        let samples = (common.kv_heads * common.pass.count * common.sample_size) as usize;
+        // SAFETY: the caller's contract; these are the kernel's parameters, and it writes from where samples are hidden.
         unsafe {
+            if arguments.sample_tiles == 0 {
+                self.key_tiles(arguments, given, params)?;
+                return keys(self.queue, params);
+            }
+            if arguments.block_size > 0 {
+                let grid = blocks_of(samples, THREADS);
+                self.queue.launch(c"backward_paper_hidden", grid, THREADS as u32, 0, args![*arguments])?;
+            }
             self.key_tiles(arguments, given, params)?;
-            keys(self.queue, params)
+            keys(self.queue, params)?;
+            self.add_samples(arguments, params)
         }
     }
 
-    /// The tiles of all keys of the rectangles.
+    /// The tiles of all keys of the rectangles, and of their samples that are not met apart.
     unsafe fn key_tiles(
         &self,
         arguments: &mirror::BackwardPaperParams,
@@ -446,7 +430,8 @@ impl Paper<'_, '_> {
     ) -> Result<()> {
         let common = &arguments.common;
         let rectangles = (common.kv_heads * common.pass.count) as usize;
-        let tiles = rectangles * arguments.key_tiles as usize;
+        let of_samples = (arguments.chunks * arguments.sample_tiles) as usize;
+        let tiles = rectangles * (arguments.key_tiles as usize + of_samples);
         params.key_tile_count = tiles as u32;
         // SAFETY: these are the kernels' parameters, and they write tiles and segments only.
         unsafe {
@@ -494,8 +479,8 @@ impl Paper<'_, '_> {
         let pass = mirror::Pass { count: 1, one, ..mirror::Pass::default() };
         let common = self.common(heads, &step, &lists, pass);
         let mut params = self.gradient_params(heads, &common, buffers, params);
-        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers, &params);
-        arguments.flags = 0;
+        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers);
+        arguments.flags = KEY_TILE_RESUME;
         // SAFETY: the caller's contract.
         unsafe { self.keys_gradient(&arguments, None, &mut params) }
     }
@@ -528,6 +513,8 @@ impl Paper<'_, '_> {
         own.key_sums = buffers.key_sums.bytes().before(earlier[1] * problem.head_dim * size);
         own.value_sums = buffers.value_sums.bytes().before(earlier[1] * problem.value_dim * size);
         own.key_stored = buffers.key_stored.before(earlier[1]);
+        own.key_partials = buffers.key_partials;
+        own.value_partials = buffers.value_partials;
         own
     }
 
@@ -538,9 +525,13 @@ impl Paper<'_, '_> {
         common: &mirror::PassTiles,
         lists: &Lists,
         buffers: &Buffers,
-        params: &BackwardParams,
     ) -> mirror::BackwardPaperParams {
         let (plan, problem) = (&self.buffers.plan, &self.call.problem);
+        let is_first = self.buffers.steps.first().is_some_and(|(first, ..)| first == step);
+        // Samples that are met apart have been added to the sums before.
+        let resumes = !is_first || (common.sample_size > 0 && lists.sample_tiles == 0);
+        let when = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
+        let of_samples = (lists.chunks * lists.sample_tiles).max(1);
         mirror::BackwardPaperParams {
             common: *common,
             tiles: buffers.tiles,
@@ -548,27 +539,21 @@ impl Paper<'_, '_> {
             hidden: buffers.hidden,
             positions: self.buffers.positions,
             key_order: self.buffers.orders[1],
-            key_partials: buffers.key_partials,
-            value_partials: buffers.value_partials,
-            key_sums: buffers.key_sums.bytes(),
-            value_sums: buffers.value_sums.bytes(),
-            key_stored: buffers.key_stored,
             exact: u32::from(!step.estimated),
             limited: u32::from(problem.mask != Mask::None),
             visible: self.call.visible(),
             block_size: self.call.params.block_size,
             sorted: if step.estimated && plan.sorted { SEGMENT_SORTED } else { 0 },
-            flags: if finishes(plan, step) { 0 } else { KEY_TILE_STORE },
+            flags: when(!finishes(plan, step), KEY_TILE_STORE) | when(resumes, KEY_TILE_RESUME),
             key_tiles: lists.key_tiles as u32,
             sample_tiles: lists.sample_tiles as u32,
+            // The longer tiles of samples all begin before three of four others have.
+            sample_period: 1 + (lists.key_tiles * 3 / 4 / of_samples) as u32,
             chunks: lists.chunks as u32,
             chunk_queries: CHUNK_QUERIES as u32,
             n_k: problem.n_k as u32,
-            head_dim: problem.head_dim as u32,
-            value_dim: problem.value_dim as u32,
             section: 1,
-            key_sums_type: params.key_sums_type,
-            reserved: 0,
+            adds_to_gradients: u32::from(finishes(plan, step)),
         }
     }
 }

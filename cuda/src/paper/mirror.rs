@@ -208,11 +208,6 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) hidden: Pointer<u32>,
     pub(crate) positions: Pointer<u32>,
     pub(crate) key_order: Pointer<u32>,
-    pub(crate) key_partials: Pointer<f32>,
-    pub(crate) value_partials: Pointer<f32>,
-    pub(crate) key_sums: Pointer<u8>,
-    pub(crate) value_sums: Pointer<u8>,
-    pub(crate) key_stored: Pointer<u32>,
     pub(crate) exact: u32,
     pub(crate) limited: u32,
     pub(crate) visible: i32,
@@ -221,14 +216,12 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) flags: u32,
     pub(crate) key_tiles: u32,
     pub(crate) sample_tiles: u32,
+    pub(crate) sample_period: u32,
     pub(crate) chunks: u32,
     pub(crate) chunk_queries: u32,
     pub(crate) n_k: u32,
-    pub(crate) head_dim: u32,
-    pub(crate) value_dim: u32,
     pub(crate) section: u32,
-    pub(crate) key_sums_type: u32,
-    pub(crate) reserved: u32,
+    pub(crate) adds_to_gradients: u32,
 }
 
 #[repr(C)]
@@ -254,7 +247,7 @@ pub(crate) struct BackwardSamplesParams {
 // What the .cuh files state too.
 const _: () = assert!(size_of::<ExactBlocks>() == 40);
 const _: () = assert!(size_of::<BackwardSamplesParams>() == 224 + size_of::<BackwardParams>());
-const _: () = assert!(size_of::<BackwardPaperParams>() == 256);
+const _: () = assert!(size_of::<BackwardPaperParams>() == 208);
 const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 48);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
 const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 112);
