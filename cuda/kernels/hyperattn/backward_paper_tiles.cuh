@@ -1,6 +1,7 @@
 // The inverse lists of a pass of PAPER: the keys of a block meet the queries of the block, all keys of an exact
 // rectangle the queries that see them, and the sampled keys all queries of their rectangle that are not of their own
-// block. The sampled keys meet their queries in chunks, whose sums are then added in order to those of the keys.
+// block. The sampled keys meet their queries in chunks, whose sums are then added in order to those of the keys or to
+// their gradients.
 #pragma once
 
 #include "backward_work.cuh"
@@ -217,8 +218,8 @@ struct SamplesOfKey {
     u32 row;
 };
 
-// Adds the sums of a key's samples to those of the key, or to its gradients. A warp, whose lanes have WIDTH columns at a
-// time.
+// Adds the sums of a key's samples to those of the key, or to its gradients. A warp, whose lanes have WIDTH columns at
+// a time.
 template <u32 WIDTH>
 __device__ __forceinline__ void add_samples_of_key(const BackwardPaperParams &params, const BackwardParams &backward,
                                                    const SamplesOfKey &key)
@@ -317,8 +318,9 @@ extern "C" __global__ void __launch_bounds__(128)
     params.hidden[2 * at + 1] = rectangle.query_start + first_query_of(block + 1, params.block_size, queries, keys);
 }
 
-// Adds the samples' sums to those of the keys. A warp for each sample: grid ceil(kv_heads * rectangles * sample_size / 4),
-// block BACKWARD_SAMPLES_THREADS. A key that was drawn several times gets all of them from the warp of the first.
+// Adds the samples' sums to those of the keys, or to their gradients. A warp for each sample, and that of the first for
+// a key that was drawn several times: grid ceil(kv_heads * rectangles * sample_size / 4), block
+// BACKWARD_SAMPLES_THREADS.
 extern "C" __global__ void __launch_bounds__(hyperattn::BACKWARD_SAMPLES_THREADS)
     backward_paper_add_samples(const __grid_constant__ hyperattn::BackwardPaperParams params,
                                const __grid_constant__ hyperattn::BackwardParams backward)

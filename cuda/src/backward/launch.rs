@@ -142,8 +142,8 @@ fn launch(device: &Device, params: &BackwardParams) -> Launch {
         .unwrap_or(ANY[size])
 }
 
-/// Element type of sums of keys that go through memory between passes: that of the gradients where it is bf16, which has
-/// the range of f32, and the kernels take it.
+/// Element type of sums of keys that go through memory between passes: that of the gradients where it is bf16, which
+/// has the range of f32, and the kernels take it.
 pub(crate) fn key_sums_type(device: &Device, params: &BackwardParams) -> u32 {
     let bf16 = element_type(DType::BF16);
     let of_gradients = params.dk_type == bf16 && params.dv_type == bf16;

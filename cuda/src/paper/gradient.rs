@@ -405,7 +405,7 @@ impl Paper<'_, '_> {
     ) -> Result<()> {
         let common = &arguments.common;
         let samples = (common.kv_heads * common.pass.count * common.sample_size) as usize;
-        // SAFETY: the caller's contract; these are the kernel's parameters, and it writes from where samples are hidden.
+        // SAFETY: the caller's contract; this is the kernel's parameter, and it writes from where samples are hidden.
         unsafe {
             if arguments.sample_tiles == 0 {
                 self.key_tiles(arguments, given, params)?;
@@ -547,8 +547,8 @@ impl Paper<'_, '_> {
             flags: when(!finishes(plan, step), KEY_TILE_STORE) | when(resumes, KEY_TILE_RESUME),
             key_tiles: lists.key_tiles as u32,
             sample_tiles: lists.sample_tiles as u32,
-            // The longer tiles of samples all begin before three of four others have.
-            sample_period: 1 + (lists.key_tiles * 3 / 4 / of_samples) as u32,
+            // The tiles of samples, which take longer, all begin before half of the others have.
+            sample_period: 1 + (lists.key_tiles / 2 / of_samples) as u32,
             chunks: lists.chunks as u32,
             chunk_queries: CHUNK_QUERIES as u32,
             n_k: problem.n_k as u32,
