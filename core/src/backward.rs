@@ -3,10 +3,10 @@
 use crate::division::{Divided, Division, Part};
 use crate::error::{Result, invalid};
 use crate::exec::{Executor, for_each_chunk, for_each_item};
-use crate::forward::check_workspace;
 use crate::gradient_exact;
 use crate::gradient_hyper;
 use crate::gradient_refined::SplitSums;
+use crate::gradient_run::GradientRun;
 use crate::gradient_tile::{GradientCall, GradientSums, GradientTile, Strides};
 use crate::gradients::{Gradients, check_lse};
 use crate::pack::PackedShape;
@@ -22,7 +22,7 @@ use crate::simd::Kernels;
 use crate::tile::Call;
 use crate::tiling::HeadSet;
 use crate::view::{Rows, TensorMut};
-use crate::workspace::{Shared, Sizes};
+use crate::workspace::{Shared, Sizes, check_workspace};
 
 /// Size and alignment of the workspace that [`backward`] needs for these options, layouts, division, kernels and number of
 /// lanes. Every error that does not concern the gradients, addresses or contents is reported here too.
@@ -87,16 +87,6 @@ fn divide<'a>(params: &Params, division: &Division<'a>, layouts: &Layouts<'a>) -
     let divided = Divided::new(params, division, layouts)?;
     check_lse(layouts)?;
     Ok(divided)
-}
-
-/// What a method that computes gradients instead of outputs is given.
-pub(crate) struct GradientRun<'r, 'a> {
-    pub(crate) of: &'r GradientCall<'r>,
-    pub(crate) sums: &'r GradientSums<'r>,
-    /// Sums for METHOD_PAPER's columns.
-    pub(crate) columns: &'r mut [f32],
-    /// Sums for METHOD_REFINED's tasks.
-    pub(crate) split_sums: &'r mut SplitSums<'a>,
 }
 
 /// Sums of the gradients of all keys of a batch item or sequence.

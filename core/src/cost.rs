@@ -1,14 +1,10 @@
-//! How many keys a query meets, and the cost model behind METHOD_AUTO: multiply-add pairs of exact attention against those of the
+//! The cost model behind METHOD_AUTO: multiply-add pairs of exact attention against those of the
 //! published estimator plus its selection.
 
 use crate::causal::Decomposition;
-use crate::error::Result;
 use crate::hyper;
 use crate::params::{BlockMask, Params, Residual};
-use crate::plan::{Plan, Run};
-use crate::problem::{Layouts, Problem};
-use crate::refine;
-use crate::simd::Kernels;
+use crate::problem::Problem;
 
 /// What hashing, sorting and gathering one row costs, in (query, key) pairs. Measured at head_dim 64 and 128: 20 to
 /// 60 pairs with AVX2, 60 to 150 with AVX-512, whose pairs are cheaper. Chosen so that near the crossing the
@@ -81,7 +77,7 @@ impl Screening {
 }
 
 /// (query, key) pairs of one head.
-fn exact_pairs(parts: &Decomposition) -> f64 {
+pub(crate) fn exact_pairs(parts: &Decomposition) -> f64 {
     let dense =
         parts.dense.as_ref().map_or(0.0, |dense| dense.queries.len() as f64 * dense.keys.len() as f64);
     let square = parts.square.map_or(0.0, |square| square.len as f64 * (square.len as f64 + 1.0) / 2.0);
@@ -105,7 +101,7 @@ fn paper_pairs(
 }
 
 /// Keys in the blocks of a query, and samples, one by one.
-fn budget(params: &Params, mask: Option<&BlockMask<'_>>) -> f64 {
+pub(crate) fn budget(params: &Params, mask: Option<&BlockMask<'_>>) -> f64 {
     let samples = match hyper::effective_residual(params) {
         Residual::None => 0.0,
         Residual::Uniform => 1.0,
@@ -117,7 +113,7 @@ fn budget(params: &Params, mask: Option<&BlockMask<'_>>) -> f64 {
 }
 
 /// Pairs of one head when every sub-problem costs its queries at most `budget` keys.
-fn estimated_pairs(parts: &Decomposition, budget: f64) -> f64 {
+pub(crate) fn estimated_pairs(parts: &Decomposition, budget: f64) -> f64 {
     let dense = parts
         .dense
         .as_ref()
@@ -132,39 +128,11 @@ fn estimated_pairs(parts: &Decomposition, budget: f64) -> f64 {
     dense + square
 }
 
-/// Keys and samples that a query meets, on average over the queries, under the method that the call takes, whose
-/// budget is not raised. A sample counts also where it lies in the query's own block; halves of odd lengths count as
-/// equal.
-pub fn keys_per_query(params: &Params, layouts: &Layouts<'_>) -> Result<f64> {
-    // Which keys are met does not depend on the kernels.
-    let plan = Plan::new(params, layouts, Kernels::scalar())?;
-    Ok(planned_keys_per_query(params, layouts.block_mask.as_ref(), &plan))
-}
-
-/// [`keys_per_query`] of a plan.
-pub(crate) fn planned_keys_per_query(params: &Params, mask: Option<&BlockMask<'_>>, plan: &Plan) -> f64 {
-    let Plan { problem, parts, run, leaf, .. } = plan;
-    let dense_is_exact = parts.dense.as_ref().is_some_and(|dense| dense.keys.len() <= *leaf);
-    let pairs = match run {
-        Run::Refined => return refine::keys_per_query(params, problem, params.budget as usize),
-        Run::Exact => exact_pairs(parts),
-        Run::Paper if dense_is_exact => {
-            let square = Decomposition { dense: None, ..parts.clone() };
-            exact_pairs(&Decomposition { square: None, ..parts.clone() })
-                + estimated_pairs(&square, budget(params, mask))
-        }
-        Run::Paper => estimated_pairs(parts, budget(params, mask)),
-    };
-    if problem.n_q == 0 { 0.0 } else { pairs / problem.n_q as f64 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::element::DType;
-    use crate::params::{Mask, Method};
+    use crate::params::Mask;
     use crate::problem::one_head;
-    use crate::view::TensorLayout;
 
     fn choose(mask: Mask, n_q: usize, n_k: usize) -> bool {
         let params = Params { mask, min_seq_len: 512, ..Params::default() };
@@ -220,39 +188,6 @@ mod tests {
         }
     }
 
-    fn count(method: Method, mask: Mask, [n_q, n_k]: [i64; 2], min_seq_len: usize) -> f64 {
-        let layout = |rows| TensorLayout::contiguous(DType::F32, [1, 1, rows, 64]);
-        let layouts = Layouts {
-            q: layout(n_q),
-            k: layout(n_k),
-            v: layout(n_k),
-            out: layout(n_q),
-            lse: None,
-            block_mask: None,
-            error: None,
-            keys_per_query: None,
-            mask: None,
-        };
-        keys_per_query(&Params { method, mask, min_seq_len, ..Params::default() }, &layouts).unwrap()
-    }
-
-    #[test]
-    fn exact_attention_meets_what_is_visible() {
-        assert_eq!(count(Method::Exact, Mask::None, [10, 30], 1), 30.0);
-        assert_eq!(count(Method::Exact, Mask::CausalBottomRight, [10, 10], 1), 5.5);
-        assert_eq!(count(Method::Exact, Mask::CausalBottomRight, [10, 30], 1), 25.5);
-        // The first 20 queries see nothing.
-        assert_eq!(count(Method::Exact, Mask::CausalBottomRight, [30, 10], 1), 55.0 / 30.0);
-    }
-
-    #[test]
-    fn the_estimator_meets_a_block_and_a_sample() {
-        assert_eq!(count(Method::Paper, Mask::None, [8192, 8192], 4096), 512.0);
-        assert_eq!(count(Method::Paper, Mask::None, [4096, 4096], 4096), 4096.0);
-        // Both halves are exact, and the second meets 512 keys of the first.
-        assert_eq!(count(Method::Paper, Mask::CausalBottomRight, [8192, 8192], 4096), 2048.5 + 256.0);
-    }
-
     #[test]
     fn refining_pays_when_finding_out_costs_little() {
         let choose = |mask, n_q, n_k, probe_rows| {
@@ -269,12 +204,5 @@ mod tests {
         assert!(choose(Mask::CausalBottomRight, 32_768, 131_072, 64));
         assert!(choose(Mask::CausalBottomRight, 8192, 8192 + 4096, 0));
         assert!(!choose(Mask::CausalBottomRight, 64, 131_072, 0));
-    }
-
-    #[test]
-    fn auto_counts_the_method_it_takes() {
-        assert_eq!(count(Method::Auto, Mask::None, [64, 65_536], 512), 65_536.0);
-        assert_eq!(count(Method::Auto, Mask::None, [600, 600], 512), 600.0);
-        assert_eq!(count(Method::Auto, Mask::None, [65_536, 65_536], 512), 1024.0);
     }
 }

@@ -13,9 +13,10 @@ pub use crate::tiling::HeadSet;
 
 use crate::params::Params;
 use crate::plan;
-use crate::probe::{self, Probes};
+use crate::probe::Probes;
 use crate::query_tiles::QueryTiles;
 use crate::refine;
+use crate::tiling::PROBE_ROWS;
 
 /// What METHOD_REFINED does for a call, as far as it does not depend on what the tensors hold.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +75,7 @@ impl ProbePlan {
         ProbePlan {
             first_tile: probes.first_tile,
             tiles: probes.tiles,
-            rows_of_a_tile: probe::ROWS,
+            rows_of_a_tile: PROBE_ROWS,
             whole_over_probed: probes.whole_over_probed(),
         }
     }

@@ -1,10 +1,10 @@
 //! The forward pass: checks the workspace and runs the method.
 
-use crate::cost;
 use crate::division::{Divided, Division, Part};
-use crate::error::{Error, ErrorKind, Result, invalid};
+use crate::error::{Result, invalid};
 use crate::exact;
 use crate::exec::{Executor, Serial, for_each_item};
+use crate::keys_per_query::planned_keys_per_query;
 use crate::pack::PackedShape;
 use crate::paper::Paper;
 use crate::params::Params;
@@ -19,7 +19,7 @@ use crate::simd::Kernels;
 use crate::tile::Call;
 use crate::tiling::HeadSet;
 use crate::unmet::Unmet;
-use crate::workspace::{Shared, Sizes};
+use crate::workspace::{Shared, Sizes, check_workspace};
 
 /// Size and alignment of the workspace that [`forward`] needs for these options, layouts, kernels and
 /// number of lanes. Every error that does not concern addresses or contents is reported here too.
@@ -69,7 +69,8 @@ pub fn forward_divided_workspace(
 /// A row that sees no key gets output 0 and lse -inf. NaN stays in the rows that see it, also one in the mask tensor,
 /// where +inf makes its row NaN too. The result
 /// depends on nothing but the arguments and the kernels' instruction set: not on the executor, nor on the workspace.
-/// Nothing is allocated. On an error nothing has been written, unless it is [`ErrorKind::Executor`].
+/// Nothing is allocated. On an error nothing has been written, unless it is
+/// [`ErrorKind::Executor`](crate::ErrorKind::Executor).
 ///
 /// Cost: n_q * n_k pairs of `head_dim + value_dim` multiply-adds per query head for exact attention (half under a
 /// causal mask); about n_q * (block_size + sample_size) for the estimator without a mask.
@@ -146,23 +147,6 @@ impl Schedule {
     }
 }
 
-/// The workspace is aligned and has `need` bytes.
-pub(crate) fn check_workspace(workspace: &[u8], need: usize) -> Result<()> {
-    if !workspace.as_ptr().addr().is_multiple_of(WORKSPACE_ALIGN) {
-        return Err(Error::new(
-            ErrorKind::WorkspaceTooSmall,
-            format_args!("workspace.data = {:p} is not a multiple of {WORKSPACE_ALIGN}", workspace.as_ptr()),
-        ));
-    }
-    if workspace.len() < need {
-        return Err(Error::new(
-            ErrorKind::WorkspaceTooSmall,
-            format_args!("workspace.size = {} bytes but {need} are needed", workspace.len()),
-        ));
-    }
-    Ok(())
-}
-
 fn run(
     params: &Params,
     division: &Division<'_>,
@@ -235,7 +219,7 @@ pub(crate) fn execute(
             for head in 0..plan.problem.heads_q {
                 let pattern = batch * plan.problem.heads_q + head;
                 let mask = tensors.block_mask.map(|mask| mask.patterns_from(pattern));
-                let keys = cost::planned_keys_per_query(params, mask.as_ref(), plan);
+                let keys = planned_keys_per_query(params, mask.as_ref(), plan);
                 // SAFETY: this tensor is written here only, by one thread.
                 unsafe { to.write_row(batch, head, 0, &[keys as f32]) };
             }

@@ -8,10 +8,10 @@ use crate::exec::{Executor, for_each_item};
 use crate::gradient_tile::{GradientCall, GradientSums, GradientTile, KeySums, Met, Strides, add};
 use crate::problem::{MAX_HEAD_DIM, Problem};
 use crate::query_tiles::QueryTiles;
-use crate::refine::{self, Choice, RefineScratch};
-use crate::refined::{EXACT, Keys};
+use crate::refine::{self, Choice, EXACT, RefineScratch};
 use crate::represent::is_finite;
 use crate::scratch::{Carver, Lanes};
+use crate::summarised_keys::SummarisedKeys;
 use crate::summary::{self, BLOCK};
 use crate::tile::{KeyOrder, Part, Tile};
 use crate::view::Rows;
@@ -56,7 +56,7 @@ pub(crate) fn attend(
     of: &GradientCall<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
-    keys: &Keys<'_>,
+    keys: &SummarisedKeys<'_>,
     budgets: &[u32],
     (sums, split_sums): (&GradientSums<'_>, &mut SplitSums<'_>),
 ) -> Result<()> {

@@ -22,9 +22,12 @@ mod forward;
 mod gradient_exact;
 mod gradient_hyper;
 mod gradient_refined;
+mod gradient_run;
 mod gradient_tile;
 mod gradients;
 mod hyper;
+mod keys_per_query;
+mod known_mask;
 mod lsh;
 mod mask_tile;
 mod math;
@@ -49,6 +52,7 @@ mod select;
 pub mod simd;
 mod sort;
 mod states;
+mod summarised_keys;
 mod summary;
 mod tasks;
 mod tile;
@@ -61,7 +65,7 @@ mod workspace;
 /// and samples are the same bits everywhere.
 pub mod stages {
     pub use crate::approx_d::{tau_position, tau_rows};
-    pub use crate::cost::keys_per_query;
+    pub use crate::keys_per_query::keys_per_query;
     pub use crate::lsh::{fill_projections, gray_rank, projection_width};
     pub use crate::residual::{
         Column, accumulate_norms, row_norm_columns, row_norm_stream, uniform_columns, uniform_stream,

@@ -1,11 +1,11 @@
 //! METHOD_PAPER: selection, then the passes of the recursion, for as many heads at once as there is workspace for.
 
-use crate::backward::GradientRun;
 use crate::error::Result;
 use crate::exact;
 use crate::exec::{Executor, for_each_chunk};
 use crate::gradient_exact;
 use crate::gradient_hyper::{self, Estimated};
+use crate::gradient_run::GradientRun;
 use crate::hyper::{self, Prepared};
 use crate::lsh;
 use crate::pack::{PackScratch, Packer};

@@ -80,6 +80,9 @@ pub struct Params {
     /// Relative output error per head beyond which [`Method::Refined`] raises the head's budget and finally computes
     /// it exactly; 0 never does.
     pub target_error: f32,
+    /// Whether a call with the same arguments gives the same bits each time. Without it sums of gradients may be added
+    /// in any order where that is faster, which is on CUDA only; all else stays as it is.
+    pub deterministic: bool,
 }
 
 impl Params {
@@ -108,6 +111,7 @@ impl Default for Params {
             num_first_keys: 16,
             band: 128,
             target_error: 0.05,
+            deterministic: true,
         }
     }
 }

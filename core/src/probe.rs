@@ -12,11 +12,8 @@ use crate::represent::Representatives;
 use crate::rng::{Purpose, Stream, below};
 use crate::scratch::{Carver, Lanes};
 use crate::tile::{Call, KeyOrder, Tile};
-use crate::tiling::TILE_ROWS;
+use crate::tiling::{PROBE_ROWS, TILE_ROWS};
 use crate::view::Rows;
-
-/// Rows of one tile.
-pub(crate) const ROWS: usize = 4;
 
 /// Tiles with probe rows in a head, at least and at most.
 const TILES: [usize; 2] = [16, 64];
@@ -27,7 +24,7 @@ const KEYS_PER_KEY: f64 = 0.075;
 /// The part of the queries that may be probe rows: with all that is done for them they take 3 % of exact attention's time.
 const MOST: f64 = 0.02;
 
-/// The probe rows of a call: [`ROWS`] of each of some tiles of queries, which are drawn in equal parts of the sequence.
+/// The probe rows of a call: [`PROBE_ROWS`] of each of some tiles of queries, which are drawn in equal parts of the sequence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Probes {
     seed: u64,
@@ -53,7 +50,8 @@ impl Probes {
         let last_row = |tile: usize| query_tiles.queries(tile).end - 1;
         let exact = (0..count).take_while(|&tile| problem.visible_keys(last_row(tile)) <= exact_keys).count();
         let first_tile = exact.min(count - 1);
-        let tiles = ((affordable / ROWS as f64) as usize).clamp(TILES[0], TILES[1]).min(count - first_tile);
+        let tiles =
+            ((affordable / PROBE_ROWS as f64) as usize).clamp(TILES[0], TILES[1]).min(count - first_tile);
         Probes {
             seed: params.seed,
             offset: params.offset,
@@ -67,7 +65,7 @@ impl Probes {
 
     /// Probe rows of a head.
     pub(crate) fn rows_of_a_head(&self) -> usize {
-        self.tiles * ROWS
+        self.tiles * PROBE_ROWS
     }
 
     /// Numbers that the outputs of all probe rows of a batch item are.
@@ -75,14 +73,14 @@ impl Probes {
         problem.heads_q.checked_mul(self.rows_of_a_head())?.checked_mul(problem.value_dim)
     }
 
-    /// Numbers of the groups of [`ROWS`] rows of one head among those of all, `[KV heads][tiles][group]`.
+    /// Numbers of the groups of [`PROBE_ROWS`] rows of one head among those of all, `[KV heads][tiles][group]`.
     pub(crate) fn rows_of(&self, head: usize, problem: &Problem) -> impl Iterator<Item = usize> + use<> {
         let group = problem.group;
         let first = head / group * self.tiles * group + head % group;
         (0..self.tiles).map(move |tile| first + tile * group)
     }
 
-    /// KV head, probe tile and query head of group `item` of [`ROWS`] rows.
+    /// KV head, probe tile and query head of group `item` of [`PROBE_ROWS`] rows.
     pub(crate) fn place(&self, item: usize, problem: &Problem) -> (usize, usize, usize) {
         let (kv_head, within) = (item / (self.tiles * problem.group), item % (self.tiles * problem.group));
         (kv_head, within / problem.group, kv_head * problem.group + within % problem.group)
@@ -115,7 +113,7 @@ pub(crate) struct Probed<'a> {
     pub(crate) outputs: &'a mut [f32],
 }
 
-/// Draws [`ROWS`] of each probe tile. A query that is far from its neighbours' mean is drawn more often: it looks where
+/// Draws [`PROBE_ROWS`] of each probe tile. A query that is far from its neighbours' mean is drawn more often: it looks where
 /// the others do not, and there most of the error is.
 pub(crate) fn draw(
     call: &Call<'_>,
@@ -125,8 +123,8 @@ pub(crate) fn draw(
     probes: &Probes,
     probed: &mut Probed<'_>,
 ) -> Result<()> {
-    let rows = Rows::new(probed.weights, ROWS);
-    for_each_chunk(executor, lanes, probed.rows, ROWS, &|scratch, item, to| {
+    let rows = Rows::new(probed.weights, PROBE_ROWS);
+    for_each_chunk(executor, lanes, probed.rows, PROBE_ROWS, &|scratch, item, to| {
         let (_, index, head) = probes.place(item, &call.problem);
         let queries = probes.queries(head, index);
         let mut representatives = Representatives::carve(&call.problem, &mut Carver::new(scratch));
@@ -195,7 +193,7 @@ pub(crate) fn attend(
             let count = ((kv_head + 1) * of_kv_head - first).min(to.len() / value_dim - done);
             tile.clear();
             for (number, &row) in rows.iter().enumerate().skip(first).take(count) {
-                let (_, _, head) = probes.place(number / ROWS, problem);
+                let (_, _, head) = probes.place(number / PROBE_ROWS, problem);
                 let row = row as usize;
                 tile.push(head, row, problem.visible_keys(row));
             }
@@ -228,8 +226,8 @@ pub(crate) fn write_errors(
         if let (Some(probes), false) = (probes, is_exact(head)) {
             let mut norms = Norms::new(probes);
             for group in probes.rows_of(head, problem) {
-                let rows = group * ROWS..(group + 1) * ROWS;
-                let mut outputs = [[0.0; MAX_HEAD_DIM as usize]; ROWS];
+                let rows = group * PROBE_ROWS..(group + 1) * PROBE_ROWS;
+                let mut outputs = [[0.0; MAX_HEAD_DIM as usize]; PROBE_ROWS];
                 for (to, &row) in outputs.iter_mut().zip(&probed.rows[rows]) {
                     let to = &mut to[..problem.value_dim];
                     tensors.out.reborrow().read_row(call.kernels, batch, head, row as usize, to);
@@ -271,7 +269,7 @@ impl Norms {
     ) {
         let value_dim = probed.outputs.len() / probed.rows.len();
         let mut difference = 0.0;
-        for (row, estimate) in (group * ROWS..).zip(estimates) {
+        for (row, estimate) in (group * PROBE_ROWS..).zip(estimates) {
             let weight = f64::from(probed.weights[row]);
             let exact = &probed.outputs[row * value_dim..][..value_dim];
             let (mut of_row, mut whole) = (0.0, 0.0);
@@ -349,7 +347,7 @@ mod tests {
         let (mut count, mut sum) = (0.0, 0.0);
         let phases = 200_000;
         for phase in 0..phases {
-            let (mut rows, mut weights) = ([0; ROWS], [0.0; ROWS]);
+            let (mut rows, mut weights) = ([0; PROBE_ROWS], [0.0; PROBE_ROWS]);
             draw_rows(&squared, phase as f32 / phases as f32, &mut rows, &mut weights);
             for (row, weight) in rows.into_iter().zip(weights) {
                 count += f64::from(weight) / f64::from(phases);
@@ -362,15 +360,15 @@ mod tests {
 
     #[test]
     fn without_distances_all_rows_weigh_alike() {
-        for squared in [[0.0f32; 2 * ROWS], [f32::INFINITY; 2 * ROWS]] {
-            let (mut rows, mut weights) = ([0; ROWS], [0.0; ROWS]);
+        for squared in [[0.0f32; 2 * PROBE_ROWS], [f32::INFINITY; 2 * PROBE_ROWS]] {
+            let (mut rows, mut weights) = ([0; PROBE_ROWS], [0.0; PROBE_ROWS]);
             draw_rows(&squared, 0.5, &mut rows, &mut weights);
-            assert_eq!(weights, [2.0; ROWS]);
+            assert_eq!(weights, [2.0; PROBE_ROWS]);
             assert!(rows.windows(2).all(|pair| (1..=3).contains(&(pair[1] - pair[0]))), "{rows:?}");
         }
-        let (mut rows, mut weights) = ([9; ROWS], [9.0; ROWS]);
+        let (mut rows, mut weights) = ([9; PROBE_ROWS], [9.0; PROBE_ROWS]);
         draw_rows(&[1.0, 5.0, 2.0], 0.3, &mut rows, &mut weights);
         assert_eq!((&rows[..3], &weights[..3]), (&[0, 1, 2][..], &[1.0; 3][..]));
-        assert_eq!(weights[3..], [0.0; ROWS - 3]);
+        assert_eq!(weights[3..], [0.0; PROBE_ROWS - 3]);
     }
 }

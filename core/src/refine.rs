@@ -20,6 +20,9 @@ use crate::tile::{Call, ExtraColumn, KeyOrder, Part, Tile};
 use crate::unmet::without;
 use crate::view::TensorRef;
 
+/// The budget of a head that is computed exactly.
+pub(crate) const EXACT: u32 = u32::MAX;
+
 /// Keys are chosen among this many times as many, those of the heaviest blocks.
 pub(crate) fn candidates_per_key(n_k: usize) -> usize {
     if n_k <= LONG { 4 } else { 3 }

@@ -1,24 +1,22 @@
 //! METHOD_REFINED: summaries of the keys, the error of each head at its budget, then all tiles of queries.
 
-use crate::backward::GradientRun;
 use crate::error::Result;
-use crate::exact::{self, PackedKeys};
+use crate::exact;
 use crate::exec::{Executor, for_each_chunk, for_each_item};
+use crate::gradient_run::GradientRun;
 use crate::pass::Pass;
 use crate::plan::Plan;
 use crate::probe::{self, Norms, Probed, Probes};
 use crate::query_tiles::QueryTiles;
-use crate::refine::{self, Choice, HeadKeys, RefineScratch};
+use crate::refine::{self, Choice, EXACT, HeadKeys, RefineScratch};
 use crate::scratch::{Carver, Lanes};
 use crate::select::Rectangle;
+use crate::summarised_keys::SummarisedKeys;
 use crate::summary;
 use crate::tile::{Call, Tile};
-use crate::tiling::HeadSet;
+use crate::tiling::{HeadSet, PROBE_ROWS};
 use crate::workspace::Shared;
 use crate::{gradient_exact, gradient_refined};
-
-/// The budget of a head that is computed exactly.
-pub(crate) const EXACT: u32 = u32::MAX;
 
 /// A call under way.
 pub(crate) struct Refined<'r, 'a> {
@@ -47,7 +45,7 @@ impl Refined<'_, '_> {
         let (summaries, packed_summaries) = (&mut *shared.summaries, &mut *shared.packed_summaries);
         summary::summarise(call, executor, lanes, batch, summaries)?;
         summary::pack(call, executor, lanes, kv_heads, summaries, packed_summaries)?;
-        let keys = Keys { plan, batch, packed, summaries, packed_summaries };
+        let keys = SummarisedKeys { plan, batch, packed, summaries, packed_summaries };
 
         let budgets = &mut *shared.budgets;
         budgets.fill(call.params.budget);
@@ -84,31 +82,6 @@ impl Refined<'_, '_> {
     }
 }
 
-/// Packed and summarised keys of one batch item.
-pub(crate) struct Keys<'r> {
-    pub(crate) plan: &'r Plan,
-    pub(crate) batch: usize,
-    packed: PackedKeys<'r>,
-    pub(crate) summaries: &'r [f32],
-    packed_summaries: &'r [u32],
-}
-
-impl Keys<'_> {
-    pub(crate) fn of_head(&self, call: &Call<'_>, kv_head: usize) -> HeadKeys<'_> {
-        let problem = &self.plan.problem;
-        let summaries_len = summary::summaries_len(problem);
-        let packed_len = summary::packed_len(problem, call.shape.keys_len());
-        HeadKeys {
-            batch: self.batch,
-            kv_head,
-            packed: self.packed.tiles(kv_head, 0),
-            values: self.packed.values,
-            summaries: &self.summaries[kv_head * summaries_len..][..summaries_len],
-            packed_summaries: &self.packed_summaries[kv_head * packed_len..][..packed_len],
-        }
-    }
-}
-
 /// The heads whose budget is [`EXACT`], in runs.
 fn exact_heads(group: usize, budgets: &[u32]) -> impl Iterator<Item = HeadSet> {
     let mut next = 0;
@@ -125,7 +98,7 @@ fn attend(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
-    keys: &Keys<'_>,
+    keys: &SummarisedKeys<'_>,
     budgets: &[u32],
 ) -> Result<()> {
     let problem = &call.problem;
@@ -172,7 +145,7 @@ fn settle_budgets(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
-    keys: &Keys<'_>,
+    keys: &SummarisedKeys<'_>,
     (probes, probed, estimate): (&Probes, &Probed<'_>, &mut [f32]),
     (budgets, settled): (&mut [u32], &mut [u32]),
 ) -> Result<()> {
@@ -193,7 +166,7 @@ fn settle_budgets(
             }
             let mut norms = Norms::new(probes);
             for group in probes.rows_of(head, &call.problem) {
-                let len = probe::ROWS * call.problem.value_dim;
+                let len = PROBE_ROWS * call.problem.value_dim;
                 let estimates = estimate[group * len..][..len].chunks(call.problem.value_dim);
                 norms.add_group(estimates, probed, group);
             }
@@ -220,18 +193,18 @@ fn estimate_probes(
     call: &Call<'_>,
     executor: &dyn Executor,
     lanes: &mut Lanes<'_>,
-    keys: &Keys<'_>,
+    keys: &SummarisedKeys<'_>,
     (probes, rows, estimate): (&Probes, &[u32], &mut [f32]),
     (budgets, settled): (&[u32], &[u32]),
 ) -> Result<()> {
     let problem = &call.problem;
-    for_each_chunk(executor, lanes, estimate, probe::ROWS * problem.value_dim, &|scratch, item, to| {
+    for_each_chunk(executor, lanes, estimate, PROBE_ROWS * problem.value_dim, &|scratch, item, to| {
         let (kv_head, index, head) = probes.place(item, problem);
         if settled[head] != 0 {
             return;
         }
         let queries = probes.queries(head, index);
-        let rows = rows[item * probe::ROWS..][..probe::ROWS].iter().map(|&row| row as usize);
+        let rows = rows[item * PROBE_ROWS..][..PROBE_ROWS].iter().map(|&row| row as usize);
         let mut carver = Carver::new(scratch);
         let mut tile = Tile::carve(call, &mut carver);
         let mut scratch = RefineScratch::carve(problem, keys.plan.most_budget, &mut carver);

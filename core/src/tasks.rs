@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::division::{Divided, Division, Part};
 use crate::error::{Result, invalid};
 use crate::exec::Serial;
-use crate::forward::{check_workspace, execute};
+use crate::forward::execute;
 use crate::params::Params;
 use crate::part::Section;
 use crate::plan::{Plan, Run};
@@ -14,7 +14,7 @@ use crate::scratch::{Layout, WORKSPACE_ALIGN};
 use crate::select::Rectangle;
 use crate::simd::Kernels;
 use crate::tiling::{HeadSet, HeadTiling};
-use crate::workspace::Sizes;
+use crate::workspace::{Sizes, check_workspace};
 
 impl<'a> Part<'a> {
     /// How the queries of exact heads are spread over tasks, and the chunks that those of a head are cut into.

@@ -3,16 +3,15 @@
 
 use core::ops::Range;
 
-use crate::mask_tile::{KnownMask, LOADED_KEYS, Seen};
+use crate::known_mask::{KnownMask, LOADED_KEYS, Seen};
 use crate::math;
 use crate::pack::{PackScratch, PackedShape, Packer};
 use crate::params::Params;
-use crate::probe;
 use crate::problem::{Problem, Tensors};
 use crate::residual::Column;
 use crate::scratch::Carver;
 use crate::simd::{KEY_TILE, Kernels, Step, StepOptions, Weighing};
-use crate::tiling::TILE_ROWS;
+use crate::tiling::{PROBE_ROWS, TILE_ROWS};
 use crate::unmet::Unmet;
 use crate::view::{Rows, TensorRef};
 
@@ -106,7 +105,7 @@ impl<'a> TileMemory<'a> {
         carver: &mut Carver<'a>,
     ) -> Self {
         // Where there are fewer queries than probe rows of a tile, some are probed more than once.
-        let most = problem.n_q.max(probe::ROWS).saturating_mul(problem.group);
+        let most = problem.n_q.max(PROBE_ROWS).saturating_mul(problem.group);
         let rows = TILE_ROWS.min(most).next_multiple_of(kernels.row_multiple());
         TileMemory {
             head_of: carver.take(rows),

@@ -8,6 +8,9 @@ use crate::problem::Problem;
 /// keys, few enough for their state to stay in the second-level cache.
 pub(crate) const TILE_ROWS: usize = 256;
 
+/// Rows of one tile of probe rows.
+pub(crate) const PROBE_ROWS: usize = 4;
+
 /// Query heads of one batch item that are worked on together, and the KV heads that they read: whole groups, or
 /// part of one group.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! The workspace of a call: what its tasks share, and what each needs for itself.
 
-use crate::error::{Result, invalid};
+use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::lsh;
 use crate::pack::PackedShape;
 use crate::params::Params;
@@ -8,7 +8,7 @@ use crate::plan::{Plan, Run};
 use crate::probe::Probed;
 use crate::refine::RefineScratch;
 use crate::represent::Representatives;
-use crate::scratch::Carver;
+use crate::scratch::{Carver, WORKSPACE_ALIGN};
 use crate::simd::Kernels;
 use crate::sort;
 use crate::summary::{self, SummaryScratch};
@@ -151,4 +151,21 @@ impl Sizes {
             None => invalid!("the shapes need more scratch memory than an address space holds"),
         }
     }
+}
+
+/// The workspace is aligned and has `need` bytes.
+pub(crate) fn check_workspace(workspace: &[u8], need: usize) -> Result<()> {
+    if !workspace.as_ptr().addr().is_multiple_of(WORKSPACE_ALIGN) {
+        return Err(Error::new(
+            ErrorKind::WorkspaceTooSmall,
+            format_args!("workspace.data = {:p} is not a multiple of {WORKSPACE_ALIGN}", workspace.as_ptr()),
+        ));
+    }
+    if workspace.len() < need {
+        return Err(Error::new(
+            ErrorKind::WorkspaceTooSmall,
+            format_args!("workspace.size = {} bytes but {need} are needed", workspace.len()),
+        ));
+    }
+    Ok(())
 }

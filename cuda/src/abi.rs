@@ -93,7 +93,11 @@ pub(crate) struct AttendParams {
     pub(crate) state_max: Pointer<f32>,
     pub(crate) state_sum: Pointer<f32>,
     pub(crate) state_accumulated: Pointer<f32>,
+    pub(crate) partial_values: Pointer<u8>,
+    pub(crate) partial_lse: Pointer<f32>,
     pub(crate) next_tile: Pointer<u32>,
+    pub(crate) order_heads: u32,
+    pub(crate) partial_rows: u32,
 }
 
 /// What every pair of a query's row needs of it. Written by the device.
@@ -149,9 +153,9 @@ pub(crate) struct BackwardParams {
 
 // What entry.cu states too.
 const _: () = assert!(size_of::<RowTerms>() == 8 && size_of::<KeyTile>() == 48);
-const _: () = assert!(size_of::<BackwardParams>() == 496);
+const _: () = assert!(size_of::<BackwardParams>() == 520);
 const _: () = assert!(size_of::<View>() == 32 && size_of::<Segment>() == 24 && size_of::<Tile>() == 32);
-const _: () = assert!(size_of::<AttendParams>() == 304);
+const _: () = assert!(size_of::<AttendParams>() == 328);
 
 #[cfg(test)]
 mod tests {
@@ -226,7 +230,11 @@ mod tests {
                     state_max,
                     state_sum,
                     state_accumulated,
-                    next_tile
+                    partial_values,
+                    partial_lse,
+                    next_tile,
+                    order_heads,
+                    partial_rows
                 }
             );
         }

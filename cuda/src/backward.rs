@@ -2,7 +2,7 @@
 //!
 //! A thread block owns a tile of queries, and walks the keys that they meet, for dq; another owns a tile of keys, and walks
 //! the queries that meet them, for dk and dv. On Hopper one kernel does both for exact rectangles: its tiles of keys add to
-//! sums of dq in memory, in turn. Every sum has one order.
+//! sums of dq in memory, in turn or, where the caller permits it, in any order. Every other sum has one order.
 
 mod exact;
 pub(crate) mod fused;
@@ -17,10 +17,11 @@ use crate::abi::{BackwardParams, RowTerms, View, element_type};
 use crate::call::{Call, DeviceTensors};
 use crate::divided::Parts;
 use crate::driver::{CUstream, driver};
-use crate::forward::{Run, check_workspace, measured, with_workspace};
+use crate::forward::{check_workspace, measured, with_workspace};
 use crate::gradients::DeviceGradients;
 use crate::image::loaded;
 use crate::launch::{Queue, args};
+use crate::method::Run;
 use crate::workspace::{Carver, Pointer, WORKSPACE_ALIGN};
 use crate::{paper, refined};
 use shared_heads::SharedHeads;

@@ -6,7 +6,7 @@ use hyperattn_core::device::{Divided, Section};
 use hyperattn_core::{Division, Method, Params, Result};
 
 use crate::call::{Call, DeviceBlockMask, DeviceTensor, DeviceTensors};
-use crate::forward::Run;
+use crate::method::Run;
 
 /// The parts of a call that is checked.
 pub(crate) struct Parts<'a> {

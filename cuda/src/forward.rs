@@ -2,15 +2,16 @@
 
 use std::ffi::c_void;
 
-use hyperattn_core::{Division, Error, ErrorKind, Layout, Method, Params, Result};
+use hyperattn_core::{Division, Error, ErrorKind, Layout, Params, Result};
 
 use crate::call::{Call, DeviceTensors};
 use crate::divided::Parts;
 use crate::driver::{CUstream, Driver, driver};
 use crate::image::{Loaded, loaded};
 use crate::launch::Queue;
+use crate::method::Run;
 use crate::workspace::{Carver, WORKSPACE_ALIGN};
-use crate::{cost, exact, paper, refined};
+use crate::{exact, paper, refined};
 
 /// Size and alignment of the workspace that [`forward`] needs for these options and tensors. Needs no device, and no
 /// address is looked at. Every error that does not concern addresses, contents or the device is reported here too.
@@ -128,45 +129,6 @@ pub(crate) fn check_workspace(address: u64, size: usize, need: usize) -> Result<
         return too_small(format_args!("workspace.size = {size} bytes but {need} are needed"));
     }
     Ok(())
-}
-
-/// What computes the output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Run {
-    Exact,
-    Paper,
-    Refined,
-}
-
-impl Run {
-    /// The method that does this without a choice.
-    pub(crate) fn method(self) -> Method {
-        match self {
-            Run::Exact => Method::Exact,
-            Run::Paper => Method::Paper,
-            Run::Refined => Method::Refined,
-        }
-    }
-
-    pub(crate) fn of(call: &Call<'_>) -> Self {
-        let (params, problem) = (call.params, &call.problem);
-        let refining_is_exact =
-            problem.n_k <= params.min_seq_len.max(params.budget as usize) || problem.n_q == 0;
-        match params.method {
-            Method::Paper if paper::estimates(call) => Run::Paper,
-            Method::Refined if !refining_is_exact => Run::Refined,
-            // The caller's blocks are METHOD_PAPER's.
-            Method::Auto if call.tensors.block_mask.is_some() => {
-                if paper::estimates(call) {
-                    Run::Paper
-                } else {
-                    Run::Exact
-                }
-            }
-            Method::Auto if !refining_is_exact && cost::refining_pays(call) => Run::Refined,
-            _ => Run::Exact,
-        }
-    }
 }
 
 /// The parts of the workspace.

@@ -1,8 +1,8 @@
 //! HyperAttention on CUDA.
 //!
-//! [`forward`] enqueues attention, and [`backward()`] its gradients, on a stream of the caller's current context. The driver, and NVRTC where it is needed, are
-//! loaded when they are first asked for: on a machine without them this crate builds, links and answers
-//! [`hyperattn_core::ErrorKind::DeviceUnavailable`].
+//! [`forward`] enqueues attention, and [`backward()`] its gradients, on a stream of the caller's current context. The
+//! driver, and NVRTC where it is needed, are loaded when they are first asked for: on a machine without them this crate
+//! builds, links and answers [`hyperattn_core::ErrorKind::DeviceUnavailable`].
 
 mod abi;
 mod attend;
@@ -17,6 +17,7 @@ mod forward;
 mod gradients;
 mod image;
 mod launch;
+mod method;
 mod paper;
 mod parts;
 mod refined;

@@ -6,12 +6,13 @@ use hyperattn_conformance::inputs::{DTypes, Inputs, Shape, UNEVEN_LENGTHS};
 use hyperattn_conformance::random_mask::OwnedMask;
 use hyperattn_core::{DType, Division, ErrorKind, Mask, Method, Params, Residual, Sequences};
 use hyperattn_cuda::{DeviceGradients, DeviceTensor, DeviceTensors};
-use hyperattn_reference::Generator;
 
 use support::call::{Call, DeviceMask};
-use support::device::{Device, Memory, Stream, cuda};
+use support::device::{Device, Stream};
 use support::gradients::BackwardCall;
+use support::graph::Graph;
 use support::tensor::Arrangement;
+use support::timed::{Timed, packed_tensor};
 
 const MASKS: [Mask; 3] = [Mask::None, Mask::CausalBottomRight, Mask::CausalTopLeft];
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -119,8 +120,11 @@ fn types_and_arrangements() {
 fn not_finite_beyond_the_limit() {
     let Some(_device) = Device::first() else { return };
     let n = 300;
-    let params = exact(Mask::CausalTopLeft);
-    for (dtype, dim) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 64), (dtype, 128)]) {
+    for (dtype, dim, deterministic) in DTYPES
+        .into_iter()
+        .flat_map(|dtype| [(dtype, 64, true), (dtype, 128, true), (dtype, 64, false), (dtype, 128, false)])
+    {
+        let params = Params { deterministic, ..exact(Mask::CausalTopLeft) };
         let clean = Inputs::normal(shape(n, n, dim, dim), 50).rounded(dtype);
         let call = BackwardCall::new(Call::new(&params, &clean), 51);
         let expected = call.prepare().run();
@@ -135,7 +139,9 @@ fn not_finite_beyond_the_limit() {
                         a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 0.02 * b.abs().max(0.1))
                     };
                     let [dq, dk, dv] = [0, 1, 2].map(same);
-                    let what = format!("{dtype:?} {dim}: row {row} and a NaN in tensor {tensor} at {at}");
+                    let what = format!(
+                        "{dtype:?} {dim} {deterministic}: row {row} and a NaN in tensor {tensor} at {at}"
+                    );
                     if tensor == 0 {
                         // A query: its own gradient, and those of the keys it sees.
                         assert!(dq == (row != at) && dk == (row > at) && dv == (row > at), "{what}");
@@ -176,6 +182,78 @@ fn more_tiles_than_blocks() {
         for _ in 0..10 {
             assert!(first == prepared.run(), "{mask:?}, {dim}");
         }
+    }
+}
+
+/// `params` with the permission to add in any order: in a graph that is replayed the gradients are the CPU's, and those
+/// of keys and values have the bits of the call without it.
+fn check_any_order(params: &Params, shape: Shape, dtype: DType, seed: u64) {
+    let params = Params { deterministic: false, ..*params };
+    let inputs = Inputs::normal(shape, seed).rounded(dtype);
+    let call = BackwardCall::new(Call::new(&params, &inputs), seed + 1);
+    let (stream, prepared) = (Stream::new(), call.prepare());
+    let expected = call.on_cpu(&prepared);
+    let graph = Graph::capture(&stream, || prepared.enqueue(&stream).unwrap());
+    let in_order = Params { deterministic: true, ..params };
+    let in_order = BackwardCall { forward: Call::new(&in_order, &inputs), ..call }.prepare();
+    assert_eq!(in_order.needed, prepared.needed, "workspaces differ");
+    let [_, dk, dv] = in_order.run();
+    for _ in 0..2 {
+        graph.launch(&stream);
+        let found = prepared.found();
+        call.compare(&prepared, &found, &expected);
+        assert!(found[1] == dk && found[2] == dv, "{params:?}, {shape:?}, {dtype:?}: dk or dv differ");
+    }
+}
+
+#[test]
+fn exact_in_any_order() {
+    let Some(_device) = Device::alone() else { return };
+    for mask in MASKS {
+        for (dtype, dim) in [(DType::BF16, 64), (DType::BF16, 128), (DType::F16, 64), (DType::F16, 128)] {
+            for (batch, heads_q, heads_kv) in [(1, 2, 2), (1, 4, 2)] {
+                let shape = Shape { batch, heads_q, heads_kv, ..shape(700, 800, dim, dim) };
+                check_any_order(&exact(mask), shape, dtype, 150);
+            }
+        }
+        // More tiles than blocks of the device.
+        let many = Shape { batch: 2, heads_q: 8, heads_kv: 8, ..shape(300, 1200, 64, 64) };
+        check_any_order(&exact(mask), many, DType::BF16, 151);
+        // Blocks that only some of their queries are in, and queries that see nothing.
+        check_any_order(&exact(mask), shape(700, 300, 64, 40), DType::BF16, 152);
+        check_any_order(&exact(mask), shape(129, 1, 128, 128), DType::BF16, 154);
+        check_any_order(&exact(mask), shape(50, 0, 64, 64), DType::BF16, 156);
+    }
+}
+
+#[test]
+fn paper_leaves_in_any_order() {
+    let Some(_device) = Device::alone() else { return };
+    for mask in [Mask::CausalBottomRight, Mask::CausalTopLeft] {
+        for (dtype, dim) in [(DType::BF16, 64), (DType::F16, 128)] {
+            for (batch, heads_q, heads_kv) in [(1, 2, 2), (2, 4, 2)] {
+                let shape = Shape { batch, heads_q, heads_kv, ..shape(2000, 2300, dim, dim) };
+                let params = Params { min_seq_len: 600, ..paper(mask, Residual::Uniform, 128, 100) };
+                check_any_order(&params, shape, dtype, 160);
+            }
+        }
+    }
+}
+
+/// Kernels whose sums have one order anyway keep it, and so does the one that gains nothing.
+#[test]
+fn the_same_bits_where_no_order_is_faster() {
+    let Some(_device) = Device::alone() else { return };
+    let few = Shape { heads_q: 4, heads_kv: 2, ..shape(600, 900, 64, 64) };
+    let many = Shape { batch: 2, heads_q: 16, heads_kv: 16, ..shape(300, 900, 64, 64) };
+    for (params, shape, dtype) in [
+        (exact(Mask::CausalBottomRight), few, DType::F32),
+        (paper(Mask::None, Residual::Uniform, 64, 64), few, DType::BF16),
+        (exact(Mask::None), many, DType::BF16),
+    ] {
+        let params = Params { deterministic: false, ..params };
+        let inputs = Inputs::normal(shape, 170).rounded(dtype);
+        BackwardCall::new(Call::new(&params, &inputs), 171).prepare().check_bits();
     }
 }
 
@@ -489,16 +567,12 @@ fn paper_leaves_keep_apart() {
     }
 }
 
-fn host_tensor(address: u64, heads: i64, rows: i64, dim: i64, dtype: DType) -> DeviceTensor {
-    DeviceTensor { address, layout: hyperattn_core::TensorLayout::contiguous(dtype, [1, heads, rows, dim]) }
-}
-
 /// Errors that need no device.
 #[test]
 fn errors_name_the_argument() {
-    let tensor = |number: u64, heads| host_tensor(number << 20, heads, 100, 64, DType::BF16);
+    let tensor = |number: u64, heads| packed_tensor(number << 20, heads, 100, 64, DType::BF16);
     let tensors = DeviceTensors {
-        lse: Some(host_tensor(9 << 20, 4, 100, 1, DType::F32)),
+        lse: Some(packed_tensor(9 << 20, 4, 100, 1, DType::F32)),
         ..DeviceTensors::new(tensor(1, 4), tensor(2, 2), tensor(3, 2), tensor(4, 4))
     };
     let gradients = DeviceGradients {
@@ -577,19 +651,36 @@ fn sequences() {
     }
 }
 
-/// A packed bf16 tensor of normal numbers, which repeat with a long odd period; with its memory.
-fn cheap_tensor(numbers: &[u8], heads: i64, n: i64, dim: i64) -> (Memory, DeviceTensor) {
-    let bytes = (heads * n * dim * 2) as usize;
-    let memory = Memory::filled(bytes, 0);
-    memory.write(0, &numbers.iter().copied().cycle().take(bytes.min(numbers.len())).collect::<Vec<u8>>());
-    let mut filled = numbers.len().min(bytes);
-    while filled < bytes {
-        let more = filled.min(bytes - filled);
-        cuda!(cuMemcpyDtoD_v2(memory.address() + filled as u64, memory.address(), more));
-        filled += more;
+fn estimated(mask: Mask) -> Params {
+    Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() }
+}
+
+/// Times of gradients whose sums have a fixed order, and of those that may be added in any, in milliseconds:
+/// `backward --ignored --nocapture speed`.
+#[test]
+#[ignore = "a measurement"]
+fn speed_of_any_order() {
+    let Some(_device) = Device::alone() else { return };
+    let causal = Mask::CausalBottomRight;
+    let lengths = [(exact(causal), 4096), (exact(Mask::None), 4096), (exact(causal), 16_384)];
+    let long = [(exact(Mask::None), 16_384), (estimated(causal), 131_072)];
+    for (params, n) in lengths.into_iter().chain(long) {
+        for dim in [64, 128] {
+            for heads in [[2, 2], [8, 8], [32, 32], [32, 8]] {
+                let timed = Timed::new(&params, heads, n, dim, None);
+                // For an lse to begin with.
+                timed.forward(&params);
+                let any = Params { deterministic: false, ..params };
+                let [in_order, any] = timed.backward([&params, &any]);
+                println!(
+                    "TIME {:?} {:?} n {n} d {dim} heads {heads:?}: in order {in_order:.3} ms, any {any:.3} ms, {:.3}",
+                    params.method,
+                    params.mask,
+                    any / in_order
+                );
+            }
+        }
     }
-    let tensor = host_tensor(memory.address(), heads, n, dim, DType::BF16);
-    (memory, tensor)
 }
 
 /// Times of the sizes that matter, in milliseconds; not a test of anything:
@@ -598,12 +689,6 @@ fn cheap_tensor(numbers: &[u8], heads: i64, n: i64, dim: i64) -> (Memory, Device
 #[ignore = "a measurement"]
 fn times() {
     let Some(_device) = Device::alone() else { return };
-    let mut generator = Generator::new(80);
-    let normal: Vec<f32> = (0..(1 << 19) + 77).map(|_| generator.normal() as f32).collect();
-    let numbers: Vec<u8> =
-        normal.iter().flat_map(|&x| hyperattn_core::bf16::from_f32(x).to_le_bytes()).collect();
-    let estimated =
-        |mask| Params { method: Method::Paper, residual: Residual::Uniform, mask, ..Params::default() };
     let refined = Params {
         method: Method::Refined,
         mask: Mask::CausalBottomRight,
@@ -627,43 +712,15 @@ fn times() {
         (row_norm, 131_072, 64, false),
         (refined, 131_072, 128, false),
     ] {
-        let heads = 32;
-        let tensors: Vec<_> = (0..8).map(|_| cheap_tensor(&numbers, heads, n, dim)).collect();
-        let of = |number: usize| tensors[number].1;
-        let lse = Memory::filled((heads * n * 4) as usize, 0);
-        let call = DeviceTensors {
-            lse: Some(host_tensor(lse.address(), heads, n, 1, DType::F32)),
-            block_mask: is_masked.then_some(blocks.mask),
-            ..DeviceTensors::new(of(0), of(1), of(2), of(3))
-        };
-        let gradients = DeviceGradients { dout: of(4), dlse: None, dq: of(5), dk: of(6), dv: of(7) };
-        let sizes = [
-            hyperattn_cuda::forward_workspace(&params, &call).unwrap().size,
-            hyperattn_cuda::backward_workspace(&params, &call).unwrap().size,
-        ];
-        let workspace = Memory::filled(sizes[0].max(sizes[1]), 0);
-        let (stream, given) = (Stream::new(), Some((workspace.address(), workspace.size())));
-        let time = |body: &dyn Fn()| {
-            body();
-            let mut all: Vec<f32> = (0..5).map(|_| stream.time(body)).collect();
-            all.sort_by(f32::total_cmp);
-            all[2]
-        };
-        // SAFETY: tensors and workspace are the device's memory, which outlives the work, as it is waited for.
-        let forward = time(&|| unsafe {
-            hyperattn_cuda::forward(&params, &call, given, stream.raw()).unwrap();
-        });
-        // SAFETY: as above.
-        let backward = time(&|| unsafe {
-            hyperattn_cuda::backward(&params, &call, &gradients, given, stream.raw()).unwrap();
-        });
+        let timed = Timed::new(&params, [32; 2], n, dim, is_masked.then_some(blocks.mask));
+        let (forward, [backward]) = (timed.forward(&params), timed.backward([&params]));
         println!(
             "TIME {:?} {:?} {:?} blocks {is_masked} n {n} d {dim}: forward {forward:.3} ms, backward {backward:.3} ms, \
              workspace {} MiB",
             params.method,
             params.mask,
             params.residual,
-            sizes[1] >> 20
+            timed.needed >> 20
         );
     }
 }

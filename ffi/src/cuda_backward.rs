@@ -39,8 +39,9 @@ pub unsafe extern "C" fn hyperattn_cuda_backward_workspace(
 /// hyperattn_backward() for tensors in device memory, enqueued on exec->stream: it returns before the gradients are
 /// complete. What hyperattn_cuda_forward() says of pointers, the workspace, capture and errors holds here too.
 ///
-/// The same arguments give the same bits: no sum depends on the order in which threads run. 16-bit kernels round each
-/// pair's share and slope to the type of the tensors.
+/// The same arguments give the same bits: no sum depends on the order in which threads run, unless
+/// HYPERATTN_FLAG_NONDETERMINISTIC permits it. 16-bit kernels round each pair's share and slope to the type of the
+/// tensors.
 ///
 /// The samples of RESIDUAL_ROW_NORM, and dk and dv of the samples with a block mask, are computed in f32 whatever the types,
 /// without the tensor cores, and take longer than those of RESIDUAL_UNIFORM.

@@ -99,7 +99,7 @@ pub(crate) unsafe fn read(pointer: *const hyperattn_params) -> Result<Options> {
         HYPERATTN_RESIDUAL_NONE => Residual::None,
         other => return Err(unknown("residual", other, "RESIDUAL")),
     };
-    if from.flags & !HYPERATTN_FLAG_NO_ALLOC != 0 {
+    if from.flags & !(HYPERATTN_FLAG_NO_ALLOC | HYPERATTN_FLAG_NONDETERMINISTIC) != 0 {
         return Err(Failure::invalid(format_args!(
             "params.flags = {:#x} has bits that are not a HYPERATTN_FLAG_*",
             from.flags
@@ -128,6 +128,7 @@ pub(crate) unsafe fn read(pointer: *const hyperattn_params) -> Result<Options> {
         num_first_keys: from.num_first_keys,
         band: from.band,
         target_error: from.target_error,
+        deterministic: from.flags & HYPERATTN_FLAG_NONDETERMINISTIC == 0,
     };
     let may_allocate = from.flags & HYPERATTN_FLAG_NO_ALLOC == 0;
     Ok(Options { params, head_methods: from.head_methods, may_allocate })
@@ -144,6 +145,21 @@ mod tests {
         assert_eq!(options.params, Params::default());
         assert!(options.head_methods.is_null());
         assert!(options.may_allocate);
+    }
+
+    #[test]
+    fn flags_are_read() {
+        for flags in 0..9 {
+            // SAFETY: the pointer is to a valid struct.
+            match unsafe { read(&hyperattn_params { flags, ..DEFAULTS }) } {
+                Ok(options) => {
+                    assert!(flags < 4, "{flags} is accepted");
+                    assert_eq!(options.may_allocate, flags & HYPERATTN_FLAG_NO_ALLOC == 0);
+                    assert_eq!(options.params.deterministic, flags & HYPERATTN_FLAG_NONDETERMINISTIC == 0);
+                }
+                Err(_) => assert!(flags >= 4, "{flags} is refused"),
+            }
+        }
     }
 
     #[test]

@@ -92,6 +92,10 @@ pub const HYPERATTN_FEATURE_THREADS: u32 = 3;
 
 /// hyperattn_params.flags: fail with HYPERATTN_STATUS_WORKSPACE_TOO_SMALL rather than allocate scratch.
 pub const HYPERATTN_FLAG_NO_ALLOC: u32 = 1;
+/// hyperattn_params.flags: permits hyperattn_cuda_backward() to add sums of gradients in any order where that is
+/// faster. dq may then differ from call to call, by rounding errors of f32 sums. Everything else keeps its bits: dk and
+/// dv, what is not faster in any order, the forward pass, the CPU.
+pub const HYPERATTN_FLAG_NONDETERMINISTIC: u32 = 2;
 
 /// What to compute. Fill with hyperattn_params_init(), then override; that stays right when later
 /// versions append fields.

@@ -115,6 +115,11 @@
 /// hyperattn_params.flags: fail with HYPERATTN_STATUS_WORKSPACE_TOO_SMALL rather than allocate scratch.
 #define HYPERATTN_FLAG_NO_ALLOC 1
 
+/// hyperattn_params.flags: permits hyperattn_cuda_backward() to add sums of gradients in any order where that is
+/// faster. dq may then differ from call to call, by rounding errors of f32 sums. Everything else keeps its bits: dk and
+/// dv, what is not faster in any order, the forward pass, the CPU.
+#define HYPERATTN_FLAG_NONDETERMINISTIC 2
+
 /// hyperattn_diagnose(): compute the heads exactly as well, and look at every row. Time is quadratic.
 #define HYPERATTN_DIAGNOSE_TRUE_ERROR 1
 
@@ -746,8 +751,9 @@ hyperattn_status hyperattn_cuda_backward_workspace(const struct hyperattn_params
 /// hyperattn_backward() for tensors in device memory, enqueued on exec->stream: it returns before the gradients are
 /// complete. What hyperattn_cuda_forward() says of pointers, the workspace, capture and errors holds here too.
 ///
-/// The same arguments give the same bits: no sum depends on the order in which threads run. 16-bit kernels round each
-/// pair's share and slope to the type of the tensors.
+/// The same arguments give the same bits: no sum depends on the order in which threads run, unless
+/// HYPERATTN_FLAG_NONDETERMINISTIC permits it. 16-bit kernels round each pair's share and slope to the type of the
+/// tensors.
 ///
 /// The samples of RESIDUAL_ROW_NORM, and dk and dv of the samples with a block mask, are computed in f32 whatever the types,
 /// without the tensor cores, and take longer than those of RESIDUAL_UNIFORM.

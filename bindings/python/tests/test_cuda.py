@@ -26,7 +26,7 @@ class Recorder:
     """The library with CUDA calls that compute nothing and remember how they were called."""
 
     def __init__(self, library):
-        self.native, self.calls = library, []
+        self.native, self.calls, self.flags = library, [], []
 
     def __getattr__(self, name):
         return getattr(self.native, name)
@@ -36,6 +36,7 @@ class Recorder:
 
     def hyperattn_cuda_backward(self, params, tensors, grads, execution):
         assert grads.dq.data != grads.dk.data != _call.ffi.NULL
+        self.flags.append(params.flags)
         return self.hyperattn_cuda_forward(params, tensors, execution)
 
     def hyperattn_cuda_forward(self, params, tensors, execution):
@@ -89,6 +90,16 @@ def test_backward(lenders, recorder, random):
     assert [x.streams for x in (*inputs, out, lse, dout, *written)] == [[2]] * 9
     with pytest.raises(TypeError, match="pass what to write to: results on CUDA"):
         hyperattn.backward(*inputs, out, lse, dout)
+
+
+def test_deterministic(lenders, recorder, random):
+    """The flag is there where it is asked for, and nowhere else."""
+    *inputs, out = lenders
+    lse, dout = Lender(random(1, 4, 20), device=CUDA), Lender(out.array, device=CUDA)
+    written = tuple(Lender(random(*x.shape), device=CUDA) for x in inputs)
+    for arguments in ({}, {"deterministic": None}, {"deterministic": True}, {"deterministic": False}):
+        hyperattn.backward(*inputs, out, lse, dout, gradients=written, **arguments)
+    assert recorder.flags == [0, 0, 0, _call.lib.HYPERATTN_FLAG_NONDETERMINISTIC]
 
 
 def test_devices_must_agree(lenders, random):

@@ -56,6 +56,8 @@ def test_every_status_has_its_class():
         (dict(layout="sbhd"), ValueError, "layout='sbhd'"),
         (dict(block_size=-1), OverflowError, None),
         (dict(block_size="a"), ValueError, "a number"),
+        (dict(deterministic="no"), ValueError, "deterministic='no'"),
+        (dict(flags=2), TypeError, "no parameter 'flags'"),
     ],
 )
 def test_keywords(qkv, change, error, sentence):

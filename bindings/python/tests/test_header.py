@@ -37,7 +37,8 @@ def test_typed_keywords_are_the_parameters():
 
 def test_defaults_have_every_parameter():
     not_keywords = {"struct_size", "flags", "head_methods"}
-    assert set(hyperattn.defaults()) == set(struct_fields("hyperattn_params")) - not_keywords
+    assert set(hyperattn.defaults()) == set(struct_fields("hyperattn_params")) - not_keywords | {"deterministic"}
+    assert hyperattn.defaults()["deterministic"] is True
 
 
 @pytest.mark.skipif(not has_field("hyperattn_tensors", "error"), reason="the header has no tensor for the error")

@@ -55,6 +55,16 @@ def test_exact(leaves, dtype, bound, mask, n_q, n_k):
     assert [x.dtype for x in got] == [dtype] * 3
 
 
+def test_any_order_permitted(leaves):
+    """Autograd passes the permission on; sums on the CPU have one order."""
+    inputs = leaves(40, 40)
+    out, lse = hyperattn.torch.forward(*inputs, method="exact", deterministic=False)
+    assert out.grad_fn.arguments["deterministic"] is False
+    permitted = torch.autograd.grad(loss(out, lse), inputs)
+    fixed = torch.autograd.grad(loss(*hyperattn.torch.forward(*inputs, method="exact")), inputs)
+    assert all(torch.equal(one, other) for one, other in zip(permitted, fixed))
+
+
 def test_views(leaves):
     """Queries, keys and values are parts of one tensor, [batch, tokens, heads, head_dim]; keys are broadcast."""
     packed = torch.cat([x[..., :24].transpose(1, 2) for x in leaves(40, 40)], dim=2).detach().requires_grad_()

@@ -8,6 +8,7 @@
 #include "attend_wgmma_layout.cuh"
 #include "barrier.cuh"
 #include "convert.cuh"
+#include "merge_partials.cuh"
 #include "wgmma.cuh"
 
 namespace hyperattn {
@@ -384,7 +385,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return (u64)(batch * p.heads_q + head) * p.n_q + row;
     }
 
-    __device__ __forceinline__ void begin(u32 flags)
+    __device__ __forceinline__ void begin()
     {
 #pragma unroll
         for (u32 i = 0; i < DIM / 2; ++i)
@@ -393,24 +394,105 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         for (u32 r = 0; r < 2; ++r) {
             rows.max[r] = minus_infinity();
             rows.sum[r] = 0.0f;
-            if (!(flags & TILE_RESUME) || rows.row[r] == NO_ROW)
-                continue;
-            u64 index = state_index(rows.row[r]);
-            rows.max[r] = p.state_max[index];
-            float sum = p.state_sum[index];
-            if (sum == 0.0f)
-                continue;
-            rows.sum[r] = (lane & 3) == 0 ? sum : 0.0f;
-            const float *state = p.state_accumulated + index * p.value_dim + 2 * (lane & 3);
+        }
+    }
+
+    // What a thread reads of a partial of its rows: what it has written of other rows, see write_16.
+    struct PartialRows {
+        float lse[2];
+        uint4 eight[2][DIM / 32];
+    };
+
+    // Place of a row in a partial.
+    __device__ __forceinline__ u64 partial_number(u32 r, u32 first_output) const
+    {
+        return rows.row[r] == NO_ROW ? 0 : p.partial_row(batch, head, first_output, rows.row[r]);
+    }
+
+    __device__ __forceinline__ void read(PartialRows &of, u32 first_output) const
+    {
 #pragma unroll
-            for (u32 j = 0; j < DIM / 8; ++j) {
-                if (8 * j < p.value_dim) {
-                    float2 pair = *(const float2 *)(state + 8 * j);
-                    accumulated[4 * j + 2 * r] = pair.x;
-                    accumulated[4 * j + 2 * r + 1] = pair.y;
-                }
+        for (u32 r = 0; r < 2; ++r) {
+            bool present = rows.row[r] != NO_ROW;
+            u64 number = partial_number(r, first_output);
+            const char *from = p.partial_values + number * p.partial_bytes() + 16 * (lane & 3);
+            of.lse[r] = present ? p.partial_lse[number] : minus_infinity();
+#pragma unroll
+            for (u32 j = 0; j < DIM / 32; ++j) {
+                bool inside = present && 32 * j < p.value_dim;
+                of.eight[r][j] = inside ? *(const uint4 *)(from + 64 * j) : make_uint4(0, 0, 0, 0);
             }
         }
+    }
+
+    // Weight of a partial; the row's maximum and sum follow.
+    __device__ __forceinline__ PartialWeight weigh_row(u32 r, float lse)
+    {
+        PartialWeight of = weigh_partial(lse, rows.max[r]);
+        // This thread's part.
+        rows.sum[r] = fmaf(rows.sum[r], of.scale, (lane & 3) == 0 ? of.weight : 0.0f);
+        return of;
+    }
+
+    template <u32 R> __device__ __forceinline__ void add(const PartialRows &partial)
+    {
+        PartialWeight of = weigh_row(R, partial.lse[R]);
+#pragma unroll
+        for (u32 j = 0; j < DIM / 32; ++j) {
+            uint4 eight = partial.eight[R][j];
+            u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                u16 low = (u16)pairs[i], high = (u16)(pairs[i] >> 16);
+                accumulate<R>(4 * j + i, of, f32_from_16<TYPE>(low), f32_from_16<TYPE>(high));
+            }
+        }
+    }
+
+    // Goes on from `count` partials, each of which is read while the one before is added.
+    __device__ __forceinline__ void merge(const u32 *first_outputs, u32 count)
+    {
+        PartialRows next;
+        read(next, first_outputs[0]);
+#pragma unroll 1
+        for (u32 i = 0; i < count; ++i) {
+            PartialRows partial = next;
+            if (i + 1 < count)
+                read(next, first_outputs[i + 1]);
+            add<0>(partial);
+            add<1>(partial);
+        }
+    }
+
+    // The same in f32.
+    __device__ __forceinline__ void merge_f32(const u32 *first_outputs, u32 count)
+    {
+#pragma unroll 1
+        for (u32 i = 0; i < count; ++i) {
+            merge_row_f32<0>(first_outputs[i]);
+            merge_row_f32<1>(first_outputs[i]);
+        }
+    }
+
+    template <u32 R> __device__ __forceinline__ void merge_row_f32(u32 first_output)
+    {
+        bool present = rows.row[R] != NO_ROW;
+        u64 number = partial_number(R, first_output);
+        const float *from = (const float *)(p.partial_values + number * p.partial_bytes()) + 2 * (lane & 3);
+        PartialWeight of = weigh_row(R, present ? p.partial_lse[number] : minus_infinity());
+#pragma unroll
+        for (u32 j = 0; j < DIM / 8; ++j) {
+            bool inside = present && 8 * j < p.value_dim;
+            float2 pair = inside ? *(const float2 *)(from + 8 * j) : make_float2(0.0f, 0.0f);
+            accumulate<R>(j, of, pair.x, pair.y);
+        }
+    }
+
+    template <u32 R>
+    __device__ __forceinline__ void accumulate(u32 j, PartialWeight of, float first, float second)
+    {
+        accumulated[4 * j + 2 * R] = fmaf(of.weight, first, of.scale * accumulated[4 * j + 2 * R]);
+        accumulated[4 * j + 2 * R + 1] = fmaf(of.weight, second, of.scale * accumulated[4 * j + 2 * R + 1]);
     }
 
     // Writes columns of a row as f32: lanes exchange halves, so that each writes 16 bytes.
@@ -440,10 +522,30 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         }
     }
 
-    // Writes columns of a row as 16-bit elements: the lanes of a row transpose 4 x 4 pairs, each writes 16 bytes.
-    template <u32 R, u32 OUT> __device__ __forceinline__ void write_16(char *to, bool write, bool aligned)
+    // Of four words of each of a row's four lanes: word i of lane k changes places with word k of lane i.
+    __device__ __forceinline__ void transpose(u32 (&words)[4]) const
     {
         bool high = lane & 2, odd = lane & 1;
+        // Of words 0 and 1 (lanes 0 and 1) or 2 and 3, this lane's and those of the lane two further.
+        u32 own_0 = high ? words[2] : words[0], own_1 = high ? words[3] : words[1];
+        u32 far_0 = __shfl_xor_sync(ALL_LANES, high ? words[0] : words[2], 2);
+        u32 far_1 = __shfl_xor_sync(ALL_LANES, high ? words[1] : words[3], 2);
+        // By number of the lane they come from, modulo 2: low lane, then high lane.
+        u32 low_0 = high ? far_0 : own_0, low_1 = high ? far_1 : own_1;
+        u32 high_0 = high ? own_0 : far_0, high_1 = high ? own_1 : far_1;
+        u32 near_low = __shfl_xor_sync(ALL_LANES, odd ? low_0 : low_1, 1);
+        u32 near_high = __shfl_xor_sync(ALL_LANES, odd ? high_0 : high_1, 1);
+        words[0] = odd ? near_low : low_0;
+        words[1] = odd ? low_1 : near_low;
+        words[2] = odd ? near_high : high_0;
+        words[3] = odd ? high_1 : near_high;
+    }
+
+    // Writes columns of a row as 16-bit elements: the lanes of a row transpose 4 x 4 pairs, each writes 16 bytes. Rows
+    // of partials stay as they are, whole groups of columns whose order nobody but the next launch knows.
+    template <u32 R, u32 OUT>
+    __device__ __forceinline__ void write_16(char *to, bool write, bool aligned, bool partial)
+    {
 #pragma unroll
         for (u32 j = 0; j < DIM / 8; j += 4) {
             u32 pairs[4];
@@ -452,28 +554,18 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 float first = accumulated[4 * (j + i) + 2 * R], second = accumulated[4 * (j + i) + 2 * R + 1];
                 pairs[i] = f32_to_16x2<OUT>(first, second);
             }
-            // Of pairs 0 and 1 (lanes 0 and 1) or 2 and 3, this lane's and those of the lane two further.
-            u32 own_0 = high ? pairs[2] : pairs[0], own_1 = high ? pairs[3] : pairs[1];
-            u32 far_0 = __shfl_xor_sync(ALL_LANES, high ? pairs[0] : pairs[2], 2);
-            u32 far_1 = __shfl_xor_sync(ALL_LANES, high ? pairs[1] : pairs[3], 2);
-            // By number of the lane they come from, modulo 2: low lane, then high lane.
-            u32 low_0 = high ? far_0 : own_0, low_1 = high ? far_1 : own_1;
-            u32 high_0 = high ? own_0 : far_0, high_1 = high ? own_1 : far_1;
-            u32 near_low = __shfl_xor_sync(ALL_LANES, odd ? low_0 : low_1, 1);
-            u32 near_high = __shfl_xor_sync(ALL_LANES, odd ? high_0 : high_1, 1);
+            if (!partial)
+                transpose(pairs);
             u32 column = 8 * (j + (lane & 3));
-            if (!write || column >= p.value_dim)
+            if (!write || (partial ? 8 * j : column) >= p.value_dim)
                 continue;
-            uint4 eight = odd ? make_uint4(near_low, low_1, near_high, high_1)
-                              : make_uint4(low_0, near_low, high_0, near_high);
             u16 *at = (u16 *)to + column;
             if (aligned) {
-                *(uint4 *)at = eight;
+                *(uint4 *)at = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
             } else {
-                u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i)
-                    at[i] = (u16)(words[i / 2] >> (i & 1) * 16);
+                    at[i] = (u16)(pairs[i / 2] >> (i & 1) * 16);
             }
         }
     }
@@ -494,8 +586,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             return;
         }
         bool empty = sum == 0.0f;
-        if (writes_numbers && p.lse.data)
-            *(float *)p.lse.row(batch, head, row) =
+        OutputRows to_rows = p.outputs(batch, head, flags);
+        if (writes_numbers && to_rows.lse)
+            *(float *)(to_rows.lse + row * to_rows.lse_stride) =
                 empty ? minus_infinity() : (rows.max[R] + log2f(sum)) * 0.693147180559945309f;
         float factor = empty ? 0.0f : 1.0f / sum;
 #pragma unroll
@@ -511,14 +604,14 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 accumulated[4 * j + 2 * R + 1] = empty ? 0.0f : accumulated[4 * j + 2 * R + 1];
             }
         }
-        char *to = p.out.row(batch, head, row);
+        char *to = to_rows.values + row * to_rows.value_stride;
         bool aligned = ((u64)to & 15) == 0;
         if (p.out_type == F32)
             write_f32<R>(to, write, aligned);
         else if (p.out_type == BF16)
-            write_16<R, BF16>(to, write, aligned);
+            write_16<R, BF16>(to, write, aligned, flags & TILE_PARTIAL);
         else
-            write_16<R, F16>(to, write, aligned);
+            write_16<R, F16>(to, write, aligned, flags & TILE_PARTIAL);
     }
 
     __device__ __forceinline__ void run()
@@ -541,10 +634,15 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 rows.row[r] = query.row[first_row + 8 * r];
                 rows.limit[r] = p.limit(rows.row[r]);
                 // From here on it is the row of the outputs.
-                if (flags & TILE_COMPACT && rows.row[r] != NO_ROW)
-                    rows.row[r] = query.first_output + first_row + 8 * r;
+                if (flags & (TILE_COMPACT | TILE_PARTIAL) && rows.row[r] != NO_ROW)
+                    rows.row[r] = query.first_output + (flags & TILE_PARTIAL ? rows.row[r] : first_row + 8 * r);
             }
-            begin(flags);
+            begin();
+            u32 partials = flags & TILE_MERGE ? query.first_output : 0;
+            if (partials > 0 && p.out_type == F32)
+                merge_f32(query.partial, partials);
+            else if (partials > 0)
+                merge(query.partial, partials);
             if (has_keys)
                 attend();
             else

@@ -5,13 +5,13 @@
 // it, the last one first. With keys as rows, the logits and the products of values and output gradients of a block
 // give its shares and slopes, which are operands in registers for dv and dk. The slopes go through shared memory too,
 // for the block's part of dq, which is added to sums in memory, in the order of the tiles: tile t + 1 is at a block
-// when tile t has passed it, so that it rarely waits.
+// when tile t has passed it, so that it rarely waits. Without `turns` it is added as soon as it is there.
 //
 // Lists: tiles of one segment, and of all members of the group. Those with the same queries follow each other in the
 // list by their `turn`, and each meets no query that the one before does not meet.
 //
 // Launched with one block of THREADS threads per multiprocessor and Shape<DIM>::SHARED_BYTES of dynamic shared memory.
-// DIM is at least head_dim and value_dim, which are multiples of 8; `turns` is 0.
+// DIM is at least head_dim and value_dim, which are multiples of 8; all `turns` are 0.
 #pragma once
 
 #include "attend_mma.cuh"

@@ -119,11 +119,12 @@ struct alignas(128) FusedParams {
     TensorMap dout;
     TensorMap k;
     TensorMap v;
-    // [query head of the sums][n_q]: how many tiles have added to the block whose last query that is.
+    // [query head of the sums][n_q]: how many tiles have added to the block whose last query that is. NULL where tiles
+    // add in any order.
     u32 *turns;
     // The first query head that has sums, counted through the batch.
     u32 first_head;
-    // Whether the tiles whose turn is 0 store instead of adding.
+    // Whether the tiles whose turn is 0 store instead of adding; never without turns.
     u32 stores;
 };
 

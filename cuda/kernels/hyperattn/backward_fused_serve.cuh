@@ -169,8 +169,9 @@ template <u32 DIM> struct Loader {
     }
 };
 
-// Adds to the sums of queries what the computing warps have put in one staging buffer. A sum is added to tile by tile
-// of keys: a tile whose turn it is not yet waits. The tiles before it were handed out before, so that they get through.
+// Adds to the sums of queries what the computing warps have put in one staging buffer. Where there are turns a sum is
+// added to tile by tile of keys: a tile whose turn it is not yet waits. The tiles before it were handed out before, so
+// that they get through.
 template <u32 DIM> struct Writer {
     using S = Shape<DIM>;
     static constexpr u32 QUERIES = S::QUERIES;
@@ -209,17 +210,21 @@ template <u32 DIM> struct Writer {
                 u32 last_row = min(row + QUERIES, tile.query_end) - 1;
                 barrier_wait(shared_address(&control.barriers[S::STAGING_FULL + buffer]), phase);
                 phase ^= 1;
-                write(head, row, fused.turns + (u64)head * p.n_q + last_row, tile.turn, stores);
+                u32 *done = fused.turns ? fused.turns + ((u64)head * p.n_q + last_row) : nullptr;
+                write(head, row, done, tile.turn, stores);
             });
         }
     }
 
+    // `done` counts the tiles that have added to the block, or is NULL.
     __device__ __forceinline__ void write(u32 head, u32 row, u32 *done, u32 turn, bool stores) const
     {
-        u32 seen = 0;
-        while (turn != 0 && seen != turn)
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
+        if (done) {
+            u32 seen = 0;
+            while (turn != 0 && seen != turn)
+                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
+            asm volatile("fence.proxy.async;" ::: "memory");
+        }
         u32 from = data + S::STAGING_AT + buffer * S::STAGING_BYTES;
 #pragma unroll
         for (u32 chunk = 0; chunk < S::SUM_CHUNKS; ++chunk) {
@@ -232,6 +237,8 @@ template <u32 DIM> struct Writer {
         hopper::stores_commit();
         hopper::stores_wait_read();
         barrier_arrive(shared_address(&control.barriers[S::STAGING_EMPTY + buffer]));
+        if (!done)
+            return;
         hopper::stores_wait();
         asm volatile("fence.proxy.async;" ::: "memory");
         asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(done), "r"(turn + 1) : "memory");

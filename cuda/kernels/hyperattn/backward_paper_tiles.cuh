@@ -142,7 +142,7 @@ struct BackwardPaperParams {
     }
 };
 
-static_assert(sizeof(BackwardPaperParams) == 208, "the host's mirror of this struct counts on it");
+static_assert(sizeof(BackwardPaperParams) == 224, "the host's mirror of this struct counts on it");
 
 constexpr u32 BACKWARD_SAMPLES_THREADS = 128;
 

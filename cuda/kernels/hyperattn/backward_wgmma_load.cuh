@@ -114,7 +114,7 @@ template <u32 DIM> struct QueryTiles {
     __device__ __forceinline__ void complete(Loaded &loaded) const
     {
         loaded.kv_head = p.kv_head(loaded.tile);
-        loaded.order = p.order_of_keys(loaded.tile.batch, loaded.kv_head);
+        loaded.order = p.order_of_keys(loaded.tile, loaded.kv_head);
     }
 
     __device__ __forceinline__ static Block before_first()

@@ -80,10 +80,10 @@ __device__ __forceinline__ void copies_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Has a line of global memory fetched into the second-level cache.
-__device__ __forceinline__ void prefetch(const void *at)
+// Has `bytes`, a multiple of 16, fetched into the second-level cache.
+__device__ __forceinline__ void prefetch(const void *from, u32 bytes)
 {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Arrives on the barrier when all of this thread's copies so far have ended.

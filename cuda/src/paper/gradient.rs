@@ -9,7 +9,7 @@ use hyperattn_core::{DType, Mask, Residual, Result};
 
 use super::lists::{Lists as ForwardLists, Step, blocks_met};
 use super::{
-    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, VISITED_ALL, blocks_of, mirror, sample_size, tile_count,
+    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, TILE_RESUME, blocks_of, mirror, sample_size, tile_count,
     unsupported,
 };
 use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS, element_type};
@@ -265,7 +265,7 @@ pub(crate) unsafe fn run_gradient(
                 paper.square_norms(heads, row_norm)?;
             }
             queue.zero(own.key_stored.address(), heads.len() * call.problem.n_k)?;
-            paper.for_each_launch(|step, lists, rectangles| {
+            paper.for_each_part(|step, lists, rectangles| {
                 paper.gradient_pass(heads, step, lists, rectangles, own, params)
             })?;
             own.rest.iter().try_for_each(|keys| paper.finish_keys(heads, keys, own, params))
@@ -296,12 +296,12 @@ impl Paper<'_, '_> {
         buffers: &Buffers,
         params: &BackwardParams,
     ) -> Result<()> {
+        let common = self.rectangles(heads, step, lists, rectangles);
+        let inverse = Lists::new(self.call, step, lists);
+        let mut params = self.gradient_params(heads, step, &common, buffers, params);
+        let mut arguments = self.inverse(heads, step, &common, &inverse, buffers);
         // SAFETY: the caller's contract; all lists are written before they are read.
         unsafe {
-            let common = self.sort_rectangles(heads, step, lists, rectangles)?;
-            let inverse = Lists::new(self.call, step, lists);
-            let mut params = self.gradient_params(heads, &common, buffers, params);
-            let mut arguments = self.inverse(step, &common, &inverse, buffers);
             match &self.buffers.row_norm {
                 Some(row_norm) if step.estimated => {
                     let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
@@ -368,7 +368,7 @@ impl Paper<'_, '_> {
         // SAFETY: the caller's contract; a rectangle's queries are rows of the sums.
         unsafe {
             // The first leaf, which is the longest, has met no pass.
-            if common.visited != VISITED_ALL && common.pass.first == 0 {
+            if common.flags & TILE_RESUME == 0 && common.pass.first == 0 {
                 let (first, words) =
                     (common.pass.square.query_start as usize, step.queries * problem.head_dim);
                 for head in 0..heads.len() * problem.group {
@@ -466,6 +466,7 @@ impl Paper<'_, '_> {
             one: None,
             estimated: false,
             stores: false,
+            merges: 0,
             queries: 0,
             keys: keys.len(),
         };
@@ -478,8 +479,9 @@ impl Paper<'_, '_> {
         };
         let pass = mirror::Pass { count: 1, one, ..mirror::Pass::default() };
         let common = self.common(heads, &step, &lists, pass);
-        let mut params = self.gradient_params(heads, &common, buffers, params);
-        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers);
+        let mut params = self.gradient_params(heads, &step, &common, buffers, params);
+        let inverse = Lists::new(self.call, &step, &lists);
+        let mut arguments = self.inverse(heads, &step, &common, &inverse, buffers);
         arguments.flags = KEY_TILE_RESUME;
         // SAFETY: the caller's contract.
         unsafe { self.keys_gradient(&arguments, None, &mut params) }
@@ -490,6 +492,7 @@ impl Paper<'_, '_> {
     fn gradient_params(
         &self,
         heads: &Range<usize>,
+        step: &Step,
         common: &mirror::PassTiles,
         buffers: &Buffers,
         params: &BackwardParams,
@@ -501,9 +504,10 @@ impl Paper<'_, '_> {
         own.attend.tiles = self.buffers.tiles;
         own.attend.segments = self.buffers.segments;
         own.attend.positions = self.buffers.positions;
-        own.attend.query_order = self.buffers.orders[0].before(earlier[0]);
-        own.attend.key_order = self.buffers.orders[1].before(earlier[1]);
-        own.attend.listed_rows = self.buffers.listed_rows;
+        let orders = self.orders(heads, step);
+        own.attend.query_order = orders[0].before(earlier[0]);
+        own.attend.key_order = orders[1].before(earlier[1]);
+        own.attend.listed_rows = self.buffers.listed_rows.unwrap_or(Pointer::NULL);
         own.attend.state_accumulated = buffers.query_sums.queries.before(earlier[0] * problem.head_dim);
         own.key_tiles = buffers.tiles;
         own.query_segments = buffers.segments;
@@ -521,6 +525,7 @@ impl Paper<'_, '_> {
     /// What the kernels that write the inverse lists need.
     fn inverse(
         &self,
+        heads: &Range<usize>,
         step: &Step,
         common: &mirror::PassTiles,
         lists: &Lists,
@@ -538,7 +543,7 @@ impl Paper<'_, '_> {
             segments: buffers.segments,
             hidden: buffers.hidden,
             positions: self.buffers.positions,
-            key_order: self.buffers.orders[1],
+            key_order: self.orders(heads, step)[1],
             exact: u32::from(!step.estimated),
             limited: u32::from(problem.mask != Mask::None),
             visible: self.call.visible(),

@@ -41,7 +41,7 @@ impl Paper<'_, '_> {
         let samples = Samples { part: BOTH, positions, log_weights, bounds };
         // SAFETY: the caller's contract; the samples are written before they are read.
         unsafe {
-            self.samples(pass.heads, &pass.arguments.common, positions)?;
+            self.samples(pass.heads, pass.step, &pass.arguments.common, positions)?;
             self.keys_of_samples(pass, &self.samples_params(pass, buffers, params, &samples))
         }
     }

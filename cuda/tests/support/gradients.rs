@@ -145,14 +145,17 @@ impl<'a> BackwardCall<'a> {
         found
     }
 
-    /// Runs both, prints the relative error of each gradient, and asserts that it is within the rounding errors of the
-    /// types.
+    /// Runs both, and compares them.
     pub fn check(&self) {
         let prepared = self.prepare();
         let found = prepared.run();
-        let expected = self.on_cpu(&prepared);
+        self.compare(&prepared, &found, &self.on_cpu(&prepared));
+    }
+
+    /// Prints the relative error of each gradient, and asserts that it is within the rounding errors of the types.
+    pub fn compare(&self, prepared: &PreparedBackward<'_>, found: &Found, expected: &Found) {
         let errors = [0, 1, 2].map(|at| relative_error(&found[at], &expected[at], self.cancelled(at)));
-        let selection = self.selection(&prepared);
+        let selection = self.selection(prepared);
         let tolerances = [0, 1, 2].map(|at| self.tolerance(self.gradients[at.min(1)]) + selection);
         let Call { params, inputs, .. } = self.forward;
         println!(

@@ -11,3 +11,4 @@ pub mod graph;
 pub mod problem;
 pub mod refined;
 pub mod tensor;
+pub mod timed;

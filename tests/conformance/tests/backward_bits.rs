@@ -102,6 +102,25 @@ fn every_executor_gives_the_bits_of_the_serial_one_whatever_the_workspace_holds(
     }
 }
 
+/// The CPU's sums have one order, whatever the caller permits.
+#[test]
+fn permission_for_any_order_changes_no_bit() {
+    for case in cases() {
+        for_each_table(|kernels| {
+            let call = case.call(kernels);
+            let params = Params { deterministic: false, ..case.params };
+            let permitted = Backward { of: Setup { params: &params, ..call.of }, ..call };
+            let [(one, slopes), (other, other_slopes)] = [call, permitted].map(|call| {
+                let outcome = call.of.run();
+                let slopes = call.run_from(&outcome);
+                (outcome, slopes)
+            });
+            assert!(one.out == other.out && one.lse == other.lse, "{params:?}: out or lse");
+            assert!(slopes.bits() == other_slopes.bits(), "{params:?}: gradients");
+        });
+    }
+}
+
 /// The part of a packed tensor `[heads][rows][columns]` that some of its rows are.
 fn rows_of(values: &[f32], rows: usize, columns: usize, range: &Range<usize>) -> Vec<f32> {
     let heads = values.chunks((rows * columns).max(1));

@@ -41,6 +41,9 @@ class Parameters(TypedDict, total=False):
     band: int | None
     #: Relative error of a head's output that "refined" aims to stay within; 0 keeps the budget. Default 0.05.
     target_error: float | None
+    #: Whether gradients have the same bits in every call. False permits sums of dq in any order where that is faster,
+    #: which is on a GPU only (HYPERATTN_FLAG_NONDETERMINISTIC). Default True.
+    deterministic: bool | None
 
 
 # Shorter names for what is wanted most.
@@ -50,7 +53,24 @@ _NOT_KEYWORDS = ("struct_size", "flags", "head_methods")
 
 def fields() -> list[str]:
     """The names that `forward` takes as keywords of the method."""
-    return [name for name, _ in ffi.typeof("hyperattn_params").fields if name not in _NOT_KEYWORDS]
+    return [name for name, _ in ffi.typeof("hyperattn_params").fields if name not in _NOT_KEYWORDS] + ["deterministic"]
+
+
+def _get(params: Any, field: str) -> float | int:
+    """Its value. `deterministic` is the opposite of a bit of `flags`."""
+    if field == "deterministic":
+        return not params.flags & lib.HYPERATTN_FLAG_NONDETERMINISTIC
+    value: float | int = getattr(params, field)
+    return value
+
+
+def _set(params: Any, field: str, value: float | int) -> None:
+    if field != "deterministic":
+        setattr(params, field, value)
+    elif value:
+        params.flags &= ~lib.HYPERATTN_FLAG_NONDETERMINISTIC
+    else:
+        params.flags |= lib.HYPERATTN_FLAG_NONDETERMINISTIC
 
 
 def _initialised() -> Any:
@@ -62,7 +82,7 @@ def _initialised() -> Any:
 def defaults() -> dict[str, float | int]:
     """The library's defaults, by field. Fields that choose (method, mask, residual) are given as numbers."""
     params = _initialised()
-    return {name: getattr(params, name) for name in fields()}
+    return {name: _get(params, name) for name in fields()}
 
 
 def _number(field: str, value: Any) -> Any:
@@ -84,7 +104,7 @@ def build(method: Method | int, mask: Mask | int, scale: float | None, params: P
         if name not in known:
             raise TypeError(f"no parameter {name!r}: one of {', '.join(known)}")
         if value is not None:
-            setattr(struct, name, _number(name, value))
+            _set(struct, name, _number(name, value))
     return struct
 
 

@@ -24,6 +24,7 @@ void bad_params(void)
     BAD(c.params.method = UINT32_MAX, INVALID, "method", "4294967295");
     BAD(c.params.mask = 3, INVALID, "mask", "3");
     BAD(c.params.residual = 9, INVALID, "residual", "9");
+    BAD(c.params.flags = 4, INVALID, "flags", "4");
     BAD(c.params.flags = 6, INVALID, "flags", "6");
     BAD(c.params.flags = 0x80000001u, INVALID, "flags");
 

@@ -10,10 +10,11 @@ every layer exactly. `replace` gives chosen layers another method:
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ._attention import Call, attention
+from ._attention import attention
+from ._layer import Call, Layer
 from ._layers import attention_modules, select_layers
 from ._mask import mask
-from ._replace import Layer, Replacement, replace
+from ._replace import Replacement, replace
 
 AttentionInterface.register("hyperattn", attention)
 AttentionMaskInterface.register("hyperattn", mask)

@@ -1,40 +1,18 @@
 """The attention function that transformers calls for every layer."""
 
-import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hyperattn
 from hyperattn import torch as operator
-from hyperattn._params import Mask
 
-if TYPE_CHECKING:
-    from ._replace import Layer
-
-# The attribute of an attention module that says how its layer is computed.
-LAYER_ATTRIBUTE = "_hyperattn_layer"
+from ._layer import LAYER_ATTRIBUTE, Call, Layer
 
 # Arguments that change the softmax in ways the library does not have.
 _NOT_OFFERED = ("softcap", "s_aux")
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of a replaced layer's method: what an observer gets."""
-
-    layer: int
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
-    mask: Mask
-    scale: float | None
-    threads: int
-    seconds: float
-    error: torch.Tensor | None
 
 
 def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
