@@ -138,20 +138,22 @@ pub(crate) struct BackwardParams {
     pub(crate) key_tiles: Pointer<KeyTile>,
     pub(crate) query_segments: Pointer<Segment>,
     pub(crate) hidden: Pointer<u32>,
-    pub(crate) key_sums: Pointer<f32>,
-    pub(crate) value_sums: Pointer<f32>,
+    pub(crate) key_sums: Pointer<u8>,
+    pub(crate) value_sums: Pointer<u8>,
+    pub(crate) key_partials: Pointer<f32>,
+    pub(crate) value_partials: Pointer<f32>,
     pub(crate) key_stored: Pointer<u32>,
     pub(crate) dout_type: u32,
     pub(crate) dk_type: u32,
     pub(crate) dv_type: u32,
     pub(crate) key_tile_count: u32,
     pub(crate) scale: f32,
-    pub(crate) reserved: u32,
+    pub(crate) key_sums_type: u32,
 }
 
 // What entry.cu states too.
 const _: () = assert!(size_of::<RowTerms>() == 8 && size_of::<KeyTile>() == 48);
-const _: () = assert!(size_of::<BackwardParams>() == 504);
+const _: () = assert!(size_of::<BackwardParams>() == 520);
 const _: () = assert!(size_of::<View>() == 32 && size_of::<Segment>() == 24 && size_of::<Tile>() == 32);
 const _: () = assert!(size_of::<AttendParams>() == 328);
 
@@ -272,13 +274,15 @@ mod tests {
                     hidden,
                     key_sums,
                     value_sums,
+                    key_partials,
+                    value_partials,
                     key_stored,
                     dout_type,
                     dk_type,
                     dv_type,
                     key_tile_count,
                     scale,
-                    reserved
+                    key_sums_type
                 }
             );
         }

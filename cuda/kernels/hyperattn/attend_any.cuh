@@ -50,8 +50,6 @@ struct Raw {
     u32 bits[4];
 };
 
-__device__ __forceinline__ u32 element_bytes(u32 type) { return type == F32 ? 4 : 2; }
-
 // Whether every row of a tensor begins at a multiple of four elements.
 __device__ __forceinline__ bool in_fours(const View &tensor, u32 type)
 {

@@ -69,6 +69,12 @@ __device__ __forceinline__ void copy_16_bytes(u32 to, const void *from, u32 byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// 4 bytes, or 0 if `bytes` is.
+__device__ __forceinline__ void copy_4_bytes(u32 to, const void *from, u32 bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void copies_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");

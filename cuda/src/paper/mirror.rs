@@ -230,11 +230,6 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) hidden: Pointer<u32>,
     pub(crate) positions: Pointer<u32>,
     pub(crate) key_order: Pointer<u32>,
-    pub(crate) key_partials: Pointer<f32>,
-    pub(crate) value_partials: Pointer<f32>,
-    pub(crate) key_sums: Pointer<f32>,
-    pub(crate) value_sums: Pointer<f32>,
-    pub(crate) key_stored: Pointer<u32>,
     pub(crate) exact: u32,
     pub(crate) limited: u32,
     pub(crate) visible: i32,
@@ -243,12 +238,12 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) flags: u32,
     pub(crate) key_tiles: u32,
     pub(crate) sample_tiles: u32,
+    pub(crate) sample_period: u32,
     pub(crate) chunks: u32,
     pub(crate) chunk_queries: u32,
     pub(crate) n_k: u32,
-    pub(crate) head_dim: u32,
-    pub(crate) value_dim: u32,
     pub(crate) section: u32,
+    pub(crate) adds_to_gradients: u32,
 }
 
 #[repr(C)]
@@ -274,7 +269,7 @@ pub(crate) struct BackwardSamplesParams {
 // What the .cuh files state too.
 const _: () = assert!(size_of::<ExactBlocks>() == 40);
 const _: () = assert!(size_of::<BackwardSamplesParams>() == 240 + size_of::<BackwardParams>());
-const _: () = assert!(size_of::<BackwardPaperParams>() == 264);
+const _: () = assert!(size_of::<BackwardPaperParams>() == 224);
 const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 48);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
 const _: () = assert!(size_of::<SortParams>() == 136 && size_of::<SampleParams>() == 112);

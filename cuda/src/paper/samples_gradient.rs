@@ -120,7 +120,11 @@ impl Paper<'_, '_> {
         let launch = samples_launch(self.call.problem.head_dim.max(self.call.problem.value_dim));
         let tiles = (common.sample_size as usize).div_ceil(launch.rows) * samples.chunks as usize;
         let grid = [(rectangles * tiles) as u32, 1, 1];
-        let added = mirror::BackwardPaperParams { positions: samples.positions, ..*pass.arguments };
+        let added = mirror::BackwardPaperParams {
+            positions: samples.positions,
+            adds_to_gradients: 0,
+            ..*pass.arguments
+        };
         // SAFETY: these are the kernels' parameters; every buffer is written before it is read.
         unsafe {
             if samples.covered.address() != 0 {
@@ -128,7 +132,7 @@ impl Paper<'_, '_> {
                 queue.launch(c"backward_samples_covered", lists, THREADS as u32, 0, args![*samples])?;
             }
             queue.launch(launch.keys, grid, launch.block, launch.shared_bytes, args![*samples])?;
-            self.add_samples(&added)
+            self.add_samples(&added, &samples.backward)
         }
     }
 
