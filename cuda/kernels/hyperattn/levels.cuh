@@ -86,9 +86,9 @@ struct Pass {
         return true;
     }
 
-    // First_output of a rectangle whose tiles are TILE_PARTIAL. A head's partials are those of all levels, then those
-    // of a rectangle besides. Of a level's interval [s, e) of the square only the second half has some, in [s / 2, e /
-    // 2).
+    // first_output of a rectangle whose tiles are TILE_PARTIAL. A head's partials are those of all levels, then those of
+    // a rectangle besides. Of a level's interval, which is the square's from s to e, only the second half has some, from
+    // s / 2 to e / 2.
     __device__ __forceinline__ u32 first_output(const Rectangle &rectangle, u32 levels) const
     {
         if (kind == PASS_LEVEL)
