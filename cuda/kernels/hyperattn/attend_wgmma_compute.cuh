@@ -467,10 +467,10 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         }
     }
 
-    // What a thread reads of a partial of its rows: what it has written of other rows, see write_16.
-    struct PartialRows {
-        float lse[2];
-        uint4 eight[2][DIM / 32];
+    // What a thread reads of a partial of one of its rows: what it has written of other rows, see write_16.
+    struct PartialRow {
+        float lse;
+        uint4 eight[DIM / 32];
     };
 
     // Place of a row in a partial.
@@ -479,20 +479,19 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return rows.row[r] == NO_ROW ? 0 : p.partial_row(batch, head, first_output, rows.row[r]);
     }
 
-    __device__ __forceinline__ void read(PartialRows &of, u32 first_output) const
+    __device__ __forceinline__ PartialRow read(u32 r, u32 first_output) const
     {
+        bool present = rows.row[r] != NO_ROW;
+        u64 number = partial_number(r, first_output);
+        const char *from = p.partial_values + number * p.partial_bytes() + 16 * (lane & 3);
+        PartialRow of;
+        of.lse = present ? p.partial_lse[number] : minus_infinity();
 #pragma unroll
-        for (u32 r = 0; r < 2; ++r) {
-            bool present = rows.row[r] != NO_ROW;
-            u64 number = partial_number(r, first_output);
-            const char *from = p.partial_values + number * p.partial_bytes() + 16 * (lane & 3);
-            of.lse[r] = present ? p.partial_lse[number] : minus_infinity();
-#pragma unroll
-            for (u32 j = 0; j < DIM / 32; ++j) {
-                bool inside = present && 32 * j < p.value_dim;
-                of.eight[r][j] = inside ? *(const uint4 *)(from + 64 * j) : make_uint4(0, 0, 0, 0);
-            }
+        for (u32 j = 0; j < DIM / 32; ++j) {
+            bool inside = present && 32 * j < p.value_dim;
+            of.eight[j] = inside ? *(const uint4 *)(from + 64 * j) : make_uint4(0, 0, 0, 0);
         }
+        return of;
     }
 
     // Weight of a partial; the row's maximum and sum follow.
@@ -504,12 +503,12 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return of;
     }
 
-    template <u32 R> __device__ __forceinline__ void add(const PartialRows &partial)
+    template <u32 R> __device__ __forceinline__ void add(const PartialRow &partial)
     {
-        PartialWeight of = weigh_row(R, partial.lse[R]);
+        PartialWeight of = weigh_row(R, partial.lse);
 #pragma unroll
         for (u32 j = 0; j < DIM / 32; ++j) {
-            uint4 eight = partial.eight[R][j];
+            uint4 eight = partial.eight[j];
             u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
@@ -519,18 +518,27 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         }
     }
 
-    // Goes on from `count` partials, each of which is read while the one before is added.
+    // Goes on from `count` partials, each of which is read while the one before is added, where registers hold both.
     __device__ __forceinline__ void merge(const u32 *first_outputs, u32 count)
     {
-        PartialRows next;
-        read(next, first_outputs[0]);
+        if constexpr (DIM > 192) {
 #pragma unroll 1
-        for (u32 i = 0; i < count; ++i) {
-            PartialRows partial = next;
-            if (i + 1 < count)
-                read(next, first_outputs[i + 1]);
-            add<0>(partial);
-            add<1>(partial);
+            for (u32 i = 0; i < count; ++i) {
+                add<0>(read(0, first_outputs[i]));
+                add<1>(read(1, first_outputs[i]));
+            }
+        } else {
+            PartialRow next[2] = {read(0, first_outputs[0]), read(1, first_outputs[0])};
+#pragma unroll 1
+            for (u32 i = 0; i < count; ++i) {
+                PartialRow partial[2] = {next[0], next[1]};
+                if (i + 1 < count) {
+                    next[0] = read(0, first_outputs[i + 1]);
+                    next[1] = read(1, first_outputs[i + 1]);
+                }
+                add<0>(partial[0]);
+                add<1>(partial[1]);
+            }
         }
     }
 
