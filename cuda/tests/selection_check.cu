@@ -722,6 +722,7 @@ static void check_tiles(uint32_t n_q, uint32_t n_k, uint32_t block_size, uint32_
                      kv_heads, blocks, parts, TILE_SORTED, 0, m, n_k, 1.5f, 2.5f};
     params.block_size = block_size;
     params.sorted = SEGMENT_SORTED;
+    params.segments_per_block = 2;
     unsigned tile_blocks = (unsigned)((tiles.len + 127) / 128);
     paper_tiles<<<tile_blocks, 128>>>(one_pass(params, tile_blocks));
     check(cudaDeviceSynchronize(), "paper_tiles");
@@ -768,6 +769,7 @@ static void check_leaves(uint32_t len, uint32_t leaf)
     params.exact = 1;
     params.limited = SEGMENT_LIMITED;
     params.visible = 1;
+    params.segments_per_block = 2;
     unsigned tile_blocks = (unsigned)((tiles.len + 127) / 128);
     paper_tiles<<<tile_blocks, 128>>>(one_pass(params, tile_blocks));
     check(cudaDeviceSynchronize(), "paper_tiles");
