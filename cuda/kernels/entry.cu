@@ -46,10 +46,10 @@
 static_assert(sizeof(hyperattn::View) == 32, "View");
 static_assert(sizeof(hyperattn::Segment) == 24, "Segment");
 static_assert(sizeof(hyperattn::Tile) == 32, "Tile");
-static_assert(sizeof(hyperattn::AttendParams) == 304, "AttendParams");
+static_assert(sizeof(hyperattn::AttendParams) == 328, "AttendParams");
 static_assert(sizeof(hyperattn::RowTerms) == 8, "RowTerms");
 static_assert(sizeof(hyperattn::KeyTile) == 48, "KeyTile");
-static_assert(sizeof(hyperattn::BackwardParams) == 480, "BackwardParams");
+static_assert(sizeof(hyperattn::BackwardParams) == 520, "BackwardParams");
 static_assert(sizeof(hyperattn::backward_fused::FusedParams) == 768, "FusedParams");
 
 // The launches in cuda/src/attend.rs count on these; a test there compares the numbers.
@@ -59,11 +59,11 @@ static_assert(hyperattn::hopper::Shape<96>::KEYS == 128, "attend_wgmma");
 static_assert(hyperattn::hopper::Shape<128>::KEYS == 128, "attend_wgmma");
 static_assert(hyperattn::hopper::Shape<192>::KEYS == 96, "attend_wgmma");
 static_assert(hyperattn::hopper::Shape<256>::KEYS == 64, "attend_wgmma");
-static_assert(hyperattn::hopper::Shape<64>::SHARED_BYTES == 172432, "attend_wgmma");
-static_assert(hyperattn::hopper::Shape<96>::SHARED_BYTES == 203056, "attend_wgmma");
-static_assert(hyperattn::hopper::Shape<128>::SHARED_BYTES == 203056, "attend_wgmma");
-static_assert(hyperattn::hopper::Shape<192>::SHARED_BYTES == 201984, "attend_wgmma");
-static_assert(hyperattn::hopper::Shape<256>::SHARED_BYTES == 201472, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<64>::SHARED_BYTES == 172688, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<96>::SHARED_BYTES == 203312, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<128>::SHARED_BYTES == 203312, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<192>::SHARED_BYTES == 202112, "attend_wgmma");
+static_assert(hyperattn::hopper::Shape<256>::SHARED_BYTES == 201600, "attend_wgmma");
 static_assert(hyperattn::mma::Shape<64>::THREADS == 128, "attend_mma");
 static_assert(hyperattn::mma::Shape<96>::THREADS == 128, "attend_mma");
 static_assert(hyperattn::mma::Shape<128>::THREADS == 128, "attend_mma");
@@ -100,8 +100,5 @@ static_assert(hyperattn::backward_fused::Shape<128>::QUERIES == 64, "backward_fu
 static_assert(hyperattn::backward_fused::Shape<64>::SHARED_BYTES == 199984, "backward_fused");
 static_assert(hyperattn::backward_fused::Shape<128>::SHARED_BYTES == 215344, "backward_fused");
 static_assert(hyperattn::FUSED_QUERIES_THREADS == 256, "backward_fused_queries");
-static_assert(hyperattn::BACKWARD_SAMPLES_COLUMNS * hyperattn::BACKWARD_SAMPLES_THREADS == 512,
-              "backward_paper_add_samples");
-static_assert(hyperattn::BACKWARD_ROWS_THREADS * hyperattn::BACKWARD_ROWS_AT_ONCE ==
-                  64 * hyperattn::BACKWARD_ROWS_LANES,
-              "backward_rows");
+static_assert(hyperattn::BACKWARD_SAMPLES_THREADS == 128, "backward_paper_add_samples");
+static_assert(hyperattn::BACKWARD_ROWS_THREADS == 256 && hyperattn::BACKWARD_ROWS == 64, "backward_rows");

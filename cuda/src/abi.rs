@@ -93,7 +93,11 @@ pub(crate) struct AttendParams {
     pub(crate) state_max: Pointer<f32>,
     pub(crate) state_sum: Pointer<f32>,
     pub(crate) state_accumulated: Pointer<f32>,
+    pub(crate) partial_values: Pointer<u8>,
+    pub(crate) partial_lse: Pointer<f32>,
     pub(crate) next_tile: Pointer<u32>,
+    pub(crate) order_heads: u32,
+    pub(crate) partial_rows: u32,
 }
 
 /// What every pair of a query's row needs of it. Written by the device.
@@ -134,22 +138,24 @@ pub(crate) struct BackwardParams {
     pub(crate) key_tiles: Pointer<KeyTile>,
     pub(crate) query_segments: Pointer<Segment>,
     pub(crate) hidden: Pointer<u32>,
-    pub(crate) key_sums: Pointer<f32>,
-    pub(crate) value_sums: Pointer<f32>,
+    pub(crate) key_sums: Pointer<u8>,
+    pub(crate) value_sums: Pointer<u8>,
+    pub(crate) key_partials: Pointer<f32>,
+    pub(crate) value_partials: Pointer<f32>,
     pub(crate) key_stored: Pointer<u32>,
     pub(crate) dout_type: u32,
     pub(crate) dk_type: u32,
     pub(crate) dv_type: u32,
     pub(crate) key_tile_count: u32,
     pub(crate) scale: f32,
-    pub(crate) reserved: u32,
+    pub(crate) key_sums_type: u32,
 }
 
 // What entry.cu states too.
 const _: () = assert!(size_of::<RowTerms>() == 8 && size_of::<KeyTile>() == 48);
-const _: () = assert!(size_of::<BackwardParams>() == 480);
+const _: () = assert!(size_of::<BackwardParams>() == 520);
 const _: () = assert!(size_of::<View>() == 32 && size_of::<Segment>() == 24 && size_of::<Tile>() == 32);
-const _: () = assert!(size_of::<AttendParams>() == 304);
+const _: () = assert!(size_of::<AttendParams>() == 328);
 
 #[cfg(test)]
 mod tests {
@@ -224,7 +230,11 @@ mod tests {
                     state_max,
                     state_sum,
                     state_accumulated,
-                    next_tile
+                    partial_values,
+                    partial_lse,
+                    next_tile,
+                    order_heads,
+                    partial_rows
                 }
             );
         }
@@ -264,13 +274,15 @@ mod tests {
                     hidden,
                     key_sums,
                     value_sums,
+                    key_partials,
+                    value_partials,
                     key_stored,
                     dout_type,
                     dk_type,
                     dv_type,
                     key_tile_count,
                     scale,
-                    reserved
+                    key_sums_type
                 }
             );
         }

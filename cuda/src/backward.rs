@@ -11,7 +11,7 @@ mod shared_heads;
 
 use std::ffi::c_void;
 
-use hyperattn_core::{Division, Error, ErrorKind, Layout, Params, Result};
+use hyperattn_core::{DType, Division, Error, ErrorKind, Layout, Params, Result};
 
 use crate::abi::{BackwardParams, RowTerms, View, element_type};
 use crate::call::{Call, DeviceTensors};
@@ -183,7 +183,7 @@ impl Backward<'_, '_> {
     /// # Safety
     /// As for [`Self::run`], like what follows.
     unsafe fn row_terms(&self) -> Result<()> {
-        /// Threads of a block, and its rows (BACKWARD_ROWS_THREADS, BACKWARD_ROWS_LANES, BACKWARD_ROWS_AT_ONCE).
+        /// Threads of a block, and its rows (BACKWARD_ROWS_THREADS, BACKWARD_ROWS).
         const THREADS: u32 = 256;
         const ROWS: usize = 64;
         let (problem, tensors) = (&self.call.problem, &self.call.tensors);
@@ -232,13 +232,15 @@ impl Backward<'_, '_> {
             hidden: Pointer::NULL,
             key_sums: Pointer::NULL,
             value_sums: Pointer::NULL,
+            key_partials: Pointer::NULL,
+            value_partials: Pointer::NULL,
             key_stored: Pointer::NULL,
             dout_type: element_type(gradients.dout.layout.dtype),
             dk_type: element_type(gradients.dk.layout.dtype),
             dv_type: element_type(gradients.dv.layout.dtype),
             key_tile_count: 0,
             scale: self.call.problem.scale_log2 * std::f32::consts::LN_2,
-            reserved: 0,
+            key_sums_type: element_type(DType::F32),
         }
     }
 }

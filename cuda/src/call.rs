@@ -228,7 +228,11 @@ impl<'a> Call<'a> {
             state_max: Pointer::NULL,
             state_sum: Pointer::NULL,
             state_accumulated: Pointer::NULL,
+            partial_values: Pointer::NULL,
+            partial_lse: Pointer::NULL,
             next_tile: Pointer::NULL,
+            order_heads: 0,
+            partial_rows: 0,
         }
     }
 

@@ -38,6 +38,16 @@ impl<T> Pointer<T> {
         self.address
     }
 
+    /// Of elements whose type the device is told.
+    pub(crate) const fn bytes(self) -> Pointer<u8> {
+        Pointer::new(self.address)
+    }
+
+    /// Moved on by `len` elements.
+    pub(crate) fn after(self, len: usize) -> Self {
+        Self::new(self.address.wrapping_add((len * size_of::<T>()) as u64))
+    }
+
     /// Moved back by `len` elements: what is there is never touched.
     pub(crate) fn before(self, len: usize) -> Self {
         Self::new(self.address.wrapping_sub((len * size_of::<T>()) as u64))

@@ -153,7 +153,7 @@ __global__ void reference(AttendParams p, float *out, float *lse)
                     continue;
                 if ((segment.flags & SEGMENT_LIMITED) && position >= p.limit(row))
                     continue;
-                u32 key = p.key_row(p.order_of_keys(tile.batch, p.kv_head(tile)), segment, j, position);
+                u32 key = p.key_row(p.order_of_keys(tile, p.kv_head(tile)), segment, j, position);
                 k = p.k.row(tile.batch, p.kv_head(tile), key);
                 v = p.v.row(tile.batch, p.kv_head(tile), key);
             }
@@ -273,7 +273,8 @@ struct Setup {
     u32 heads_kv;
     Device<u16> q, k, v, extra_keys, extra_values;
     Device<char> out;
-    Device<float> lse, state_max, state_sum, state_accumulated;
+    Device<float> lse, partial_lse;
+    Device<char> partial_values;
     Device<Tile> tiles, more_tiles;
     Device<Segment> segments;
     Device<u32> positions, query_order, key_order, listed_rows, next_tile;
@@ -287,8 +288,9 @@ struct Setup {
           v((size_t)from.batch * heads_kv * from.n_k * from.value_dim), extra_keys((size_t)from.extra * from.head_dim),
           extra_values((size_t)from.extra * from.value_dim),
           out((size_t)from.batch * from.heads * from.n_q * (from.value_dim + from.out_padding) * out_bytes()),
-          lse((size_t)from.batch * from.heads * from.n_q), state_max(from.more_tiles.empty() ? 0 : lse.count),
-          state_sum(state_max.count), state_accumulated(state_max.count * from.value_dim), tiles(from.tiles),
+          lse((size_t)from.batch * from.heads * from.n_q), partial_lse(from.more_tiles.empty() ? 0 : lse.count),
+          partial_values(partial_lse.count * ((from.value_dim + 31) / 32 * 32) * (from.out_type == F32 ? 4 : 2)),
+          tiles(from.tiles),
           more_tiles(from.more_tiles), segments(from.segments), positions(from.positions),
           query_order(from.query_order), key_order(from.key_order), listed_rows(from.listed_rows), next_tile(1)
     {
@@ -338,9 +340,9 @@ struct Setup {
         p.listed_rows = listed_rows.data;
         p.extra_keys = (const char *)extra_keys.data;
         p.extra_values = (const char *)extra_values.data;
-        p.state_max = state_max.data;
-        p.state_sum = state_sum.data;
-        p.state_accumulated = state_accumulated.data;
+        p.partial_values = partial_values.data;
+        p.partial_lse = partial_lse.data;
+        p.partial_rows = from.n_q;
         p.next_tile = next_tile.data;
         memset((void *)&k_map, 0, sizeof(k_map));
         memset((void *)&v_map, 0, sizeof(v_map));
@@ -401,9 +403,8 @@ static void test(Problem problem)
     CHECK(cudaMemset(expected.data, 0xff, expected.count * 4));
     CHECK(cudaMemset(expected_lse.data, 0xff, expected_lse.count * 4));
     if (two) {
-        CHECK(cudaMemset(setup.state_max.data, 0xff, setup.state_max.count * 4));
-        CHECK(cudaMemset(setup.state_sum.data, 0xff, setup.state_sum.count * 4));
-        CHECK(cudaMemset(setup.state_accumulated.data, 0xff, setup.state_accumulated.count * 4));
+        CHECK(cudaMemset(setup.partial_lse.data, 0xff, setup.partial_lse.count * 4));
+        CHECK(cudaMemset(setup.partial_values.data, 0xff, setup.partial_values.count));
     }
 
     // The reference takes all segments of both launches at once.
@@ -649,17 +650,22 @@ static void make_turns(Problem &problem)
         }
 }
 
-// Each tile's segments over two launches.
+// Each tile's segments over two launches, the second of which goes on from the first one's partials.
 static void split(Problem &problem)
 {
     for (Tile &tile : problem.tiles) {
         Tile more = tile;
         u32 part = tile.segments / 2;
         tile.segments = part;
-        tile.flags |= TILE_STORE;
-        more.first_segment += part;
+        tile.flags |= TILE_PARTIAL;
         more.segments -= part;
-        more.flags |= TILE_RESUME;
+        more.flags |= TILE_MERGE;
+        more.first_output = 1;
+        u32 first = more.first_segment + part;
+        more.first_segment = (u32)problem.segments.size();
+        for (u32 i = 0; i < more.segments; ++i)
+            problem.segments.push_back(Segment(problem.segments[first + i]));
+        problem.segments.push_back(segment(0, 0));
         problem.more_tiles.push_back(more);
     }
 }

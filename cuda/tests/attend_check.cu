@@ -192,7 +192,7 @@ __global__ void reference(AttendParams p, const u32 *checked_tiles, u32 checked,
                     bool seen = !(position >= segment.hidden_start && position < segment.hidden_end);
                     if (segment.flags & SEGMENT_LIMITED)
                         seen = seen && position < limit;
-                    u32 key_row = p.key_row(p.order_of_keys(tile.batch, p.kv_head(tile)), segment, j, position);
+                    u32 key_row = p.key_row(p.order_of_keys(tile, p.kv_head(tile)), segment, j, position);
                     row = seen ? (i64)key_row : UNSEEN;
                     key = p.k.row(tile.batch, p.kv_head(tile), key_row);
                 }
@@ -378,12 +378,13 @@ static Prepared prepare(const Case &c)
     p.positions = upload(c.positions), p.query_order = upload(c.query_order), p.key_order = upload(c.key_order);
     p.listed_rows = upload(c.listed_rows);
     if (c.launches > 1) {
-        p.state_max = (float *)allocate(all_rows * 4);
-        p.state_sum = (float *)allocate(all_rows * 4);
-        p.state_accumulated = (float *)allocate(all_rows * c.value_dim * 4);
-        CUDA(cudaMemset(p.state_max, 0xff, all_rows * 4));
-        CUDA(cudaMemset(p.state_sum, 0xff, all_rows * 4));
-        CUDA(cudaMemset(p.state_accumulated, 0xff, all_rows * c.value_dim * 4));
+        u64 partials = (c.launches - 1) * all_rows, columns = (c.value_dim + 31) / 32 * 32;
+        u64 bytes = partials * columns * (c.out_type == F32 ? 4 : 2);
+        p.partial_rows = (c.launches - 1) * c.n_q;
+        p.partial_values = (char *)allocate(bytes);
+        p.partial_lse = (float *)allocate(partials * 4);
+        CUDA(cudaMemset(p.partial_values, 0xff, bytes));
+        CUDA(cudaMemset(p.partial_lse, 0xff, partials * 4));
     }
     p.next_tile = (u32 *)allocate(4);
 
@@ -395,17 +396,34 @@ static Prepared prepare(const Case &c)
         prepared.tiles.push_back(tile);
         prepared.segments.insert(prepared.segments.end(), work.segments.begin(), work.segments.end());
     }
-    p.segments = upload(prepared.segments);
-    p.tiles = upload(prepared.tiles);
     p.tile_count = (u32)prepared.tiles.size();
+    // The last launch goes on from the partials of all others, which are told behind its tiles' segments.
+    std::vector<Segment> segments = prepared.segments;
+    std::vector<std::vector<Tile>> parts;
+    u32 partials = c.launches - 1;
     for (u32 number = 0; number < c.launches; ++number) {
-        std::vector<Tile> part = prepared.tiles;
-        for (Tile &tile : part) {
+        parts.push_back(prepared.tiles);
+        for (Tile &tile : parts.back()) {
             u32 start = tile.segments * number / c.launches, end = tile.segments * (number + 1) / c.launches;
-            tile.first_segment += start;
+            u32 first = tile.first_segment + start;
+            tile.first_segment = (u32)segments.size();
             tile.segments = end - start;
-            tile.flags |= (number > 0 ? TILE_RESUME : 0) | (number + 1 < c.launches ? TILE_STORE : 0);
+            auto from = prepared.segments.begin() + first;
+            segments.insert(segments.end(), from, from + (end - start));
+            if (number < partials) {
+                tile.flags |= TILE_PARTIAL;
+                tile.first_output = number * c.n_q;
+            } else if (partials > 0) {
+                tile.flags |= TILE_MERGE;
+                tile.first_output = partials;
+                for (u32 i = 0; i < partials; ++i)
+                    segments.push_back(run_of(i * c.n_q, 0));
+            }
         }
+    }
+    p.segments = upload(segments);
+    p.tiles = upload(prepared.tiles);
+    for (const std::vector<Tile> &part : parts) {
         AttendParams of = p;
         of.tiles = upload(part);
         prepared.launches.push_back(of);

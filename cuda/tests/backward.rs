@@ -314,6 +314,22 @@ fn paper_shapes() {
     );
 }
 
+/// Sums of keys go through memory between seven passes, and where gradients are bf16 they are rounded each time.
+#[test]
+fn paper_many_passes() {
+    let Some(_device) = Device::first() else { return };
+    for dim in [64, 128] {
+        for mask in [Mask::CausalBottomRight, Mask::CausalTopLeft] {
+            let params = Params { min_seq_len: 64, ..paper(mask, Residual::Uniform, 64, 48) };
+            let shape = Shape { heads_q: 2, heads_kv: 1, ..shape(5000, 5000, dim, dim) };
+            let inputs = Inputs::normal(shape, 170).rounded(DType::BF16);
+            let call = BackwardCall::new(Call::new(&params, &inputs), 171);
+            call.check();
+            BackwardCall { gradients: [DType::F32; 2], ..call }.check();
+        }
+    }
+}
+
 #[test]
 fn row_norm_shapes() {
     let Some(_device) = Device::first() else { return };

@@ -477,6 +477,43 @@ fn a_block_mask_and_keys_per_query() {
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
 }
 
+/// Under a causal mask what a row has met in a level or in a past is rounded to the output's type once, and the output
+/// once: each by at most half of the last place (`unit` of the value, or 2^-25 below the normal numbers of f16). All
+/// else is as in f32. The mean of the parts' absolute values is at most that of the values' absolute values.
+#[test]
+fn parts_of_an_output_are_rounded_once() {
+    let Some(_device) = Device::first() else { return };
+    for (dtype, unit, least) in
+        [(DType::F16, 2f64.powi(-11), 2f64.powi(-25)), (DType::BF16, 2f64.powi(-8), 0.0)]
+    {
+        for (mask, n_q, n_k) in [
+            (Mask::CausalBottomRight, 2000, 2600),
+            (Mask::CausalBottomRight, 2000, 2000),
+            (Mask::CausalTopLeft, 2100, 1900),
+        ] {
+            let shape =
+                Shape { heads_q: 4, heads_kv: 2, head_dim: 64, value_dim: 64, ..Shape::single(n_q, n_k) };
+            let inputs = Inputs::clustered(shape, 435).rounded(dtype);
+            let mut positive = inputs.clone();
+            positive.v.iter_mut().for_each(|x| *x = x.abs());
+            let params = Params { min_seq_len: 130, ..paper(mask, Residual::Uniform, 64, 48) };
+            let call = Call::new(&params, &inputs);
+            let rounded = call.run().out;
+            let exact = Call { out: DType::F32, ..call }.run().out;
+            let means = Call { inputs: &positive, out: DType::F32, ..call }.run().out;
+            for (index, ((&rounded, &exact), &mean)) in rounded.iter().zip(&exact).zip(&means).enumerate() {
+                let (rounded, exact, mean) = (f64::from(rounded), f64::from(exact), f64::from(mean));
+                // Sums in f32 differ a little where their terms do.
+                let allowed = unit * (mean + exact.abs()) * 1.01 + 2.0 * least + 1e-6 * mean;
+                assert!(
+                    (rounded - exact).abs() <= allowed,
+                    "{mask:?}, {dtype:?}: element {index} is {rounded}, in f32 {exact}, allowed {allowed:e}"
+                );
+            }
+        }
+    }
+}
+
 /// Nothing but the output is asked for, and it is the same.
 #[test]
 fn the_output_alone() {

@@ -443,33 +443,109 @@ static void launch_hash(const hyperattn::HashParams &params, uint32_t r)
     kernel<<<grid, HASH_THREADS, shared>>>(params);
 }
 
-// Sorts the intervals of a pass; `spare` is needed for more than 8 hyperplanes.
-static void launch_sort(
-    hyperattn::SortParams params, uint32_t r, uint32_t *const order[2], uint32_t *const spare[2])
+// A launch of so many thread blocks for one pass.
+template <class Params> static hyperattn::Passes<Params> one_pass(const Params &params, unsigned blocks)
 {
-    using namespace hyperattn;
-    uint32_t intervals = (params.query.heads + params.key.heads) * params.pass.count;
-    uint32_t passes = (r + 7) / 8;
-    params.query.from = params.key.from = nullptr;
-    for (uint32_t pass = 0; pass < passes; pass++) {
-        auto to = (passes - 1 - pass) % 2 ? spare : order;
-        params.query.to = to[0];
-        params.key.to = to[1];
-        params.shift = 8 * pass;
-        if (params.chunks > 1) {
-            paper_sort_count<<<intervals * params.chunks, SORT_THREADS>>>(params);
-            paper_sort_scan<<<intervals, SORT_THREADS>>>(params);
-        }
-        paper_sort_scatter<<<intervals * params.chunks, SORT_THREADS>>>(params);
-        params.query.from = to[0];
-        params.key.from = to[1];
-    }
+    hyperattn::Passes<Params> passes{};
+    passes.passes[0] = params;
+    for (unsigned &end : passes.end_block)
+        end = blocks;
+    return passes;
 }
 
-static uint32_t chunks_of(uint32_t longest)
-{
-    return (longest + hyperattn::SORT_CHUNK - 1) / hyperattn::SORT_CHUNK;
-}
+// Queries and keys of a causal square at the sequences' ends and of a rectangle of all of them, or of what is before
+// the square: their orders, those of the levels first.
+struct Sort {
+    hyperattn::SortParams params{};
+    uint32_t r;
+    Buffer<uint32_t> query_order, key_order, query_spare, key_spare, counts, places;
+
+    Sort(const Buffer<uint32_t> &query_ranks, const Buffer<uint32_t> &key_ranks, uint32_t query_heads,
+         uint32_t key_heads, uint32_t n_q, uint32_t n_k, uint32_t r, uint32_t leaf)
+        : Sort(query_ranks, key_ranks, query_heads, key_heads, n_q, n_k, r, leaf, levels_of(n_q, n_k, leaf))
+    {
+    }
+
+    static uint32_t levels_of(uint32_t n_q, uint32_t n_k, uint32_t leaf)
+    {
+        uint32_t levels = 0;
+        for (uint32_t longest = n_q < n_k ? n_q : n_k; leaf && longest > leaf; longest = (longest + 1) / 2)
+            levels++;
+        return levels;
+    }
+
+    void launch()
+    {
+        using namespace hyperattn;
+        uint32_t digits = (r + 7) / 8, heads = params.query.heads + params.key.heads;
+        uint32_t intervals = (1u << params.levels) - 1 + params.orders - params.levels;
+        params.query.from = params.key.from = nullptr;
+        for (u32 digit = 0; digit < digits; digit++) {
+            bool last = (digits - 1 - digit) % 2 == 0;
+            params.query.to = last ? query_order.data : query_spare.data;
+            params.key.to = last ? key_order.data : key_spare.data;
+            params.shift = 8 * digit;
+            uint32_t cells = (digit ? params.orders : 1) * heads * params.cells;
+            paper_sort_count<<<cells, SORT_THREADS>>>(params);
+            paper_sort_scan<<<heads * intervals, SORT_THREADS>>>(params);
+            paper_sort_scatter<<<cells, SORT_THREADS>>>(params);
+            params.query.from = params.query.to;
+            params.key.from = params.key.to;
+        }
+    }
+
+private:
+    static uint32_t longest_leaf(uint32_t n_q, uint32_t n_k, uint32_t levels)
+    {
+        uint32_t longest = n_q < n_k ? n_q : n_k;
+        for (uint32_t level = 0; level < levels; level++)
+            longest = (longest + 1) / 2;
+        return longest;
+    }
+
+    static uint32_t cells_of(uint32_t rows) { return (rows + hyperattn::SORT_CELL - 1) / hyperattn::SORT_CELL; }
+
+    // Of a head. Without a leaf there is no square, and all rows are the rectangle's; with one it has what is before
+    // it.
+    static uint32_t square_cells(uint32_t n_q, uint32_t n_k, uint32_t leaf, uint32_t levels)
+    {
+        return leaf ? cells_of(longest_leaf(n_q, n_k, levels)) << levels : 0;
+    }
+
+    static uint32_t all_cells(uint32_t n_q, uint32_t n_k, uint32_t leaf, uint32_t levels)
+    {
+        uint32_t rest = leaf ? (n_k > n_q ? n_k - n_q : 0) : n_q > n_k ? n_q : n_k;
+        return square_cells(n_q, n_k, leaf, levels) + cells_of(rest);
+    }
+
+    static uint32_t orders_of(uint32_t n_q, uint32_t n_k, uint32_t leaf, uint32_t levels)
+    {
+        return levels + (!leaf || n_k > n_q);
+    }
+
+    Sort(const Buffer<uint32_t> &query_ranks, const Buffer<uint32_t> &key_ranks, uint32_t query_heads,
+         uint32_t key_heads, uint32_t n_q, uint32_t n_k, uint32_t planes, uint32_t leaf, uint32_t levels)
+        : r(planes), query_order(query_ranks.len * orders_of(n_q, n_k, leaf, levels)),
+          key_order(key_ranks.len * orders_of(n_q, n_k, leaf, levels)), query_spare(query_order.len),
+          key_spare(key_order.len),
+          counts((size_t)(query_heads + key_heads) * all_cells(n_q, n_k, leaf, levels) *
+                 (orders_of(n_q, n_k, leaf, levels) + 1) * hyperattn::SORT_DIGITS),
+          places(counts.len)
+    {
+        uint32_t len = n_q < n_k ? n_q : n_k;
+        params.query = {query_ranks.data, nullptr, nullptr, n_q, query_heads, 0, leaf ? 0 : n_q};
+        params.key = {key_ranks.data, nullptr, nullptr, n_k, key_heads, 0, leaf ? n_k - len : n_k};
+        if (leaf)
+            params.square = {n_q - len, n_k - len, len, leaf};
+        params.counts = counts.data;
+        params.places = places.data;
+        params.levels = levels;
+        params.orders = orders_of(n_q, n_k, leaf, levels);
+        params.leaf_cells = leaf ? cells_of(longest_leaf(n_q, n_k, levels)) : 0;
+        params.square_cells = square_cells(n_q, n_k, leaf, levels);
+        params.cells = all_cells(n_q, n_k, leaf, levels);
+    }
+};
 
 struct Case {
     uint32_t q_type, k_type, batch, heads_q, heads_kv, n_q, n_k, d, r;
@@ -489,8 +565,6 @@ static void check_case(const Case &c)
     Tensor k(c.k_type, c.batch, c.heads_kv, c.n_k, c.d, c.gap, c.shift);
     Buffer<float> projections((size_t)c.heads_kv * stored * width);
     Buffer<u32> query_ranks((size_t)query_heads * c.n_q), key_ranks((size_t)key_heads * c.n_k);
-    Buffer<u32> query_order(query_ranks.len), key_order(key_ranks.len);
-    Buffer<u32> query_spare(query_ranks.len), key_spare(key_ranks.len);
 
     ProjectionParams drawn{c.seed, c.offset, projections.data, c.heads_kv, c.d, c.r, width};
     paper_projections<<<(unsigned)((projections.len + 127) / 128), 128>>>(drawn);
@@ -538,18 +612,10 @@ static void check_case(const Case &c)
         equal = equal && rows_of(found_queries, found_keys, flat) == ranks[flat];
     report(equal, std::string("ranks, ") + name);
 
-    u32 chunks = chunks_of(c.n_q > c.n_k ? c.n_q : c.n_k);
-    Buffer<u32> counters((size_t)(query_heads + key_heads) * 2 * chunks * SORT_DIGITS);
-    u32 *order[2] = {query_order.data, key_order.data}, *spare[2] = {query_spare.data, key_spare.data};
-    SortParams sort{};
-    sort.pass = {PASS_ONE, 0, 0, 1, {0, c.n_q, 0, c.n_k}, {}};
-    sort.query = {query_ranks.data, nullptr, nullptr, c.n_q, query_heads};
-    sort.key = {key_ranks.data, nullptr, nullptr, c.n_k, key_heads};
-    sort.counters = counters.data;
-    sort.chunks = chunks;
-    launch_sort(sort, c.r, order, spare);
+    Sort whole(query_ranks, key_ranks, query_heads, key_heads, c.n_q, c.n_k, c.r, 0);
+    whole.launch();
     check(cudaDeviceSynchronize(), name);
-    found_queries = query_order.read(), found_keys = key_order.read();
+    found_queries = whole.query_order.read(), found_keys = whole.key_order.read();
     equal = true;
     for (size_t flat = 0; flat < ranks.size(); flat++) {
         orders.push_back(host::sort(ranks[flat], c.r));
@@ -559,27 +625,48 @@ static void check_case(const Case &c)
     if (!c.leaf)
         return;
 
-    // A causal square at the sequences' ends: the orders of all its levels.
+    // A causal square at the sequences' ends: the orders of all its levels, and of the queries against the keys before
+    // it.
     uint32_t len = c.n_q < c.n_k ? c.n_q : c.n_k, query_start = c.n_q - len, key_start = c.n_k - len;
+    Sort sort(query_ranks, key_ranks, query_heads, key_heads, c.n_q, c.n_k, c.r, c.leaf);
+    sort.launch();
+    check(cudaDeviceSynchronize(), name);
+    auto all_queries = sort.query_order.read(), all_keys = sort.key_order.read();
+    // Of one order all heads.
+    auto take = [&](uint32_t order) {
+        auto part = [&](const std::vector<u32> &all, size_t rows) {
+            return std::vector<u32>(all.begin() + order * rows, all.begin() + (order + 1) * rows);
+        };
+        found_queries = part(all_queries, query_ranks.len), found_keys = part(all_keys, key_ranks.len);
+    };
+    if (key_start > 0) {
+        take(sort.params.levels);
+        equal = true;
+        for (size_t flat = 0; flat < orders.size(); flat++) {
+            bool is_query = flat < query_heads;
+            auto expected = orders[flat];
+            host::split(expected, 0, is_query ? 0 : key_start, is_query ? c.n_q : c.n_k);
+            auto found = rows_of(found_queries, found_keys, flat);
+            auto end = expected.begin() + (is_query ? c.n_q : key_start);
+            equal = equal && std::equal(expected.begin(), end, found.begin());
+        }
+        report(equal, std::string("order of the past, ") + name);
+    }
     for (size_t flat = 0; flat < orders.size(); flat++) {
         bool is_query = flat < query_heads;
         host::split(orders[flat], 0, is_query ? query_start : key_start, is_query ? c.n_q : c.n_k);
     }
     equal = true;
     bool samples_equal = true;
-    uint32_t longest = len, m = 77;
-    for (uint32_t level = 0; longest > c.leaf; level++, longest = (longest + 1) / 2) {
-        Pass pass{PASS_LEVEL, level, 0, 1u << level, {}, {query_start, key_start, len, c.leaf}};
-        sort.pass = pass;
-        sort.chunks = chunks_of((longest + 1) / 2);
-        Buffer<u32> level_counters((size_t)(query_heads + key_heads) * pass.count * sort.chunks * SORT_DIGITS);
-        sort.counters = level_counters.data;
-        launch_sort(sort, c.r, order, spare);
+    uint32_t m = 77;
+    for (uint32_t level = 0; level < sort.params.levels; level++) {
+        Pass pass{PASS_LEVEL, level, 0, 1u << level, {}, sort.params.square};
         Buffer<u32> positions((size_t)key_heads * pass.count * m);
         SampleParams sample{pass, c.seed, c.offset, positions.data, c.heads_kv, 0, key_heads, m};
-        paper_samples<<<(unsigned)((positions.len + 127) / 128), 128>>>(sample);
+        unsigned sample_blocks = (unsigned)((positions.len + 127) / 128);
+        paper_samples<<<sample_blocks, 128>>>(one_pass(sample, sample_blocks));
         check(cudaDeviceSynchronize(), name);
-        found_queries = query_order.read(), found_keys = key_order.read();
+        take(level);
         auto found_positions = positions.read();
         auto cuts = host::divisions(len, c.leaf, level);
         for (size_t flat = 0; flat < orders.size(); flat++) {
@@ -635,7 +722,9 @@ static void check_tiles(uint32_t n_q, uint32_t n_k, uint32_t block_size, uint32_
                      kv_heads, blocks, parts, TILE_SORTED, 0, m, n_k, 1.5f, 2.5f};
     params.block_size = block_size;
     params.sorted = SEGMENT_SORTED;
-    paper_tiles<<<(unsigned)((tiles.len + 127) / 128), 128>>>(params);
+    params.segments_per_block = 2;
+    unsigned tile_blocks = (unsigned)((tiles.len + 127) / 128);
+    paper_tiles<<<tile_blocks, 128>>>(one_pass(params, tile_blocks));
     check(cudaDeviceSynchronize(), "paper_tiles");
     auto found_tiles = tiles.read();
     auto found_segments = segments.read();
@@ -676,11 +765,13 @@ static void check_leaves(uint32_t len, uint32_t leaf)
     Buffer<Segment> segments(tiles.len * 2);
     PaperTileParams params{};
     params.common = {{PASS_LEAVES, levels, 0, count, {}, {0, 0, len, leaf}}, tiles.data, segments.data, 1, 1, 0, 1,
-                     blocks, 1, 0, VISITED_LATER, 0, 0, 0.0f, 0.0f};
+                     blocks, 1, 0, TILE_STORE, 0, 0, 0.0f, 0.0f};
     params.exact = 1;
     params.limited = SEGMENT_LIMITED;
     params.visible = 1;
-    paper_tiles<<<(unsigned)((tiles.len + 127) / 128), 128>>>(params);
+    params.segments_per_block = 2;
+    unsigned tile_blocks = (unsigned)((tiles.len + 127) / 128);
+    paper_tiles<<<tile_blocks, 128>>>(one_pass(params, tile_blocks));
     check(cudaDeviceSynchronize(), "paper_tiles");
     auto found_tiles = tiles.read();
     auto found_segments = segments.read();
@@ -706,7 +797,7 @@ static void check_leaves(uint32_t len, uint32_t leaf)
             const Segment &segment = found_segments[tile.first_segment];
             right = right && tile.segments == 1 && segment.first == start && segment.first + segment.count >= row + 1
                 && segment.first + segment.count == tile.first_query + tile.rows && segment.flags == SEGMENT_LIMITED
-                && ((tile.flags & TILE_RESUME) != 0) == (start > 0);
+                && ((tile.flags & TILE_STORE) != 0) == (start > 0);
         }
     }
     for (int count : seen)
@@ -994,7 +1085,7 @@ static void check_row_norm(uint32_t kind, uint32_t n_q, uint32_t n_k, uint32_t m
     Buffer<u32> tau(std::vector<u32>(heads, NO_TAU));
     RowNormParams params{};
     params.common = {{PASS_ONE, 0, 0, 1, rectangle, {}}, device_tiles.data, nullptr, heads, group, 0, kv_heads, blocks,
-                     1, finishes ? 0u : (u32)TILE_STORE, VISITED_ALL, m, keys,
+                     1, TILE_RESUME | (finishes ? 0u : (u32)TILE_STORE), 0, m, keys,
                      (float)std::log2((double)keys / m), 0.0f};
     AttendParams &attend = params.attend;
     attend.q = view(q), attend.k = view(k), attend.v = view(v);
@@ -1021,7 +1112,8 @@ static void check_row_norm(uint32_t kind, uint32_t n_q, uint32_t n_k, uint32_t m
     params.log2_kappa = (float)log2_kappa, params.log2_cap = (float)log2_cap;
     SampleParams sample{params.common.pass, seed, offset, positions.data, kv_heads, 0, kv_heads, m};
     uint32_t shared = 4 * (d * ROW_NORM_ROWS + ROW_NORM_KEYS * (d + 1)), all = shared + 4 * ROW_NORM_KEYS * dv;
-    paper_samples<<<(kv_heads * m + 127) / 128, 128>>>(sample);
+    unsigned sample_blocks = (kv_heads * m + 127) / 128;
+    paper_samples<<<sample_blocks, 128>>>(one_pass(sample, sample_blocks));
     paper_row_norms<<<(kv_heads * n_k + 127) / 128, 128>>>(params);
     paper_norm_prefix<<<kv_heads, 32>>>(params);
     paper_norm_samples<<<(kv_heads * m + 127) / 128, 128>>>(params);
@@ -1065,13 +1157,12 @@ static __global__ void fill(uint32_t *words, size_t len, uint32_t salt)
     }
 }
 
-static void time_selection(uint32_t n, uint32_t heads, uint32_t d, uint32_t r)
+// With a leaf, the orders of all levels.
+static void time_selection(uint32_t n, uint32_t heads, uint32_t d, uint32_t r, uint32_t leaf)
 {
     using namespace hyperattn;
     size_t words = (size_t)heads * n * d / 2;
     Buffer<u32> q(words), k(words), query_ranks((size_t)heads * n), key_ranks((size_t)heads * n);
-    Buffer<u32> query_order(query_ranks.len), key_order(key_ranks.len), query_spare(query_ranks.len);
-    Buffer<u32> key_spare(key_ranks.len), counters((size_t)2 * heads * chunks_of(n) * SORT_DIGITS);
     uint32_t width = (r + 7) / 8 * 8;
     Buffer<float> projections((size_t)heads * d * width);
     fill<<<2048, 256>>>(q.data, words, 1);
@@ -1083,13 +1174,7 @@ static void time_selection(uint32_t n, uint32_t heads, uint32_t d, uint32_t r)
                         (n + rows - 1) / rows};
     };
     HashParams hash{side(q, query_ranks), side(k, key_ranks), projections.data, d, 0};
-    SortParams sort{};
-    sort.pass = {PASS_ONE, 0, 0, 1, {0, n, 0, n}, {}};
-    sort.query = {query_ranks.data, nullptr, nullptr, n, heads};
-    sort.key = {key_ranks.data, nullptr, nullptr, n, heads};
-    sort.counters = counters.data;
-    sort.chunks = chunks_of(n);
-    u32 *order[2] = {query_order.data, key_order.data}, *spare[2] = {query_spare.data, key_spare.data};
+    Sort sort(query_ranks, key_ranks, heads, heads, n, n, r, leaf);
     cudaEvent_t events[4];
     for (cudaEvent_t &event : events)
         check(cudaEventCreate(&event), "event");
@@ -1101,7 +1186,7 @@ static void time_selection(uint32_t n, uint32_t heads, uint32_t d, uint32_t r)
         check(cudaEventRecord(events[1]), "event");
         launch_hash(hash, r);
         check(cudaEventRecord(events[2]), "event");
-        launch_sort(sort, r, order, spare);
+        sort.launch();
         check(cudaEventRecord(events[3]), "event");
         check(cudaEventSynchronize(events[3]), "time");
         for (int i = 0; i < 3; i++) {
@@ -1110,9 +1195,9 @@ static void time_selection(uint32_t n, uint32_t heads, uint32_t d, uint32_t r)
             best[i] = ms < best[i] ? ms : best[i];
         }
     }
-    printf("TIME n %u heads %u d %u r %u: projections %.3f ms, hash %.3f ms (%.0f GB/s), sort %.3f ms, "
+    printf("TIME n %u heads %u d %u r %u leaf %u: projections %.3f ms, hash %.3f ms (%.0f GB/s), sort %.3f ms, "
            "together %.3f ms\n",
-           n, heads, d, r, best[0], best[1], words * 8.0 / best[1] * 1e-6, best[2], best[0] + best[1] + best[2]);
+           n, heads, d, r, leaf, best[0], best[1], words * 8.0 / best[1] * 1e-6, best[2], best[0] + best[1] + best[2]);
     for (cudaEvent_t &event : events)
         cudaEventDestroy(event);
 }
@@ -1157,9 +1242,10 @@ int main(int count, char **arguments)
         check_row_norm(kind, 150, 140, 200, false);
     }
     for (uint32_t d : {64u, 128u})
-        time_selection(131072, 32, d, 7);
-    time_selection(131072, 32, 64, 14);
-    time_selection(8192, 32, 64, 7);
+        time_selection(131072, 32, d, 7, 0);
+    time_selection(131072, 32, 64, 14, 0);
+    time_selection(131072, 32, 64, 7, 4096);
+    time_selection(8192, 32, 64, 7, 0);
     printf("%d failures\n", failures);
     return failures;
 }

@@ -11,6 +11,7 @@
 
 #include "convert.cuh"
 #include "key_stream.cuh"
+#include "merge_partials.cuh"
 #include "online_softmax.cuh"
 
 namespace hyperattn {
@@ -48,8 +49,6 @@ template <u32 DIM> struct Shape {
 struct Raw {
     u32 bits[4];
 };
-
-__device__ __forceinline__ u32 element_bytes(u32 type) { return type == F32 ? 4 : 2; }
 
 // Whether every row of a tensor begins at a multiple of four elements.
 __device__ __forceinline__ bool in_fours(const View &tensor, u32 type)
@@ -244,26 +243,26 @@ template <u32 DIM> __device__ __forceinline__ void attend(const AttendParams &p)
                         accumulated[group][i][c] = 0.0f;
                 }
             }
-            if (memory.tile.flags & TILE_RESUME) {
+
+            const u32 partials = memory.tile.flags & TILE_MERGE ? memory.tile.first_output : 0;
+            for (u32 number = 0; number < partials; ++number) {
+                u32 first_output = p.segments[memory.tile.first_segment + memory.tile.segments + number].first;
 #pragma unroll
                 for (u32 i = 0; i < THREAD_ROWS; ++i) {
                     u32 row = first_row + (row_thread + i / 4 * SIDE) * 4 + i % 4;
                     if (row >= memory.tile.rows)
                         continue;
-                    u64 state = head_row + memory.query_rows[row];
-                    float stored = p.state_sum[state];
-                    if (stored == 0.0f)
-                        continue;
-                    reference[i] = p.state_max[state];
-                    sum[i] = key_thread == 0 ? stored : 0.0f;
-                    const float *from = p.state_accumulated + state * p.value_dim;
+                    u64 at = p.partial_row(memory.tile.batch, memory.tile.head, first_output, memory.query_rows[row]);
+                    PartialWeight of = weigh_partial(p.partial_lse[at], reference[i]);
+                    sum[i] = fmaf(sum[i], of.scale, key_thread == 0 ? of.weight : 0.0f);
+                    const char *from = p.partial_values + at * p.partial_bytes();
 #pragma unroll
                     for (u32 group = 0; group < S::COLUMN_GROUPS; ++group) {
 #pragma unroll
                         for (u32 c = 0; c < THREAD_COLUMNS; ++c) {
                             u32 column = group * COLUMNS + (key_thread + c / 4 * SIDE) * 4 + c % 4;
-                            if (column < p.value_dim)
-                                accumulated[group][i][c] = from[column];
+                            float value = column < p.value_dim ? read_element(from, column, p.out_type) : 0.0f;
+                            accumulated[group][i][c] = fmaf(of.weight, value, of.scale * accumulated[group][i][c]);
                         }
                     }
                 }
@@ -484,7 +483,7 @@ template <u32 DIM> __device__ __forceinline__ void attend(const AttendParams &p)
                 }
             }
 
-            char *const out = p.out.row(memory.tile.batch, memory.tile.head, 0);
+            const OutputRows out = p.outputs(memory.tile.batch, memory.tile.head, memory.tile.flags);
 #pragma unroll
             for (u32 i = 0; i < THREAD_ROWS; ++i) {
                 u32 row = first_row + (row_thread + i / 4 * SIDE) * 4 + i % 4;
@@ -496,9 +495,9 @@ template <u32 DIM> __device__ __forceinline__ void attend(const AttendParams &p)
                     continue;
                 const u32 query_row = memory.query_rows[row];
                 const u32 output_row = p.output_row(memory.tile, row, query_row);
-                char *to = out + output_row * p.out.row_stride;
+                char *to = out.values + output_row * out.value_stride;
                 u32 type = p.out_type;
-                bool fours = out_fours;
+                bool fours = memory.tile.flags & TILE_PARTIAL ? p.value_dim % 4 == 0 : out_fours;
                 const bool store = memory.tile.flags & TILE_STORE;
                 float inverse = total == 0.0f ? 0.0f : 1.0f / total;
                 if (store) {
@@ -511,8 +510,8 @@ template <u32 DIM> __device__ __forceinline__ void attend(const AttendParams &p)
                         p.state_max[state] = reference[i];
                         p.state_sum[state] = total;
                     }
-                } else if (p.lse.data && key_thread == 0) {
-                    *(float *)p.lse.row(memory.tile.batch, memory.tile.head, output_row) = log_sum(reference[i], total);
+                } else if (out.lse && key_thread == 0) {
+                    *(float *)(out.lse + output_row * out.lse_stride) = log_sum(reference[i], total);
                 }
 #pragma unroll
                 for (u32 group = 0; group < S::COLUMN_GROUPS; ++group) {

@@ -11,6 +11,8 @@
 
 #include "convert.cuh"
 #include "key_stream.cuh"
+#include "load_matrices.cuh"
+#include "merge_partials.cuh"
 #include "online_softmax.cuh"
 
 namespace hyperattn {
@@ -59,20 +61,6 @@ __device__ __forceinline__ void copy_chunk(u32 shared, const char *global, bool 
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void load_matrices(u32 (&fragment)[4], u32 address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-}
-
-__device__ __forceinline__ void load_matrices_transposed(u32 (&fragment)[4], u32 address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-}
 
 template <u32 TYPE>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b_low, u32 b_high)
@@ -203,8 +191,10 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                     accumulated[i][n][2 * half] = accumulated[i][n][2 * half + 1] = 0.0f;
             }
         }
-        if (memory.tile.flags & TILE_RESUME) {
-            const u64 head_row = (u64)(memory.tile.batch * p.heads_q + memory.tile.head) * p.n_q;
+
+        const u32 partials = memory.tile.flags & TILE_MERGE ? memory.tile.first_output : 0;
+        for (u32 number = 0; number < partials; ++number) {
+            u32 first_output = p.segments[memory.tile.first_segment + memory.tile.segments + number].first;
 #pragma unroll
             for (u32 i = 0; i < MATRICES; ++i) {
 #pragma unroll
@@ -212,19 +202,18 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                     u32 row = own_row<S>(i, half);
                     if (row >= memory.tile.rows)
                         continue;
-                    u64 state = head_row + memory.query_rows[row];
-                    float stored = p.state_sum[state];
-                    if (stored == 0.0f)
-                        continue;
-                    reference[i][half] = p.state_max[state];
-                    sum[i][half] = quad_lane == 0 ? stored : 0.0f;
-                    const float *from = p.state_accumulated + state * p.value_dim;
+                    u64 at = p.partial_row(memory.tile.batch, memory.tile.head, first_output, memory.query_rows[row]);
+                    PartialWeight of = weigh_partial(p.partial_lse[at], reference[i][half]);
+                    sum[i][half] = fmaf(sum[i][half], of.scale, quad_lane == 0 ? of.weight : 0.0f);
+                    const char *from = p.partial_values + at * p.partial_bytes();
 #pragma unroll
                     for (u32 n = 0; n < VALUE_COLUMNS; ++n) {
-                        u32 column = n * 8 + quad_lane * 2;
-                        if (column < p.value_dim) {
-                            accumulated[i][n][2 * half] = from[column];
-                            accumulated[i][n][2 * half + 1] = from[column + 1];
+#pragma unroll
+                        for (u32 c = 0; c < 2; ++c) {
+                            u32 column = n * 8 + quad_lane * 2 + c;
+                            float value = column < p.value_dim ? read_element(from, column, p.out_type) : 0.0f;
+                            float &to = accumulated[i][n][2 * half + c];
+                            to = fmaf(of.weight, value, of.scale * to);
                         }
                     }
                 }
@@ -460,7 +449,7 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
         const u32 rows = memory.tile.rows;
         const u32 tile_flags = memory.tile.flags;
         const u64 head_row = (u64)(memory.tile.batch * p.heads_q + memory.tile.head) * p.n_q;
-        char *const out = p.out.row(memory.tile.batch, memory.tile.head, 0);
+        const OutputRows out = p.outputs(memory.tile.batch, memory.tile.head, tile_flags);
 #pragma unroll
         for (u32 i = 0; i < MATRICES; ++i) {
 #pragma unroll
@@ -490,10 +479,8 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                     }
                     continue;
                 }
-                if (p.lse.data && row < rows && quad_lane == 0) {
-                    *(float *)p.lse.row(memory.tile.batch, memory.tile.head, output_row) =
-                        log_sum(reference[i][half], total);
-                }
+                if (out.lse && row < rows && quad_lane == 0)
+                    *(float *)(out.lse + output_row * out.lse_stride) = log_sum(reference[i][half], total);
 #pragma unroll
                 for (u32 n = 0; n < VALUE_COLUMNS; ++n) {
                     float first = total == 0.0f ? 0.0f : accumulated[i][n][2 * half] * inverse;
@@ -501,7 +488,7 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                     u32 column = n * 8 + quad_lane * 2;
                     if (p.out_type == F32) {
                         if (row < rows && column < p.value_dim) {
-                            float *to = (float *)(out + output_row * p.out.row_stride) + column;
+                            float *to = (float *)(out.values + output_row * out.value_stride) + column;
                             to[0] = first;
                             to[1] = second;
                         }
@@ -514,7 +501,7 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
         }
         if (!(tile_flags & TILE_STORE) && p.out_type != F32) {
             __syncwarp();
-            const bool aligned = (((u64)out | (u64)p.out.row_stride) & 15) == 0;
+            const bool aligned = (((u64)out.values | (u64)out.value_stride) & 15) == 0;
 #pragma unroll 1
             for (u32 index = lane; index < S::WARP_ROWS * S::CHUNKS; index += 32) {
                 u32 row = warp_row + index / S::CHUNKS, chunk = index % S::CHUNKS;
@@ -522,7 +509,7 @@ template <u32 TYPE, u32 DIM> __device__ __forceinline__ void attend(const Attend
                     continue;
                 const char *from = queries + S::chunk_offset(row, chunk);
                 u32 output_row = p.output_row(memory.tile, row, memory.query_rows[row]);
-                char *to = out + output_row * p.out.row_stride + chunk * 16;
+                char *to = out.values + output_row * out.value_stride + chunk * 16;
                 if (aligned) {
                     *(uint4 *)to = *(const uint4 *)from;
                 } else {

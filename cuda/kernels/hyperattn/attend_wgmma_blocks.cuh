@@ -21,8 +21,8 @@ constexpr u32 SEGMENT_FLAGS_LANES = 0x04104104;
 enum TileWord : u32 {
     TILE_BATCH = 0,
     TILE_KV_HEAD = 8,
-    // Counted through the batch.
-    TILE_FLAT_KV_HEAD = 9,
+    // Number of the order of its keys.
+    TILE_KEY_ORDER = 9,
     // The smallest and largest causal limit of the tile's rows.
     TILE_LOWEST_LIMIT = 10,
     TILE_HIGHEST_LIMIT = 11,

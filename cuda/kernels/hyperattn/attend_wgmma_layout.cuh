@@ -33,6 +33,9 @@ constexpr u32 NO_ROW = 0xffffffff;
 // Tile numbers on their way from the thread that draws them to the loading warps.
 constexpr u32 NUMBER_STAGES = 2;
 
+// A tile goes on from at most as many partials: of 31 levels and of the keys before them.
+constexpr u32 MOST_PARTIALS = 32;
+
 // What the loaders say of a block.
 enum BlockFlags : u32 {
     // Some logits of these keys are to be masked: a row sees a key if the key's position is below the row's limit.
@@ -52,9 +55,10 @@ struct alignas(16) QueryStage {
     u32 rows;
     u32 flags;
     u32 has_keys;
-    // Of TILE_COMPACT.
     u32 first_output;
     u32 row[TILE_ROWS];
+    // Of TILE_MERGE: what the partials' first_output is.
+    u32 partial[MOST_PARTIALS];
 };
 
 template <u32 KEYS> struct alignas(16) KeyStage {

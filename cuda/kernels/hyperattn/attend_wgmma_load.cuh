@@ -113,34 +113,33 @@ template <u32 TYPE, u32 DIM> struct Loader {
         u32 last_words = segment_word(p, tile.segments == 0 ? end : end - 1, end, lane);
         // Two divisions at once: of the head, and of the head counted through the batch.
         u32 kv_head = (lane == TILE_KV_HEAD ? tile.head : tile.batch * p.heads_q + tile.head) / p.group;
+        u32 order = kv_head + (tile.flags >> TILE_ORDER_SHIFT) * p.order_heads;
         u32 lowest = 0, highest = 0;
         bool limited = __ballot_sync(ALL_LANES, segment_words & SEGMENT_LIMITED) & SEGMENT_FLAGS_LANES;
         if (limited || tile.segments > HELD_SEGMENTS)
             tile_limits(p, tile, lane, lowest, highest);
         tile_words = lane < TILE_KV_HEAD          ? tile_words
-                     : lane < TILE_LOWEST_LIMIT   ? kv_head
+                     : lane == TILE_KV_HEAD       ? kv_head
+                     : lane == TILE_KEY_ORDER     ? order
                      : lane == TILE_LOWEST_LIMIT  ? lowest
                                                   : highest;
         blocks.begin(p, lane, tile_words, tile.first_segment, end, segment_words, last_words);
     }
 
-    // Has the states that the tile's rows go on from fetched into the second-level cache: the consumers read them a tile
-    // later, and wait for them.
-    __device__ __forceinline__ void prefetch_states(const Tile &tile, const u32 (&rows)[LANE_QUERIES])
+    // Tells the partials that the tile's rows go on from, and has them fetched into the second-level cache: the
+    // consumers read them a tile later, and wait for them.
+    __device__ __forceinline__ void find_partials(const Tile &tile, QueryStage &query)
     {
-        constexpr u32 LINE = 128 / sizeof(float);
-        u64 head_row = (u64)(tile.batch * p.heads_q + tile.head) * p.n_q;
-#pragma unroll
-        for (u32 i = 0; i < LANE_QUERIES; ++i) {
-            if (rows[i] == NO_ROW)
-                continue;
-            u64 state = head_row + rows[i];
-            prefetch(p.state_max + state);
-            prefetch(p.state_sum + state);
-#pragma unroll 1
-            for (u32 column = 0; column < p.value_dim; column += LINE)
-                prefetch(p.state_accumulated + state * p.value_dim + column);
-        }
+        if (lane >= tile.first_output)
+            return;
+        u32 first_output = p.segments[tile.first_segment + tile.segments + lane].first;
+        query.partial[lane] = first_output;
+        u64 number = p.partial_row(tile.batch, tile.head, first_output, tile.first_query);
+        u32 bytes = p.partial_bytes();
+        prefetch(p.partial_values + number * bytes, tile.rows * bytes);
+        // Of whole 16 bytes: the workspace's parts begin and end with such.
+        u32 before = (u32)number % 4;
+        prefetch(p.partial_lse + number - before, (before + tile.rows + 3) / 4 * 16);
     }
 
     // Issues the copies of the tile's queries.
@@ -152,8 +151,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
         copy_rows<TILE_ROWS, S::CHUNKS>(data + queries.stage() * S::QUERY_BYTES, list(), tile.rows == TILE_ROWS, lane,
                                         p.q.row(tile.batch, tile.head, 0), p.q.row_stride, p.head_dim);
         copies_commit();
-        if (tile.flags & TILE_RESUME)
-            prefetch_states(tile, rows);
+        if (tile.flags & TILE_MERGE)
+            find_partials(tile, query);
 #pragma unroll
         for (u32 i = 0; i < LANE_QUERIES; ++i)
             query.row[32 * i + lane] = rows[i];
@@ -191,7 +190,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
             const u32 *from = !(kind & SEGMENT_SORTED) ? p.positions
                               : kind & SEGMENT_LISTED
                                   ? p.listed_rows
-                                  : p.key_order + (u64)word_of(blocks.tile, TILE_FLAT_KV_HEAD) * p.n_k;
+                                  : p.key_order + (u64)word_of(blocks.tile, TILE_KEY_ORDER) * p.n_k;
             from += at;
 #pragma unroll
             for (u32 i = 0; i < LANE_KEYS; ++i)

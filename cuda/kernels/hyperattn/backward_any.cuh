@@ -192,7 +192,7 @@ template <u32 DIM> __device__ __forceinline__ void of_queries(const BackwardPara
     Memory<DIM> shared;
     key_stream::TileMemory<COLUMNS> &memory = *(key_stream::TileMemory<COLUMNS> *)shared.tile;
     const u32 own_row = threadIdx.x / (DIM / 4) * 4, own_column = threadIdx.x % (DIM / 4) * 4;
-    const u32 kv_bytes = simt::element_bytes(p.kv_type);
+    const u32 kv_bytes = element_bytes(p.kv_type);
     const bool key_fours = simt::in_fours(p.k, p.kv_type) && simt::extra_in_fours(p.extra_keys, p.head_dim, p.kv_type);
     const bool value_fours =
         simt::in_fours(p.v, p.kv_type) && simt::extra_in_fours(p.extra_values, p.value_dim, p.kv_type);
@@ -314,8 +314,8 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                     u64 row = sums_row(first_row + own_row + i);
                     if (params.key_stored[row] == 0)
                         continue;
-                    load_sums(key_sums[i], params.key_sums + row * p.head_dim, own_column, p.head_dim);
-                    load_sums(value_sums[i], params.value_sums + row * p.value_dim, own_column, p.value_dim);
+                    load_sums(key_sums[i], (float *)params.key_sums_of(tile.flags, row), own_column, p.head_dim);
+                    load_sums(value_sums[i], (float *)params.value_sums_of(tile.flags, row), own_column, p.value_dim);
                 }
             }
             if (threadIdx.x < COLUMNS)
@@ -367,8 +367,8 @@ template <u32 DIM> __device__ __forceinline__ void of_keys(const BackwardParams 
                     continue;
                 if (tile.flags & KEY_TILE_STORE) {
                     u64 row = sums_row(first_row + own_row + i);
-                    write_sums(params.key_sums + row * p.head_dim, own_column, p.head_dim, key_sums[i]);
-                    write_sums(params.value_sums + row * p.value_dim, own_column, p.value_dim, value_sums[i]);
+                    write_sums((float *)params.key_sums_of(tile.flags, row), own_column, p.head_dim, key_sums[i]);
+                    write_sums((float *)params.value_sums_of(tile.flags, row), own_column, p.value_dim, value_sums[i]);
                     if (own_column == 0 && !(tile.flags & KEY_TILE_COMPACT))
                         params.key_stored[row] = 1;
                     continue;

@@ -69,9 +69,10 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     u32 tiles = params.key_tiles / key_blocks;
     for (u32 part = lane; part < tiles; part += 32) {
-        KeyTile tile = params.empty_tile(set_kv_head, first_segment);
+        KeyTile tile = params.empty_tile(set_kv_head);
         u64 first = start + (u64)part * TILE_ROWS;
-        tile.flags = KEY_TILE_RESUME | params.flags;
+        tile.flags = params.flags;
+        tile.first_segment = first_segment;
         tile.member_stride = lists == 1 ? 0 : room;
         tile.first_key = first < end ? (u32)first : end;
         tile.rows = end - tile.first_key < TILE_ROWS ? end - tile.first_key : TILE_ROWS;

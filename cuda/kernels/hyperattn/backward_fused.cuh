@@ -435,7 +435,9 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 products_begin();
                 multiply(s, ring.stage, 0);
             }
-            begin(batch, head, flags, first_key, rows);
+#pragma unroll
+            for (u32 i = 0; i < DIM / 2; ++i)
+                key_sums[i] = value_sums[i] = 0.0f;
             products_wait<0>();
             pin(s);
             while (more) {
@@ -458,43 +460,25 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         return (u64)(batch * p.heads_kv() + head) * p.n_k + key;
     }
 
-    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, u32 first_key, u32 rows)
-    {
-#pragma unroll
-        for (u32 i = 0; i < DIM / 2; ++i)
-            key_sums[i] = value_sums[i] = 0.0f;
-        if (!(flags & KEY_TILE_RESUME))
-            return;
-#pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-            u32 row = first_row + 8 * half;
-            u64 at = number(batch, head, first_key + row);
-            bool stored = row < rows && params.key_stored[at] != 0;
-            auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
-                load_row<DIM>(stored, from + at * dim, dim, [&](u32 n, float first, float second) {
-                    to[4 * n + 2 * half] = first;
-                    to[4 * n + 2 * half + 1] = second;
-                });
-            };
-            load(key_sums, params.key_sums, p.head_dim);
-            load(value_sums, params.value_sums, p.value_dim);
-        }
-    }
-
     template <u32 HALF>
     __device__ __forceinline__ void end(u32 batch, u32 head, u32 flags, u32 first_key, u32 rows)
     {
         u32 row = first_row + 8 * HALF, key = first_key + row;
         bool exists = row < rows;
+        const u64 at = number(batch, head, key);
+        if (flags & KEY_TILE_RESUME) {
+            bool stored = exists && params.key_stored[at] != 0;
+            add_row<DIM, HALF>(key_sums, stored, params.key_sums_of(flags, at), params.key_sums_type, p.head_dim);
+            add_row<DIM, HALF>(value_sums, stored, params.value_sums_of(flags, at), params.key_sums_type, p.value_dim);
+        }
         auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float scale) {
             write_row<TYPE, DIM>(exists, to, type, dim, scale, [&](u32 n) {
                 return make_float2(from[4 * n + 2 * HALF], from[4 * n + 2 * HALF + 1]);
             });
         };
         if (flags & KEY_TILE_STORE) {
-            u64 at = number(batch, head, key);
-            write(key_sums, (char *)(params.key_sums + at * p.head_dim), F32, p.head_dim, 1.0f);
-            write(value_sums, (char *)(params.value_sums + at * p.value_dim), F32, p.value_dim, 1.0f);
+            write(key_sums, params.key_sums_of(flags, at), params.key_sums_type, p.head_dim, 1.0f);
+            write(value_sums, params.value_sums_of(flags, at), params.key_sums_type, p.value_dim, 1.0f);
             if (exists && lane % 4 == 0)
                 params.key_stored[at] = 1;
             return;

@@ -21,8 +21,6 @@ namespace backward_mma {
 
 using namespace online_softmax;
 using mma::copy_rows;
-using mma::load_matrices;
-using mma::load_matrices_transposed;
 using mma::mma_shared;
 using mma::multiply_add;
 constexpr u32 NO_KEY = key_stream::NO_KEY;
@@ -338,9 +336,9 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
                 if (params.key_stored[row] == 0)
                     continue;
                 if constexpr (KEYS)
-                    load_sums<DIM>(key_sums, half, params.key_sums + row * p.head_dim, p.head_dim);
+                    load_sums<DIM>(key_sums, half, (float *)params.key_sums_of(tile.flags, row), p.head_dim);
                 if constexpr (VALUES)
-                    load_sums<DIM>(value_sums, half, params.value_sums + row * p.value_dim, p.value_dim);
+                    load_sums<DIM>(value_sums, half, (float *)params.value_sums_of(tile.flags, row), p.value_dim);
             }
         }
         __syncthreads();
@@ -424,10 +422,10 @@ template <u32 TYPE, u32 DIM, u32 SUMS> __device__ __forceinline__ void of_keys(c
             if (tile.flags & KEY_TILE_STORE) {
                 u64 row = sums_row(at.row(half));
                 if constexpr (KEYS)
-                    write_row<TYPE, DIM>(key_sums, half, (char *)(params.key_sums + row * p.head_dim), F32, p.head_dim,
+                    write_row<TYPE, DIM>(key_sums, half, params.key_sums_of(tile.flags, row), F32, p.head_dim,
                                          1.0f);
                 if constexpr (VALUES)
-                    write_row<TYPE, DIM>(value_sums, half, (char *)(params.value_sums + row * p.value_dim), F32,
+                    write_row<TYPE, DIM>(value_sums, half, params.value_sums_of(tile.flags, row), F32,
                                          p.value_dim, 1.0f);
                 // The last of the kernels that store them tells of it.
                 if (VALUES && at.lane % 4 == 0 && !(tile.flags & KEY_TILE_COMPACT))

@@ -40,18 +40,53 @@ __device__ __forceinline__ void write_pairs(char *to, u32 type, u32 dim, float f
 // The same by 16 bytes, for which neighbouring lanes exchange pairs: all lanes of a warp call them, and those of a row
 // with the same arguments. Rows are aligned to 16 bytes, and `dim` is a multiple of 8.
 
-// Calls set(n, first, second) with stored sums, if `stored`.
-template <u32 DIM, typename Set>
-__device__ __forceinline__ void load_row(bool stored, const float *from, u32 dim, Set set)
+// What four lanes have of a row are four words each, of which lane i gets number i of every lane.
+__device__ __forceinline__ void exchange_fours(u32 (&words)[4])
 {
     const u32 lane = threadIdx.x % 32;
+    const bool odd = lane & 1, high = lane & 2;
+    u32 far_0 = __shfl_xor_sync(0xffffffffu, high ? words[0] : words[2], 2);
+    u32 far_1 = __shfl_xor_sync(0xffffffffu, high ? words[1] : words[3], 2);
+    u32 low_0 = high ? far_0 : words[0], low_1 = high ? far_1 : words[1];
+    u32 high_0 = high ? words[2] : far_0, high_1 = high ? words[3] : far_1;
+    u32 near_low = __shfl_xor_sync(0xffffffffu, odd ? low_0 : low_1, 1);
+    u32 near_high = __shfl_xor_sync(0xffffffffu, odd ? high_0 : high_1, 1);
+    words[0] = odd ? near_low : low_0;
+    words[1] = odd ? low_1 : near_low;
+    words[2] = odd ? near_high : high_0;
+    words[3] = odd ? high_1 : near_high;
+}
+
+// Calls set(n, first, second) with stored sums, if `stored`: f32 or bf16.
+template <u32 DIM, typename Set>
+__device__ __forceinline__ void load_row(bool stored, const char *from, u32 type, u32 dim, Set set)
+{
+    const u32 lane = threadIdx.x % 32;
+    if (type != F32) {
+#pragma unroll
+        for (u32 n = 0; n < DIM / 8; n += 4) {
+            u32 column = 8 * (n + lane % 4);
+            u32 words[4] = {};
+            if (stored && column < dim) {
+                uint4 eight = *(const uint4 *)((const u16 *)from + column);
+                words[0] = eight.x, words[1] = eight.y, words[2] = eight.z, words[3] = eight.w;
+            }
+            exchange_fours(words);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                if (stored && 8 * (n + i) < dim)
+                    set(n + i, f32_from_bf16((u16)words[i]), f32_from_bf16((u16)(words[i] >> 16)));
+            }
+        }
+        return;
+    }
     const bool odd = lane & 1;
 #pragma unroll
     for (u32 n = 0; n < DIM / 8; n += 2) {
         u32 column = 8 * (n + odd) + 2 * (lane & 2);
         float4 four = {};
         if (stored && column < dim)
-            four = *(const float4 *)(from + column);
+            four = *(const float4 *)((const float *)from + column);
         float first = __shfl_xor_sync(0xffffffffu, odd ? four.x : four.z, 1);
         float second = __shfl_xor_sync(0xffffffffu, odd ? four.y : four.w, 1);
         if (stored && 8 * n < dim)
@@ -59,6 +94,16 @@ __device__ __forceinline__ void load_row(bool stored, const float *from, u32 dim
         if (stored && 8 * (n + 1) < dim)
             set(n + 1, odd ? four.z : first, odd ? four.w : second);
     }
+}
+
+// Adds stored sums, if `stored`, to those of the first or second of the rows whose pairs alternate in `to`.
+template <u32 DIM, u32 HALF>
+__device__ __forceinline__ void add_row(float (&to)[DIM / 2], bool stored, const char *from, u32 type, u32 dim)
+{
+    load_row<DIM>(stored, from, type, dim, [&](u32 n, float first, float second) {
+        to[4 * n + 2 * HALF] += first;
+        to[4 * n + 2 * HALF + 1] += second;
+    });
 }
 
 // Calls put(column, four) with get(n), pairs, of four columns each.
@@ -76,40 +121,38 @@ template <u32 DIM, typename Get, typename Put> __device__ __forceinline__ void f
     }
 }
 
+// Calls put(column, eight) with get(n), pairs, times `factor`, of eight columns each in TYPE, which has 16 bits.
+template <u32 TYPE, u32 DIM, typename Get, typename Put>
+__device__ __forceinline__ void for_each_eight(float factor, Get get, Put put)
+{
+#pragma unroll
+    for (u32 n = 0; n < DIM / 8; n += 4) {
+        u32 words[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            float2 pair = get(n + i);
+            words[i] = f32_to_16x2<TYPE>(pair.x * factor, pair.y * factor);
+        }
+        exchange_fours(words);
+        put(8 * (n + threadIdx.x % 4), make_uint4(words[0], words[1], words[2], words[3]));
+    }
+}
+
 // Writes get(n), a pair, times `factor`, if `written`: f32 or TYPE, which has 16 bits.
 template <u32 TYPE, u32 DIM, typename Get>
 __device__ __forceinline__ void write_row(bool written, char *to, u32 type, u32 dim, float factor, Get get)
 {
-    const u32 lane = threadIdx.x % 32;
-    const bool odd = lane & 1, high = lane & 2;
     if (type == F32) {
         for_each_four<DIM>(get, [&](u32 column, float4 four) {
             four.x *= factor, four.y *= factor, four.z *= factor, four.w *= factor;
             if (written && column < dim)
                 *(float4 *)((float *)to + column) = four;
         });
-        return;
-    }
-#pragma unroll
-    for (u32 n = 0; n < DIM / 8; n += 4) {
-        u32 pairs[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            float2 pair = get(n + i);
-            pairs[i] = f32_to_16x2<TYPE>(pair.x * factor, pair.y * factor);
-        }
-        // Of the number that is this lane's, the pairs of both lanes of its half of the row, then those of the other
-        // half.
-        u32 far_0 = __shfl_xor_sync(0xffffffffu, high ? pairs[0] : pairs[2], 2);
-        u32 far_1 = __shfl_xor_sync(0xffffffffu, high ? pairs[1] : pairs[3], 2);
-        u32 low_0 = high ? far_0 : pairs[0], low_1 = high ? far_1 : pairs[1];
-        u32 high_0 = high ? pairs[2] : far_0, high_1 = high ? pairs[3] : far_1;
-        u32 near_low = __shfl_xor_sync(0xffffffffu, odd ? low_0 : low_1, 1);
-        u32 near_high = __shfl_xor_sync(0xffffffffu, odd ? high_0 : high_1, 1);
-        u32 column = 8 * (n + (lane & 3));
-        if (written && column < dim)
-            *(uint4 *)((u16 *)to + column) = odd ? make_uint4(near_low, low_1, near_high, high_1)
-                                                 : make_uint4(low_0, near_low, high_0, near_high);
+    } else {
+        for_each_eight<TYPE, DIM>(factor, get, [&](u32 column, uint4 eight) {
+            if (written && column < dim)
+                *(uint4 *)((u16 *)to + column) = eight;
+        });
     }
 }
 

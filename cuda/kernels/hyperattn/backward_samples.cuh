@@ -84,7 +84,7 @@ struct BackwardSamplesParams {
     }
 };
 
-static_assert(sizeof(BackwardSamplesParams) == 224 + sizeof(BackwardParams),
+static_assert(sizeof(BackwardSamplesParams) == 240 + sizeof(BackwardParams),
               "the host's mirror of this struct counts on it");
 
 namespace backward_simt {

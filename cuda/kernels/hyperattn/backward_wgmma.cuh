@@ -37,20 +37,35 @@ struct Bounds {
     u32 count[2];
 };
 
-// Stores get(n), pairs of a row, if `written`; `adds` them to what is stored, without waiting for it.
+// Stores get(n), pairs of a row, if `written`, as f32 or bf16; `adds` them to what is stored, without waiting for it.
 template <u32 DIM, typename Get>
-__device__ __forceinline__ void store_row(bool written, bool adds, float *to, u32 dim, Get get)
+__device__ __forceinline__ void store_row(bool written, bool adds, char *to, u32 type, u32 dim, Get get)
 {
-    for_each_four<DIM>(get, [&](u32 column, float4 four) {
-        if (!written || column >= dim)
-            return;
-        if (adds)
-            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + column), "f"(four.x), "f"(four.y),
-                         "f"(four.z), "f"(four.w)
-                         : "memory");
-        else
-            *(float4 *)(to + column) = four;
-    });
+    if (type == F32) {
+        for_each_four<DIM>(get, [&](u32 column, float4 four) {
+            if (!written || column >= dim)
+                return;
+            float *at = (float *)to + column;
+            if (adds)
+                asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(four.x), "f"(four.y),
+                             "f"(four.z), "f"(four.w)
+                             : "memory");
+            else
+                *(float4 *)at = four;
+        });
+    } else {
+        for_each_eight<BF16, DIM>(1.0f, get, [&](u32 column, uint4 eight) {
+            if (!written || column >= dim)
+                return;
+            u16 *at = (u16 *)to + column;
+            if (adds)
+                asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(eight.x),
+                             "r"(eight.y), "r"(eight.z), "r"(eight.w)
+                             : "memory");
+            else
+                *(uint4 *)at = eight;
+        });
+    }
 }
 
 // A computing warpgroup: 64 rows of each tile, of keys or of queries.
@@ -339,15 +354,12 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             }
             bool resumes[2];
 #pragma unroll
-            for (u32 half = 0; half < 2; ++half) {
-                resumes[half] = flags & (OF_KEYS ? (u32)KEY_TILE_RESUME : (u32)TILE_RESUME);
-                if (OF_KEYS)
-                    resumes[half] = resumes[half] && rows.resumes[first_row + 8 * half];
-            }
+            for (u32 half = 0; half < 2; ++half)
+                resumes[half] = OF_KEYS ? rows.resumes[first_row + 8 * half] != 0 : (flags & TILE_RESUME) != 0;
             bool more = rows.has_columns != 0;
             if (!more)
                 release(control.barriers[S::ROWS_EMPTY + group]);
-            begin(batch, head, flags, row, resumes);
+            begin(batch, head, flags, row);
             while (more) {
                 wait(control.barriers[S::COLUMNS_FULL + ring.stage], ring.phase);
                 u32 block_flags = __shfl_sync(ALL_LANES, control.columns[ring.stage].flags, 0);
@@ -382,9 +394,8 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
             return (u64)(batch * p.heads_q + head) * p.n_q + row;
     }
 
-    // Sums that are not stored again go on from those that are. To the others end() adds.
-    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2],
-                                          const bool (&resumes)[2])
+    // Sums of queries that are not stored again go on from those that are. To all others end() adds.
+    __device__ __forceinline__ void begin(u32 batch, u32 head, u32 flags, const u32 (&row)[2])
     {
 #pragma unroll
         for (u32 i = 0; i < DIM / 2; ++i)
@@ -393,27 +404,18 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
 #pragma unroll
             for (u32 i = 0; i < DIM / 2; ++i)
                 value_sums[i] = 0.0f;
+        } else {
+            if ((flags & TILE_STORE) || !(flags & TILE_RESUME))
+                return;
+            add_row<DIM, 0>(sums, row[0] != NO_KEY, sums_of(batch, head, row[0]), F32, p.head_dim);
+            add_row<DIM, 1>(sums, row[1] != NO_KEY, sums_of(batch, head, row[1]), F32, p.head_dim);
         }
-        if (flags & (OF_KEYS ? (u32)KEY_TILE_STORE : (u32)TILE_STORE))
-            return;
-#pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-            if (row[half] == NO_KEY || !resumes[half])
-                continue;
-            u64 at = number(batch, head, row[half]);
-            auto load = [&](float (&to)[DIM / 2], const float *from, u32 dim) {
-                load_pairs<DIM>(from + at * dim, dim, [&](u32 n, float first, float second) {
-                    to[4 * n + 2 * half] = first;
-                    to[4 * n + 2 * half + 1] = second;
-                });
-            };
-            if constexpr (OF_KEYS) {
-                load(sums, params.key_sums, p.head_dim);
-                load(value_sums, params.value_sums, p.value_dim);
-            } else {
-                load(sums, p.state_accumulated, p.head_dim);
-            }
-        }
+    }
+
+    // Stored sums of a query.
+    __device__ __forceinline__ char *sums_of(u32 batch, u32 head, u32 row) const
+    {
+        return (char *)(p.state_accumulated + number(batch, head, row) * p.head_dim);
     }
 
     template <u32 HALF>
@@ -424,23 +426,30 @@ template <u32 TYPE, u32 DIM, bool OF_KEYS> struct Consumer {
         auto write = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim, float factor) {
             write_row<TYPE, DIM>(exists, to, type, dim, factor, [&](u32 n) { return pair<HALF>(from, n); });
         };
-        auto store = [&](const float (&from)[DIM / 2], float *to, u32 dim) {
-            store_row<DIM>(exists, resumes, to, dim, [&](u32 n) { return pair<HALF>(from, n); });
+        auto store = [&](const float (&from)[DIM / 2], char *to, u32 type, u32 dim) {
+            store_row<DIM>(exists, resumes, to, type, dim, [&](u32 n) { return pair<HALF>(from, n); });
         };
         if constexpr (OF_KEYS) {
+            const u32 type = params.sums_type_of(flags);
             if (flags & KEY_TILE_STORE) {
                 bool compact = flags & KEY_TILE_COMPACT;
                 u64 at = compact ? (u64)first_output + first_row + 8 * HALF : number(batch, head, row);
-                store(sums, params.key_sums + at * p.head_dim, p.head_dim);
-                store(value_sums, params.value_sums + at * p.value_dim, p.value_dim);
+                store(sums, params.key_sums_of(flags, at), type, p.head_dim);
+                store(value_sums, params.value_sums_of(flags, at), type, p.value_dim);
                 if (exists && !compact && lane % 4 == 0)
                     params.key_stored[at] = 1;
                 return;
             }
+            // Few or none where there are no passes before.
+            if (__any_sync(ALL_LANES, resumes)) {
+                u64 at = number(batch, head, row);
+                add_row<DIM, HALF>(sums, resumes, params.key_sums_of(flags, at), type, p.head_dim);
+                add_row<DIM, HALF>(value_sums, resumes, params.value_sums_of(flags, at), type, p.value_dim);
+            }
             write(sums, params.dk.row(batch, head, row), params.dk_type, p.head_dim, params.scale);
             write(value_sums, params.dv.row(batch, head, row), params.dv_type, p.value_dim, 1.0f);
         } else if (flags & TILE_STORE) {
-            store(sums, p.state_accumulated + number(batch, head, row) * p.head_dim, p.head_dim);
+            store(sums, sums_of(batch, head, row), F32, p.head_dim);
         } else {
             write(sums, p.out.row(batch, head, row), p.out_type, p.head_dim, params.scale);
         }

@@ -56,7 +56,7 @@ struct alignas(16) HalfRows {
     // A query sees positions below `hidden_start`; a key is hidden from positions [hidden_start, hidden_start + count).
     u32 hidden_start[HALF_ROWS];
     u32 hidden_count[HALF_ROWS];
-    // Of keys: whether there are sums to go on from.
+    // Of keys: not 0 if there are sums to go on from.
     u32 resumes[HALF_ROWS];
 };
 

@@ -18,6 +18,7 @@ namespace backward_hopper {
 
 using hopper::barrier_arrive;
 using hopper::barrier_wait;
+using hopper::copy_4_bytes;
 using hopper::list_rows;
 using hopper::shared_address;
 using hopper::swizzled;
@@ -57,7 +58,7 @@ __device__ __forceinline__ void look_up_rows_in(const u32 *order, u32 at, u32 nu
         row[i] = number + 32 * i < count ? row[i] : NO_KEY;
 }
 
-// Terms of queries; the shares of no row are 0.
+// Terms of queries, those of any for no row. Nobody waits for them here.
 template <u32 COUNT>
 __device__ __forceinline__ void look_up_terms(const BackwardParams &params, u64 first_row, const u32 (&row)[COUNT],
                                               RowTerms (&terms)[COUNT])
@@ -65,9 +66,12 @@ __device__ __forceinline__ void look_up_terms(const BackwardParams &params, u64 
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i)
         terms[i] = params.row_terms[first_row + (row[i] == NO_KEY ? 0 : row[i])];
-#pragma unroll
-    for (u32 i = 0; i < COUNT; ++i)
-        terms[i] = row[i] == NO_KEY ? query_stream::no_terms() : terms[i];
+}
+
+// What was looked up; the shares of no row are 0.
+__device__ __forceinline__ RowTerms terms_of(u32 row, const RowTerms &terms)
+{
+    return row == NO_KEY ? query_stream::no_terms() : terms;
 }
 
 // The tiles of queries: their rows, and their blocks of keys.
@@ -110,7 +114,7 @@ template <u32 DIM> struct QueryTiles {
     __device__ __forceinline__ void complete(Loaded &loaded) const
     {
         loaded.kv_head = p.kv_head(loaded.tile);
-        loaded.order = p.order_of_keys(loaded.tile.batch, loaded.kv_head);
+        loaded.order = p.order_of_keys(loaded.tile, loaded.kv_head);
     }
 
     __device__ __forceinline__ static Block before_first()
@@ -146,10 +150,11 @@ template <u32 DIM> struct QueryTiles {
         float exponent = __uint_as_float(0xff800000u);
 #pragma unroll
         for (u32 i = 0; i < LANE_ROWS; ++i) {
+            const RowTerms terms = terms_of(found.row[i], found.terms[i]);
             // |delta| is below 2^(this - 126).
-            u32 biased = max(__float_as_uint(fabsf(found.terms[i].delta)) >> 23, 126u);
-            exponent = fmaxf(exponent, (float)(biased - 126) - found.terms[i].lse);
-            rows.terms[32 * i + lane] = found.terms[i];
+            u32 biased = max(__float_as_uint(fabsf(terms.delta)) >> 23, 126u);
+            exponent = fmaxf(exponent, (float)(biased - 126) - terms.lse);
+            rows.terms[32 * i + lane] = terms;
             rows.hidden_start[32 * i + lane] = found.row[i] == NO_KEY ? 0 : p.limit(found.row[i]);
         }
 #pragma unroll
@@ -221,7 +226,6 @@ template <u32 DIM> struct KeyTiles {
 
     struct FoundRows {
         u32 row[LANE_ROWS];
-        u32 resumes[LANE_ROWS];
     };
     struct Found {
         u32 row[LANE_COLUMNS];
@@ -262,16 +266,10 @@ template <u32 DIM> struct KeyTiles {
 
     __device__ __forceinline__ void look_up_rows(const KeyTile &tile, u32 first, FoundRows &found) const
     {
-        u64 first_row = params.sums_row(tile, 0);
 #pragma unroll
         for (u32 i = 0; i < LANE_ROWS; ++i) {
             u32 key = first + 32 * i + lane;
             found.row[i] = key < tile.rows ? params.key_row(tile, key, params.key_position(tile, key)) : NO_KEY;
-        }
-#pragma unroll
-        for (u32 i = 0; i < LANE_ROWS; ++i) {
-            bool asked = (tile.flags & KEY_TILE_RESUME) && found.row[i] != NO_KEY;
-            found.resumes[i] = asked ? params.key_stored[first_row + found.row[i]] : 0;
         }
     }
 
@@ -295,13 +293,20 @@ template <u32 DIM> struct KeyTiles {
     __device__ __forceinline__ void describe(const KeyTile &tile, u32 first, const FoundRows &found,
                                              HalfRows &rows) const
     {
+        // Copied, so that nobody waits for what is read.
+        const u32 *stored = params.key_stored + params.sums_row(tile, 0);
+#pragma unroll
+        for (u32 i = 0; i < LANE_ROWS; ++i) {
+            bool asked = (tile.flags & KEY_TILE_RESUME) && found.row[i] != NO_KEY;
+            copy_4_bytes(shared_address(&rows.resumes[32 * i + lane]), stored + (asked ? found.row[i] : 0),
+                         asked ? 4 : 0);
+        }
         u32 start[LANE_ROWS], end[LANE_ROWS];
         hidden(tile, first + lane, start, end);
 #pragma unroll
         for (u32 i = 0; i < LANE_ROWS; ++i) {
             rows.hidden_start[32 * i + lane] = start[i];
             rows.hidden_count[32 * i + lane] = end[i] > start[i] ? end[i] - start[i] : 0;
-            rows.resumes[32 * i + lane] = found.resumes[i];
         }
         rows.head = tile.kv_head;
         rows.first_output = tile.first_output + first;
@@ -354,7 +359,8 @@ template <u32 DIM> struct KeyTiles {
 #pragma unroll
         for (u32 i = 0; i < LANE_COLUMNS; ++i) {
             u32 query = 32 * i + lane;
-            stage.terms[query] = make_float2(found.log_weight - found.terms[i].lse, found.terms[i].delta);
+            const RowTerms terms = terms_of(found.row[i], found.terms[i]);
+            stage.terms[query] = make_float2(found.log_weight - terms.lse, terms.delta);
             if (found.flags & STAGE_MASKED)
                 stage.position[query] = found.row[i] == NO_KEY ? NO_KEY : found.first + query;
         }
@@ -533,34 +539,48 @@ template <u32 DIM, typename TILES> struct Loader {
             tiles.advance(loaded.tile, block);
         }
         const bool has_columns = block.count != 0;
-        // All lanes write the same.
-        loaded.block = block;
+        keep(block);
 #pragma unroll 1
         for (;;) {
-            __syncwarp();
-            block = loaded.block;
-            const bool more = block.count != 0, own = more && stage == warp;
-            Found found;
-            if (own)
-                tiles.look_up(loaded, block, found);
-            if (more) {
-                tiles.advance(loaded.tile, block);
-                __syncwarp();
-                loaded.block = block;
-                stage = (stage + 1) % S::STAGES;
-            }
-            if (!rows_loaded && (rows_come || !more)) {
+            if (rows_come && !rows_loaded) {
                 load_rows(own_rank, exists, found_rows, has_columns);
                 rows_loaded = true;
             }
-            if (!more)
-                break;
-            if (own) {
-                found.flags |= block.count == 0 ? (u32)STAGE_LAST : 0;
-                load(found);
+            __syncwarp();
+            block = loaded.block;
+            // Those of other warps.
+#pragma unroll 1
+            while (block.count != 0 && stage != warp)
+                pass(block);
+            if (block.count == 0) {
+                if (rows_loaded)
+                    break;
+                keep(block);
                 rows_come = true;
+                continue;
             }
+            Found found;
+            tiles.look_up(loaded, block, found);
+            pass(block);
+            keep(block);
+            found.flags |= block.count == 0 ? (u32)STAGE_LAST : 0;
+            load(found);
+            rows_come = true;
         }
+    }
+
+    // All lanes write the same.
+    __device__ __forceinline__ void keep(const Block &block)
+    {
+        __syncwarp();
+        loaded.block = block;
+    }
+
+    // To the next block, and its stage.
+    __device__ __forceinline__ void pass(Block &block)
+    {
+        tiles.advance(loaded.tile, block);
+        stage = (stage + 1) % S::STAGES;
     }
 
     __device__ __forceinline__ void run()

@@ -51,7 +51,8 @@ enum KeyTileFlags : u32 {
     KEY_TILE_RESUME = 2,
     // The sums are stored; without it the gradients are written.
     KEY_TILE_STORE = 4,
-    // Sums are stored in row first_output + i instead of the key's own row. Never with KEY_TILE_RESUME.
+    // Sums are stored in row first_output + i of the partial ones instead of the key's own row. Never with
+    // KEY_TILE_RESUME.
     KEY_TILE_COMPACT = 8,
     KEY_TILE_LISTED = 16,
     // A key is seen by queries only whose limit is above its position, see AttendParams::visible. Never with
@@ -75,9 +76,12 @@ struct BackwardParams {
     const KeyTile *key_tiles;
     const Segment *query_segments;
     const u32 *hidden;
-    // [batch][heads_kv][n_k][head_dim] and [batch][heads_kv][n_k][value_dim].
-    float *key_sums;
-    float *value_sums;
+    // [batch][heads_kv][n_k][head_dim] and [batch][heads_kv][n_k][value_dim], of key_sums_type.
+    char *key_sums;
+    char *value_sums;
+    // Of KEY_TILE_COMPACT.
+    float *key_partials;
+    float *value_partials;
     // [batch][heads_kv][n_k]: not 0 for a key whose sums are stored.
     u32 *key_stored;
     u32 dout_type;
@@ -85,7 +89,8 @@ struct BackwardParams {
     u32 dv_type;
     u32 key_tile_count;
     float scale;
-    u32 reserved;
+    // F32, or BF16 for kernels of backward_wgmma.cuh and backward_fused.cuh.
+    u32 key_sums_type;
 
     // Row of key i of a tile, and its position.
     __device__ __forceinline__ u32 key_position(const KeyTile &tile, u32 i) const
@@ -106,6 +111,24 @@ struct BackwardParams {
     __device__ __forceinline__ u64 sums_row(const KeyTile &tile, u32 row) const
     {
         return (u64)(tile.batch * attend.heads_kv() + tile.kv_head) * attend.n_k + row;
+    }
+
+    // Where a tile with these flags stores row number `row`, and the type of its elements.
+    __device__ __forceinline__ char *key_sums_of(u32 flags, u64 row) const
+    {
+        return flags & KEY_TILE_COMPACT ? (char *)(key_partials + row * attend.head_dim)
+                                        : key_sums + row * attend.head_dim * element_bytes(key_sums_type);
+    }
+
+    __device__ __forceinline__ char *value_sums_of(u32 flags, u64 row) const
+    {
+        return flags & KEY_TILE_COMPACT ? (char *)(value_partials + row * attend.value_dim)
+                                        : value_sums + row * attend.value_dim * element_bytes(key_sums_type);
+    }
+
+    __device__ __forceinline__ u32 sums_type_of(u32 flags) const
+    {
+        return flags & KEY_TILE_COMPACT ? (u32)F32 : key_sums_type;
     }
 
     // The first row whose limit is above a position.

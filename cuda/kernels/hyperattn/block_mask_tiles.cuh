@@ -29,7 +29,7 @@ struct BlockMaskTileParams {
     u32 first_stream_head;
 };
 
-static_assert(sizeof(BlockMaskTileParams) == 184, "the host's mirror of this struct counts on it");
+static_assert(sizeof(BlockMaskTileParams) == 200, "the host's mirror of this struct counts on it");
 
 } // namespace hyperattn
 
@@ -51,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(128)
     u32 set_kv_head = list_head / lists_per_kv_head, first_member = list_head % lists_per_kv_head;
     u32 kv_head = common.first_kv_head + set_kv_head;
 
-    u32 start = 0, end = 0, count = 0, first_segment = list * params.segments_per_block;
+    u32 start = 0, end = 0, count = 0, first_segment = common.first_segment + list * params.segments_per_block;
     Segment *segments = common.segments + first_segment;
-    Rectangle rectangle;
+    Rectangle rectangle = {};
     u64 row = block, key_block = params.key_block;
     bool exists = common.rectangle(index, rectangle);
     if (exists) {
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(128)
         for (u32 i = lane; i < runs; i += 32)
             segments[i].count -= segments[i].first;
 
-        u32 kept = 0, first_sample = list * common.sample_size;
+        u32 kept = 0, first_sample = common.first_position + list * common.sample_size;
         u32 stream_head = params.first_stream_head + kv_head % params.heads_kv;
         Stream stream(params.seed, params.offset, stream_head, PURPOSE_UNIFORM_KEY);
         for (u32 at = 0; at < common.sample_size; at += 32) {
@@ -126,6 +126,6 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     for (u32 i = lane; i < members * common.tiles_per_block; i += 32)
         common.write(
-            set_kv_head, index, block, first_member + i / common.tiles_per_block, i % common.tiles_per_block, start,
+            rectangle, set_kv_head, index, block, first_member + i / common.tiles_per_block, i % common.tiles_per_block, start,
             end, first_segment, count);
 }

@@ -28,6 +28,15 @@ __device__ __forceinline__ u16 f16_from_f32(float value)
     return bits;
 }
 
+// Element of a row of a type.
+__device__ __forceinline__ float read_element(const char *row, u32 index, u32 type)
+{
+    if (type == F32)
+        return ((const float *)row)[index];
+    u16 bits = ((const u16 *)row)[index];
+    return type == BF16 ? f32_from_bf16(bits) : f32_from_f16(bits);
+}
+
 // Two elements in one word, the first in the low half.
 __device__ __forceinline__ u32 bf16x2_from_f32(float first, float second)
 {

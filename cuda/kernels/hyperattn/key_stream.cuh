@@ -172,7 +172,7 @@ __device__ __forceinline__ KeyPlace find_block(const AttendParams &p, TileMemory
     advance<KEYS>(p, memory.tile, lowest, highest, block);
     if (threadIdx.x == 0)
         memory.blocks[slot] = block;
-    return place(p, p.order_of_keys(memory.tile.batch, memory.kv_head), highest, block, threadIdx.x);
+    return place(p, p.order_of_keys(memory.tile, memory.kv_head), highest, block, threadIdx.x);
 }
 
 template <u32 KEYS> __device__ __forceinline__ void put_key(TileMemory<KEYS> &memory, u32 slot, KeyPlace key)

@@ -20,6 +20,27 @@ struct Square {
     u32 key_start;
     u32 len;
     u32 leaf;
+
+    // Interval `index` of `level`: its start and length within the square, and the level at which it stopped dividing.
+    __device__ __forceinline__ void interval(u32 level, u32 index, u32 &start, u32 &length, u32 &stopped) const
+    {
+        start = 0;
+        length = len;
+        stopped = level;
+        for (u32 depth = 0; depth < level; depth++) {
+            if (length <= leaf) {
+                stopped = depth;
+                return;
+            }
+            u32 half = length - length / 2;
+            if (index >> (level - 1 - depth) & 1) {
+                start += half;
+                length -= half;
+            } else {
+                length = half;
+            }
+        }
+    }
 };
 
 enum PassKind : u32 {
@@ -27,7 +48,7 @@ enum PassKind : u32 {
     PASS_ONE = 0,
     // Second half of the queries against first half of the keys, of every interval of a level.
     PASS_LEVEL = 1,
-    // The undivided intervals on the diagonal.
+    // The undivided intervals on the diagonal. Their queries meet the keys of `one` too.
     PASS_LEAVES = 2,
 };
 
@@ -41,27 +62,6 @@ struct Pass {
     Rectangle one;
     Square square;
 
-    // Interval `index` of `level`: its start and length within the square, and the level at which it stopped dividing.
-    __device__ __forceinline__ void interval(u32 index, u32 &start, u32 &len, u32 &stopped) const
-    {
-        start = 0;
-        len = square.len;
-        stopped = level;
-        for (u32 depth = 0; depth < level; depth++) {
-            if (len <= square.leaf) {
-                stopped = depth;
-                return;
-            }
-            u32 half = len - len / 2;
-            if (index >> (level - 1 - depth) & 1) {
-                start += half;
-                len -= half;
-            } else {
-                len = half;
-            }
-        }
-    }
-
     // Rectangle number `index` of the pass, if there is one.
     __device__ __forceinline__ bool rectangle(u32 index, Rectangle &to) const
     {
@@ -70,7 +70,7 @@ struct Pass {
             return index == 0;
         }
         u32 start, len, stopped;
-        interval(index, start, len, stopped);
+        square.interval(level, index, start, len, stopped);
         u32 query = square.query_start + start, key = square.key_start + start;
         if (kind == PASS_LEVEL) {
             if (stopped < level || len <= square.leaf)
@@ -84,6 +84,57 @@ struct Pass {
             return false;
         to = {query, query + len, key, key + len};
         return true;
+    }
+
+    // first_output of a rectangle whose tiles are TILE_PARTIAL. A head's partials are those of all levels, then those of
+    // a rectangle besides. Of a level's interval, which is the square's from s to e, only the second half has some, from
+    // s / 2 to e / 2.
+    __device__ __forceinline__ u32 first_output(const Rectangle &rectangle, u32 levels) const
+    {
+        if (kind == PASS_LEVEL)
+            return level_output(level, rectangle.key_start - square.key_start, rectangle.query_start);
+        return levels * (square.len / 2) - rectangle.query_start;
+    }
+
+    // That of the interval which begins at `start` of the square, the queries of whose second half begin at `query`.
+    __device__ __forceinline__ u32 level_output(u32 of_level, u32 start, u32 query) const
+    {
+        return of_level * (square.len / 2) + start / 2 - query;
+    }
+
+    // Of leaf number `index`: calls `visit` with the first_output of every level's partials.
+    template <class Visit> __device__ __forceinline__ void for_each_output(u32 index, Visit visit) const
+    {
+        u32 start = 0, len = square.len;
+        for (u32 depth = 0; depth < level && len > square.leaf; depth++) {
+            u32 half = len - len / 2;
+            if (index >> (level - 1 - depth) & 1) {
+                visit(level_output(depth, start, square.query_start + start + half));
+                start += half;
+                len -= half;
+            } else {
+                len = half;
+            }
+        }
+    }
+};
+
+// What one launch does for several passes, each by thread blocks of its own.
+constexpr u32 PASSES_AT_ONCE = 8;
+
+template <class Params> struct Passes {
+    Params passes[PASSES_AT_ONCE];
+    // Thread blocks of a pass and of those before.
+    u32 end_block[PASSES_AT_ONCE];
+
+    // The thread block's pass, and its number among the pass's blocks.
+    __device__ __forceinline__ const Params &pass(u32 &block) const
+    {
+        u32 number = 0;
+        block = blockIdx.x;
+        while (blockIdx.x >= end_block[number])
+            block = blockIdx.x - end_block[number++];
+        return passes[number];
     }
 };
 

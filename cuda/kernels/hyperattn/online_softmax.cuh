@@ -14,6 +14,7 @@ constexpr float RAISE = 8.0f;
 constexpr float LARGE_LOGIT = 1048576.0f;
 
 constexpr float LN_2 = 0.693147180559945309f;
+constexpr float LOG2_E = 1.44269504088896341f;
 
 __device__ __forceinline__ float negative_infinity() { return __uint_as_float(0xff800000u); }
 

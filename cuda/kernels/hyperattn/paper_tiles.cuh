@@ -6,15 +6,6 @@
 
 namespace hyperattn {
 
-// Rows that an earlier pass has visited, so that they have a state to go on from.
-enum Visited : u32 {
-    VISITED_NONE = 0,
-    // Those of all rectangles but the first: the queries of an interval behind the first were in the second half of an
-    // interval of an earlier level.
-    VISITED_LATER = 1,
-    VISITED_ALL = 2,
-};
-
 // What the tiles of any pass have in common.
 struct PassTiles {
     Pass pass;
@@ -29,15 +20,22 @@ struct PassTiles {
     // Query blocks of the longest rectangle, and tiles of the longest block.
     u32 blocks;
     u32 tiles_per_block;
-    // Tiles' flags, but for TILE_RESUME.
+    // Of all tiles, and besides of those of all rectangles but the first: the queries of an interval behind the first are
+    // in the second half of an interval of an earlier level too.
     u32 flags;
-    u32 visited;
+    u32 later_flags;
     // Samples of a rectangle, 0 for no residual.
     u32 sample_size;
     // Base-2 log weights of a sample: of a rectangle with this many keys, and of one with one key less.
     u32 most_keys;
     float log_weight;
     float log_weight_less;
+    // Where the pass's lists begin among those of a launch of several passes; its tiles begin at `tiles`.
+    u32 first_segment;
+    u32 first_position;
+    // Levels whose partials come first, and whether the leaves' queries have others from the rectangle besides.
+    u32 levels;
+    u32 merges_one;
 
     // Rectangle number `index` of the launch.
     __device__ __forceinline__ bool rectangle(u32 index, Rectangle &to) const
@@ -50,10 +48,10 @@ struct PassTiles {
         return rectangle.key_end - rectangle.key_start == most_keys ? log_weight : log_weight_less;
     }
 
-    // Whether the rows of rectangle number `index` of the launch have a state.
-    __device__ __forceinline__ bool resumes(u32 index) const
+    // Of the tiles of rectangle number `index` of the launch.
+    __device__ __forceinline__ u32 flags_of(u32 index) const
     {
-        return visited == VISITED_ALL || (visited == VISITED_LATER && pass.first + index != 0);
+        return pass.first + index == 0 ? flags : flags | later_flags;
     }
 
     // Number of a block among the launch's, a KV head's next to each other. Its tiles have numbers next to each other.
@@ -63,10 +61,10 @@ struct PassTiles {
     }
 
     // Tile `part` of a block's queries [start, end), for query head `member` of the group. Heads that read the same
-    // keys are neighbours.
+    // keys are neighbours. `partials` are behind its `count` segments.
     __device__ __forceinline__ void write(
-        u32 set_kv_head, u32 index, u32 block, u32 member, u32 part, u32 start, u32 end, u32 first_segment,
-        u32 count) const
+        const Rectangle &rectangle, u32 set_kv_head, u32 index, u32 block, u32 member, u32 part, u32 start, u32 end,
+        u32 first_segment, u32 count, u32 partials = 0) const
     {
         u32 head = (first_kv_head + set_kv_head) * group + member;
         Tile tile;
@@ -75,10 +73,10 @@ struct PassTiles {
         u64 first = start + (u64)part * TILE_ROWS;
         tile.first_query = first < end ? (u32)first : end;
         tile.rows = end - tile.first_query < TILE_ROWS ? end - tile.first_query : TILE_ROWS;
-        tile.flags = flags | (resumes(index) ? (u32)TILE_RESUME : 0);
+        tile.flags = flags_of(index);
         tile.first_segment = first_segment;
         tile.segments = count;
-        tile.first_output = 0;
+        tile.first_output = tile.flags & TILE_MERGE ? partials : pass.first_output(rectangle, levels);
         tiles[(block_number(set_kv_head, index, block) * group + member) * tiles_per_block + part] = tile;
     }
 };
@@ -93,21 +91,26 @@ struct PaperTileParams {
     u32 block_size;
     // SEGMENT_SORTED or 0.
     u32 sorted;
-    u32 reserved;
+    // Room of a block's list.
+    u32 segments_per_block;
 };
 
-static_assert(sizeof(PassTiles) == 112 && sizeof(PaperTileParams) == 136, "the host's mirrors count on it");
+static_assert(sizeof(PassTiles) == 128 && sizeof(PaperTileParams) == 152, "the host's mirrors count on it");
+static_assert(sizeof(Passes<PaperTileParams>) == 1248, "the host's mirror of this struct counts on it");
 
 } // namespace hyperattn
 
-// One thread per tile: grid ceil(kv_heads * rectangles * blocks * group * tiles_per_block / 128), block 128. Segments
-// of block number b are 2 b and 2 b + 1.
-extern "C" __global__ void __launch_bounds__(128) paper_tiles(const __grid_constant__ hyperattn::PaperTileParams params)
+// One thread per tile: for each pass ceil(kv_heads * rectangles * blocks * group * tiles_per_block / 128) blocks of 128
+// threads. A block of queries has segments_per_block segments.
+extern "C" __global__ void __launch_bounds__(128)
+    paper_tiles(const __grid_constant__ hyperattn::Passes<hyperattn::PaperTileParams> passes)
 {
     using namespace hyperattn;
+    u32 thread_block;
+    const PaperTileParams &params = passes.pass(thread_block);
     const PassTiles &common = params.common;
     u32 per_block = common.group * common.tiles_per_block;
-    u64 at = (u64)blockIdx.x * 128 + threadIdx.x;
+    u64 at = (u64)thread_block * 128 + threadIdx.x;
     if (at >= (u64)common.kv_heads * common.pass.count * common.blocks * per_block)
         return;
     u32 number = (u32)(at / per_block), member = (u32)(at % per_block) / common.tiles_per_block;
@@ -115,14 +118,19 @@ extern "C" __global__ void __launch_bounds__(128) paper_tiles(const __grid_const
     u32 block = number % common.blocks, index = number / common.blocks % common.pass.count;
     u32 set_kv_head = number / common.blocks / common.pass.count;
 
-    u32 start = 0, end = 0, count = 0, first_segment = 2 * number;
+    u32 start = 0, end = 0, count = 0, partials = 0;
+    u32 first_segment = common.first_segment + params.segments_per_block * number;
     Segment segments[2];
-    Rectangle rectangle;
+    Rectangle rectangle = {};
     if (common.rectangle(index, rectangle)) {
         u32 queries = rectangle.query_end - rectangle.query_start, keys = rectangle.key_end - rectangle.key_start;
         u32 hidden_start = 0, hidden_end = 0;
         start = rectangle.query_start, end = rectangle.query_end;
         if (params.exact) {
+            if (common.pass.kind == PASS_LEAVES && common.pass.one.key_end > common.pass.one.key_start) {
+                u32 first = common.pass.one.key_start;
+                segments[count++] = {first, common.pass.one.key_end - first, 0, 0.0f, 0, 0};
+            }
             // Later queries may see more keys: long tiles first.
             u32 tiles = (queries + TILE_ROWS - 1) / TILE_ROWS;
             start = block < tiles ? start + (tiles - 1 - block) * TILE_ROWS : end;
@@ -149,15 +157,27 @@ extern "C" __global__ void __launch_bounds__(128) paper_tiles(const __grid_const
             end = end - start < TILE_ROWS ? end : start + TILE_ROWS;
         }
         if (!params.exact && common.sample_size) {
-            u32 first = (set_kv_head * common.pass.count + index) * common.sample_size;
+            u32 list = set_kv_head * common.pass.count + index;
+            u32 first = common.first_position + list * common.sample_size;
             u32 flags = (u32)SEGMENT_LISTED | params.sorted;
             segments[count++] = {
                 first, common.sample_size, flags, common.weight(rectangle), hidden_start, hidden_end};
         }
-        if (member == 0 && part == 0) {
+        bool writes = member == 0 && part == 0;
+        if (writes) {
             for (u32 i = 0; i < count; i++)
                 common.segments[first_segment + i] = segments[i];
         }
+        if (common.flags & TILE_MERGE) {
+            auto merge = [&](u32 first_output) {
+                if (writes)
+                    common.segments[first_segment + count + partials] = {first_output, 0, 0, 0.0f, 0, 0};
+                partials++;
+            };
+            common.pass.for_each_output(common.pass.first + index, merge);
+            if (common.merges_one)
+                merge(common.levels * (common.pass.square.len / 2) - common.pass.square.query_start);
+        }
     }
-    common.write(set_kv_head, index, block, member, part, start, end, first_segment, count);
+    common.write(rectangle, set_kv_head, index, block, member, part, start, end, first_segment, count, partials);
 }

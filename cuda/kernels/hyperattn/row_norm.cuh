@@ -10,7 +10,7 @@
 namespace hyperattn {
 
 struct RowNormParams {
-    // `tiles` are of exact blocks alone; `flags` and `visited` say what follows and precedes the whole pass.
+    // `tiles` are of exact blocks alone; the flags say what follows and precedes the whole pass.
     PassTiles common;
     AttendParams attend;
     u64 seed;
@@ -43,7 +43,7 @@ struct RowNormParams {
     u32 first_stream_kv_head;
 };
 
-static_assert(sizeof(RowNormParams) == 272 + sizeof(AttendParams), "the host's mirror of this struct counts on it");
+static_assert(sizeof(RowNormParams) == 288 + sizeof(AttendParams), "the host's mirror of this struct counts on it");
 
 constexpr u32 ROW_NORM_THREADS = 128;
 constexpr u32 ROW_NORM_WARPS = ROW_NORM_THREADS / 32;
@@ -82,14 +82,6 @@ __device__ __forceinline__ float log2_add(float a, float b)
     if (low == minus_infinity() || high == -minus_infinity())
         return high;
     return high + log2f(1.0f + exp2f(low - high));
-}
-
-__device__ __forceinline__ float read_element(const char *row, u32 index, u32 type)
-{
-    if (type == F32)
-        return ((const float *)row)[index];
-    u16 bits = ((const u16 *)row)[index];
-    return type == BF16 ? f32_from_bf16(bits) : f32_from_f16(bits);
 }
 
 // A running sum of weights 2^logit, relative to the largest.
@@ -512,7 +504,7 @@ extern "C" __global__ void __launch_bounds__(128)
             scale = exp2f(fminf(old - max[r], 127.0f));
         }
         float stored_scale = 0.0f;
-        if (common.resumes(index)) {
+        if (common.flags_of(index) & TILE_RESUME) {
             float stored_max = attend.state_max[state(r)], stored_sum = attend.state_sum[state(r)];
             if (stored_max != minus_infinity() || stored_sum != 0.0f) {
                 float joined = fmaxf(max[r], stored_max);
@@ -525,7 +517,7 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         // All lanes have read what the first one writes.
         __syncwarp();
-        bool stores = common.flags & TILE_STORE;
+        bool stores = common.flags_of(index) & TILE_STORE;
         float normal = stores ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
         for (u32 i = 0; i < ROW_NORM_VALUES; i++) {

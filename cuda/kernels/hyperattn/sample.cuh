@@ -27,7 +27,7 @@ struct SampleParams {
     u32 first_stream_head;
 };
 
-static_assert(sizeof(SampleParams) == 112, "the host's mirror of this struct counts on it");
+static_assert(sizeof(SampleParams) == 112 && sizeof(Passes<SampleParams>) == 928, "the host's mirrors count on it");
 
 // Position of draw `index` in the keys of a rectangle.
 __device__ __forceinline__ u32 sampled_position(const Stream &stream, const Rectangle &rectangle, u32 index)
@@ -38,11 +38,14 @@ __device__ __forceinline__ u32 sampled_position(const Stream &stream, const Rect
 
 } // namespace hyperattn
 
-// One thread per sample: grid ceil(set_heads * rectangles * sample_size / 128), block 128.
-extern "C" __global__ void __launch_bounds__(128) paper_samples(const __grid_constant__ hyperattn::SampleParams params)
+// One thread per sample: for each pass ceil(set_heads * rectangles * sample_size / 128) blocks of 128 threads.
+extern "C" __global__ void __launch_bounds__(128)
+    paper_samples(const __grid_constant__ hyperattn::Passes<hyperattn::SampleParams> passes)
 {
     using namespace hyperattn;
-    u64 at = (u64)blockIdx.x * 128 + threadIdx.x;
+    u32 block;
+    const SampleParams &params = passes.pass(block);
+    u64 at = (u64)block * 128 + threadIdx.x;
     if (at >= (u64)params.set_heads * params.pass.count * params.sample_size)
         return;
     u32 index = (u32)(at % params.sample_size);

@@ -69,15 +69,21 @@ __device__ __forceinline__ void copy_16_bytes(u32 to, const void *from, u32 byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// 4 bytes, or 0 if `bytes` is.
+__device__ __forceinline__ void copy_4_bytes(u32 to, const void *from, u32 bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void copies_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Has a line of global memory fetched into the second-level cache.
-__device__ __forceinline__ void prefetch(const void *at)
+// Has `bytes`, a multiple of 16, fetched into the second-level cache.
+__device__ __forceinline__ void prefetch(const void *from, u32 bytes)
 {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Arrives on the barrier when all of this thread's copies so far have ended.

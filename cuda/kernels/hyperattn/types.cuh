@@ -16,6 +16,8 @@ static_assert(sizeof(u32) == 4 && sizeof(u64) == 8, "the host's mirror of these 
 // Element types, with the numbers of the C header.
 enum ElementType : u32 { F32 = 1, F16 = 2, BF16 = 3 };
 
+__device__ __forceinline__ u32 element_bytes(u32 type) { return type == F32 ? 4 : 2; }
+
 // A tensor [batch, heads, rows, dim] in device memory whose last dimension is contiguous. Strides are bytes.
 struct View {
     char *data;

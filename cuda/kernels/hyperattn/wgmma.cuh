@@ -53,6 +53,22 @@ template <u32 COUNT> __device__ __forceinline__ void pin(u32 (&registers)[COUNT]
         asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+// The same of COUNT registers from FIRST on.
+template <u32 FIRST, u32 COUNT, u32 ALL> __device__ __forceinline__ void pin_some(u32 (&registers)[ALL])
+{
+#pragma unroll
+    for (u32 i = FIRST; i < FIRST + COUNT; ++i)
+        asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+// A number that nobody has made.
+__device__ __forceinline__ float anything()
+{
+    float number;
+    asm volatile("" : "=f"(number));
+    return number;
+}
+
 // Keeps the compiler from computing everything that follows from a number once and for all, in many registers.
 __device__ __forceinline__ u32 opaque(u32 number)
 {
@@ -100,12 +116,12 @@ __device__ __forceinline__ u32 opaque(u32 number)
                  "%" #A ", %" #B ", accumulate, 1, 1, " TRANSPOSED ";\n}\n" \
                  : HYPERATTN_REGISTERS_##COUNT(d, 0) \
                  : "l"(a), "l"(b), "r"(accumulate))
-#define HYPERATTN_PRODUCT_REGISTERS(N, COUNT, A0, A1, A2, A3, B, ELEMENT) \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.eq.b32 accumulate, 0, 0;\n" \
+#define HYPERATTN_PRODUCT_REGISTERS(N, COUNT, A0, A1, A2, A3, B, ACCUMULATE, TRANSPOSED, ELEMENT) \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #ACCUMULATE ", 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." ELEMENT "." ELEMENT " {" HYPERATTN_LIST_##N "}, " \
-                 "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", accumulate, 1, 1, 1;\n}\n" \
+                 "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", accumulate, 1, 1, " TRANSPOSED ";\n}\n" \
                  : HYPERATTN_REGISTERS_##COUNT(d, 0) \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate))
 #define HYPERATTN_BY_TYPE(PRODUCT, ...) \
     do { \
         if constexpr (TYPE == BF16) \
@@ -142,16 +158,26 @@ template <u32 TYPE, u32 N>
 __device__ __forceinline__ void multiply_registers(float (&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b)
 {
     static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "a size that is written out below");
+    constexpr u32 accumulate = 1;
     if constexpr (N == 64)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 64, 32, 32, 33, 34, 35, 36);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 64, 32, 32, 33, 34, 35, 36, 37, "1");
     else if constexpr (N == 96)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 96, 48, 48, 49, 50, 51, 52);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 96, 48, 48, 49, 50, 51, 52, 53, "1");
     else if constexpr (N == 128)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 128, 64, 64, 65, 66, 67, 68);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 128, 64, 64, 65, 66, 67, 68, 69, "1");
     else if constexpr (N == 192)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 192, 96, 96, 97, 98, 99, 100);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 192, 96, 96, 97, 98, 99, 100, 101, "1");
     else if constexpr (N == 256)
-        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 256, 128, 128, 129, 130, 131, 132);
+        HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 256, 128, 128, 129, 130, 131, 132, 133, "1");
+}
+
+// d = a b^T, added to d if `accumulate`: a as above; b has N rows of 16 elements in shared memory.
+template <u32 TYPE, u32 N>
+__device__ __forceinline__ void multiply_registers_by_rows(float (&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b,
+                                                           u32 accumulate)
+{
+    static_assert(N == 64, "a size that is written out below");
+    HYPERATTN_BY_TYPE(HYPERATTN_PRODUCT_REGISTERS, 64, 32, 32, 33, 34, 35, 36, 37, "0");
 }
 
 #endif

@@ -142,6 +142,19 @@ fn launch(device: &Device, params: &BackwardParams) -> Launch {
         .unwrap_or(ANY[size])
 }
 
+/// Element type of sums of keys that go through memory between passes: that of the gradients where it is bf16, which
+/// has the range of f32, and the kernels take it.
+pub(crate) fn key_sums_type(device: &Device, params: &BackwardParams) -> u32 {
+    let bf16 = element_type(DType::BF16);
+    let of_gradients = params.dk_type == bf16 && params.dv_type == bf16;
+    let dim = params.attend.head_dim.max(params.attend.value_dim) as usize;
+    if of_gradients && WGMMA.get(size_of_dim(dim)) == Some(&launch(device, params)) {
+        bf16
+    } else {
+        element_type(DType::F32)
+    }
+}
+
 /// f16 kernels come first.
 pub(super) fn element(params: &BackwardParams) -> usize {
     usize::from(params.attend.kv_type != element_type(DType::F16))

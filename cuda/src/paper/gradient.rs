@@ -5,25 +5,26 @@ use std::iter;
 use std::ops::Range;
 
 use hyperattn_core::device::{PaperParts, Problem, effective_residual};
-use hyperattn_core::{Mask, Residual, Result};
+use hyperattn_core::{DType, Mask, Residual, Result};
 
 use super::lists::{Lists as ForwardLists, Step, blocks_met};
 use super::{
-    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, VISITED_ALL, blocks_of, mirror, sample_size, tile_count,
+    PASS_LEAVES, Paper, SEGMENT_SORTED, THREADS, TILE_RESUME, blocks_of, mirror, sample_size, tile_count,
     unsupported,
 };
-use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS};
+use crate::abi::{BackwardParams, KeyTile, Segment, TILE_ROWS, element_type};
 use crate::backward::fused::{self, Fused, Sums};
-use crate::backward::launch::{keys, queries};
+use crate::backward::launch::{key_sums_type, keys, queries};
 use crate::call::Call;
 use crate::launch::{Queue, args};
 use crate::workspace::{Carver, Pointer};
 
 /// Queries that a sampled key meets before its sums are stored.
 const CHUNK_QUERIES: usize = 4096;
-/// Threads of the blocks that add the samples' sums, one for each sample (BACKWARD_SAMPLES_THREADS).
-const ADD_THREADS: u32 = 128;
+/// Threads of the blocks that add the samples' sums, a warp for each sample (BACKWARD_SAMPLES_THREADS).
+const ADD_THREADS: usize = 128;
 
+const KEY_TILE_RESUME: u32 = 2;
 const KEY_TILE_STORE: u32 = 4;
 
 /// Whether the residual is the row norms'.
@@ -122,13 +123,13 @@ impl Lists {
     /// [tiles, segments, hidden, rows of partial sums, words of covered samples, samples of the caller's blocks] of one
     /// rectangle.
     fn lens(&self) -> [usize; 6] {
-        let sample_tiles = self.sample_tiles.saturating_mul(self.chunks);
-        let segments = self.given.map_or(self.key_tiles, |given| {
-            given.count.saturating_mul(given.lists).saturating_mul(given.segments)
-        });
+        let tiles = self.sample_tiles.saturating_mul(self.chunks).saturating_add(self.key_tiles);
+        let segments = self
+            .given
+            .map_or(tiles, |given| given.count.saturating_mul(given.lists).saturating_mul(given.segments));
         [
-            self.key_tiles.max(sample_tiles),
-            segments.max(sample_tiles),
+            tiles,
+            segments,
             if self.sample_tiles > 0 { 2 * self.samples } else { 0 },
             self.samples.saturating_mul(self.chunks),
             self.covered_lists.saturating_mul(self.covered_words),
@@ -264,7 +265,7 @@ pub(crate) unsafe fn run_gradient(
                 paper.square_norms(heads, row_norm)?;
             }
             queue.zero(own.key_stored.address(), heads.len() * call.problem.n_k)?;
-            paper.for_each_launch(|step, lists, rectangles| {
+            paper.for_each_part(|step, lists, rectangles| {
                 paper.gradient_pass(heads, step, lists, rectangles, own, params)
             })?;
             own.rest.iter().try_for_each(|keys| paper.finish_keys(heads, keys, own, params))
@@ -295,19 +296,19 @@ impl Paper<'_, '_> {
         buffers: &Buffers,
         params: &BackwardParams,
     ) -> Result<()> {
+        let common = self.rectangles(heads, step, lists, rectangles);
+        let inverse = Lists::new(self.call, step, lists);
+        let mut params = self.gradient_params(heads, step, &common, buffers, params);
+        let mut arguments = self.inverse(heads, step, &common, &inverse, buffers);
         // SAFETY: the caller's contract; all lists are written before they are read.
         unsafe {
-            let common = self.sort_rectangles(heads, step, lists, rectangles)?;
-            let inverse = Lists::new(self.call, step, lists);
-            let mut params = self.gradient_params(heads, &common, buffers, params);
-            let mut arguments = self.inverse(step, &common, &inverse, buffers);
             match &self.buffers.row_norm {
                 Some(row_norm) if step.estimated => {
                     let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
                     self.row_norm_gradient(&pass, row_norm, buffers, &params)?;
                 }
                 _ => {
-                    self.select(heads, step, lists, &common)?;
+                    self.select(heads, &[(step, lists, common)])?;
                     if let Some(fused) = self.fused(heads, step, buffers, &params)? {
                         return self.leaves_gradient(
                             &fused,
@@ -322,8 +323,6 @@ impl Paper<'_, '_> {
                     if common.sample_size > 0 && inverse.given.is_some() {
                         let pass = Pass { heads, step, lists, inverse: &inverse, arguments: &arguments };
                         self.given_samples_gradient(&pass, buffers, &params)?;
-                    } else if common.sample_size > 0 {
-                        self.samples_gradient(&arguments, &mut params, buffers)?;
                     }
                 }
             }
@@ -369,7 +368,7 @@ impl Paper<'_, '_> {
         // SAFETY: the caller's contract; a rectangle's queries are rows of the sums.
         unsafe {
             // The first leaf, which is the longest, has met no pass.
-            if common.visited != VISITED_ALL && common.pass.first == 0 {
+            if common.flags & TILE_RESUME == 0 && common.pass.first == 0 {
                 let (first, words) =
                     (common.pass.square.query_start as usize, step.queries * problem.head_dim);
                 for head in 0..heads.len() * problem.group {
@@ -383,58 +382,46 @@ impl Paper<'_, '_> {
         }
     }
 
-    /// dk and dv of the samples, which are added to the sums.
-    unsafe fn samples_gradient(
+    /// Adds the samples' sums to those of the keys, or to their gradients.
+    pub(super) unsafe fn add_samples(
         &self,
         arguments: &mirror::BackwardPaperParams,
-        params: &mut BackwardParams,
-        buffers: &Buffers,
+        params: &BackwardParams,
     ) -> Result<()> {
         let common = &arguments.common;
-        let rectangles = common.kv_heads as usize * common.pass.count as usize;
-        let samples = rectangles * common.sample_size as usize;
-        let tiles = rectangles * (arguments.chunks * arguments.sample_tiles) as usize;
-        let mut partial = *params;
-        partial.key_tile_count = tiles as u32;
-        partial.key_sums = buffers.key_partials;
-        partial.value_sums = buffers.value_partials;
-        let grid = |items| blocks_of(items, THREADS);
-        let (queue, threads) = (self.queue, THREADS as u32);
-        // SAFETY: this is the kernels' parameter; every buffer is written before it is read.
-        unsafe {
-            if arguments.block_size > 0 {
-                queue.launch(c"backward_paper_hidden", grid(samples), threads, 0, args![*arguments])?;
-            }
-            queue.launch(c"backward_paper_sample_tiles", grid(tiles), threads, 0, args![*arguments])?;
-            keys(queue, &partial)?;
-            self.add_samples(arguments)
-        }
-    }
-
-    /// Adds the samples' sums to those of the keys.
-    pub(super) unsafe fn add_samples(&self, arguments: &mirror::BackwardPaperParams) -> Result<()> {
-        let common = &arguments.common;
         let samples = common.kv_heads as usize * common.pass.count as usize * common.sample_size as usize;
-        let grid = blocks_of(samples, 1);
-        // SAFETY: this is the kernel's parameter; the partial sums have been enqueued before.
-        unsafe { self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS, 0, args![*arguments]) }
+        let grid = blocks_of(samples, ADD_THREADS / 32);
+        let arguments = args![*arguments, *params];
+        // SAFETY: these are the kernel's parameters; the partial sums have been enqueued before.
+        unsafe { self.queue.launch(c"backward_paper_add_samples", grid, ADD_THREADS as u32, 0, arguments) }
     }
 
-    /// dk and dv of all keys of the rectangles.
+    /// dk and dv of all keys of the rectangles, and of their samples that are not met apart.
     unsafe fn keys_gradient(
         &self,
         arguments: &mirror::BackwardPaperParams,
         given: Option<GivenBlocks>,
         params: &mut BackwardParams,
     ) -> Result<()> {
-        // SAFETY: the caller's contract.
+        let common = &arguments.common;
+        let samples = (common.kv_heads * common.pass.count * common.sample_size) as usize;
+        // SAFETY: the caller's contract; this is the kernel's parameter, and it writes from where samples are hidden.
         unsafe {
+            if arguments.sample_tiles == 0 {
+                self.key_tiles(arguments, given, params)?;
+                return keys(self.queue, params);
+            }
+            if arguments.block_size > 0 {
+                let grid = blocks_of(samples, THREADS);
+                self.queue.launch(c"backward_paper_hidden", grid, THREADS as u32, 0, args![*arguments])?;
+            }
             self.key_tiles(arguments, given, params)?;
-            keys(self.queue, params)
+            keys(self.queue, params)?;
+            self.add_samples(arguments, params)
         }
     }
 
-    /// The tiles of all keys of the rectangles.
+    /// The tiles of all keys of the rectangles, and of their samples that are not met apart.
     unsafe fn key_tiles(
         &self,
         arguments: &mirror::BackwardPaperParams,
@@ -443,7 +430,8 @@ impl Paper<'_, '_> {
     ) -> Result<()> {
         let common = &arguments.common;
         let rectangles = (common.kv_heads * common.pass.count) as usize;
-        let tiles = rectangles * arguments.key_tiles as usize;
+        let of_samples = (arguments.chunks * arguments.sample_tiles) as usize;
+        let tiles = rectangles * (arguments.key_tiles as usize + of_samples);
         params.key_tile_count = tiles as u32;
         // SAFETY: these are the kernels' parameters, and they write tiles and segments only.
         unsafe {
@@ -478,6 +466,7 @@ impl Paper<'_, '_> {
             one: None,
             estimated: false,
             stores: false,
+            merges: 0,
             queries: 0,
             keys: keys.len(),
         };
@@ -490,9 +479,10 @@ impl Paper<'_, '_> {
         };
         let pass = mirror::Pass { count: 1, one, ..mirror::Pass::default() };
         let common = self.common(heads, &step, &lists, pass);
-        let mut arguments = self.inverse(&step, &common, &Lists::new(self.call, &step, &lists), buffers);
-        arguments.flags = 0;
-        let mut params = self.gradient_params(heads, &common, buffers, params);
+        let mut params = self.gradient_params(heads, &step, &common, buffers, params);
+        let inverse = Lists::new(self.call, &step, &lists);
+        let mut arguments = self.inverse(heads, &step, &common, &inverse, buffers);
+        arguments.flags = KEY_TILE_RESUME;
         // SAFETY: the caller's contract.
         unsafe { self.keys_gradient(&arguments, None, &mut params) }
     }
@@ -502,6 +492,7 @@ impl Paper<'_, '_> {
     fn gradient_params(
         &self,
         heads: &Range<usize>,
+        step: &Step,
         common: &mirror::PassTiles,
         buffers: &Buffers,
         params: &BackwardParams,
@@ -513,54 +504,61 @@ impl Paper<'_, '_> {
         own.attend.tiles = self.buffers.tiles;
         own.attend.segments = self.buffers.segments;
         own.attend.positions = self.buffers.positions;
-        own.attend.query_order = self.buffers.orders[0].before(earlier[0]);
-        own.attend.key_order = self.buffers.orders[1].before(earlier[1]);
-        own.attend.listed_rows = self.buffers.listed_rows;
+        let orders = self.orders(heads, step);
+        own.attend.query_order = orders[0].before(earlier[0]);
+        own.attend.key_order = orders[1].before(earlier[1]);
+        own.attend.listed_rows = self.buffers.listed_rows.unwrap_or(Pointer::NULL);
         own.attend.state_accumulated = buffers.query_sums.queries.before(earlier[0] * problem.head_dim);
         own.key_tiles = buffers.tiles;
         own.query_segments = buffers.segments;
         own.hidden = buffers.hidden;
-        own.key_sums = buffers.key_sums.before(earlier[1] * problem.head_dim);
-        own.value_sums = buffers.value_sums.before(earlier[1] * problem.value_dim);
+        own.key_sums_type = key_sums_type(self.queue.device, params);
+        let size = if own.key_sums_type == element_type(DType::F32) { 4 } else { 2 };
+        own.key_sums = buffers.key_sums.bytes().before(earlier[1] * problem.head_dim * size);
+        own.value_sums = buffers.value_sums.bytes().before(earlier[1] * problem.value_dim * size);
         own.key_stored = buffers.key_stored.before(earlier[1]);
+        own.key_partials = buffers.key_partials;
+        own.value_partials = buffers.value_partials;
         own
     }
 
     /// What the kernels that write the inverse lists need.
     fn inverse(
         &self,
+        heads: &Range<usize>,
         step: &Step,
         common: &mirror::PassTiles,
         lists: &Lists,
         buffers: &Buffers,
     ) -> mirror::BackwardPaperParams {
         let (plan, problem) = (&self.buffers.plan, &self.call.problem);
+        let is_first = self.buffers.steps.first().is_some_and(|(first, ..)| first == step);
+        // Samples that are met apart have been added to the sums before.
+        let resumes = !is_first || (common.sample_size > 0 && lists.sample_tiles == 0);
+        let when = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
+        let of_samples = (lists.chunks * lists.sample_tiles).max(1);
         mirror::BackwardPaperParams {
             common: *common,
             tiles: buffers.tiles,
             segments: buffers.segments,
             hidden: buffers.hidden,
             positions: self.buffers.positions,
-            key_order: self.buffers.orders[1],
-            key_partials: buffers.key_partials,
-            value_partials: buffers.value_partials,
-            key_sums: buffers.key_sums,
-            value_sums: buffers.value_sums,
-            key_stored: buffers.key_stored,
+            key_order: self.orders(heads, step)[1],
             exact: u32::from(!step.estimated),
             limited: u32::from(problem.mask != Mask::None),
             visible: self.call.visible(),
             block_size: self.call.params.block_size,
             sorted: if step.estimated && plan.sorted { SEGMENT_SORTED } else { 0 },
-            flags: if finishes(plan, step) { 0 } else { KEY_TILE_STORE },
+            flags: when(!finishes(plan, step), KEY_TILE_STORE) | when(resumes, KEY_TILE_RESUME),
             key_tiles: lists.key_tiles as u32,
             sample_tiles: lists.sample_tiles as u32,
+            // The tiles of samples, which take longer, all begin before half of the others have.
+            sample_period: 1 + (lists.key_tiles / 2 / of_samples) as u32,
             chunks: lists.chunks as u32,
             chunk_queries: CHUNK_QUERIES as u32,
             n_k: problem.n_k as u32,
-            head_dim: problem.head_dim as u32,
-            value_dim: problem.value_dim as u32,
             section: 1,
+            adds_to_gradients: u32::from(finishes(plan, step)),
         }
     }
 }

@@ -3,7 +3,7 @@
 use hyperattn_core::Residual;
 use hyperattn_core::device::{self, PaperParts, effective_residual};
 
-use super::{PASS_LEAVES, PASS_LEVEL, PASS_ONE, SORT_CHUNK, SORT_DIGITS, sample_size};
+use super::{PASS_LEAVES, PASS_LEVEL, PASS_ONE, sample_size};
 use crate::abi::{Segment, TILE_ROWS, Tile};
 use crate::call::Call;
 
@@ -14,10 +14,13 @@ pub(super) struct Step {
     pub(super) level: u32,
     /// Rectangles to ask for.
     pub(super) count: usize,
+    /// The rectangle of PASS_ONE, or whose keys the queries of all leaves meet.
     pub(super) one: Option<device::Rectangle>,
     pub(super) estimated: bool,
     /// Whether passes over the same rows follow.
     pub(super) stores: bool,
+    /// Partials that a tile may go on from.
+    pub(super) merges: usize,
     /// The longest of its rectangles.
     pub(super) queries: usize,
     pub(super) keys: usize,
@@ -27,10 +30,10 @@ impl Step {
     fn one(rectangle: &device::Rectangle, estimated: bool, stores: bool) -> Self {
         let (queries, keys) = (rectangle.queries.len(), rectangle.keys.len());
         let one = Some(rectangle.clone());
-        Step { kind: PASS_ONE, level: 0, count: 1, one, estimated, stores, queries, keys }
+        Step { kind: PASS_ONE, level: 0, count: 1, one, estimated, stores, merges: 0, queries, keys }
     }
 
-    /// All passes, in order.
+    /// All passes of the gradients, in order.
     pub(super) fn all(plan: &PaperParts) -> Vec<Self> {
         let parts = &plan.parts;
         let mut steps = Vec::new();
@@ -55,6 +58,7 @@ impl Step {
                 one: None,
                 estimated: inner,
                 stores: inner,
+                merges: 0,
                 queries,
                 keys,
             });
@@ -63,6 +67,25 @@ impl Step {
             push(PASS_LEVEL, level, square.rectangle(level, 0));
         }
         push(PASS_LEAVES, levels, square.leaf_rectangle(0));
+        steps
+    }
+
+    /// All passes of the forward: a past that is exact is the leaves' too, and with `partials` they go on from what the
+    /// passes before have left.
+    pub(super) fn forward(plan: &PaperParts, partials: bool) -> Vec<Self> {
+        let mut steps = Step::all(plan);
+        let exact_past =
+            steps.iter().position(|step| step.kind == PASS_ONE && step.stores && !step.estimated);
+        if let Some(past) = exact_past.map(|index| steps.remove(index)) {
+            steps
+                .iter_mut()
+                .filter(|step| step.kind == PASS_LEAVES)
+                .for_each(|step| step.one = past.one.clone());
+        }
+        let merges = steps.iter().filter(|step| step.stores).count();
+        if partials {
+            steps.iter_mut().filter(|step| step.kind == PASS_LEAVES).for_each(|step| step.merges = merges);
+        }
         steps
     }
 }
@@ -83,12 +106,10 @@ pub(super) struct Lists {
     pub(super) segments_per_block: usize,
     /// Sampled positions.
     pub(super) positions: usize,
-    /// Chunks of a sorted interval, 0 where nothing is sorted.
-    pub(super) chunks: usize,
 }
 
 impl Lists {
-    pub(super) fn new(call: &Call<'_>, plan: &PaperParts, step: &Step) -> Self {
+    pub(super) fn new(call: &Call<'_>, step: &Step) -> Self {
         let (params, group, samples) = (call.params, call.problem.group, sample_size(call.params));
         let row_norm = effective_residual(params) == Residual::RowNorm;
         let (queries, keys) = (step.queries.max(1), step.keys.max(1));
@@ -96,7 +117,7 @@ impl Lists {
             blocks: queries.div_ceil(TILE_ROWS),
             tiles_per_block: 1,
             lists_per_block: 1,
-            segments_per_block: 2,
+            segments_per_block: 2 + step.merges,
             ..Lists::default()
         };
         if !step.estimated {
@@ -118,13 +139,11 @@ impl Lists {
                 } else {
                     blocks.saturating_mul(lists_per_block).saturating_mul(samples)
                 },
-                chunks: 0,
             };
         }
-        let chunks = if plan.sorted { queries.max(keys).div_ceil(SORT_CHUNK) } else { 0 };
         let block_size = params.block_size as usize;
         if block_size == 0 {
-            return Lists { positions: samples, chunks, ..plain };
+            return Lists { positions: samples, ..plain };
         }
         // A level's rectangles have no more queries than keys, and differ a little.
         let most_queries = if step.kind == PASS_LEVEL {
@@ -136,23 +155,20 @@ impl Lists {
             blocks: keys.div_ceil(block_size),
             tiles_per_block: most_queries.min(queries).div_ceil(TILE_ROWS),
             positions: samples,
-            chunks,
             ..plain
         }
     }
 
-    /// [tiles, segments, positions, counters] of one rectangle.
-    pub(super) fn lens(&self, group: usize) -> [usize; 4] {
+    /// [tiles, segments, positions] of one rectangle.
+    pub(super) fn lens(&self, group: usize) -> [usize; 3] {
         let tiles = self.blocks.saturating_mul(group).saturating_mul(self.tiles_per_block);
         let lists = self.blocks.saturating_mul(self.lists_per_block);
-        let counters =
-            if self.chunks > 1 { (group + 1).saturating_mul(self.chunks * SORT_DIGITS) } else { 0 };
-        [tiles, lists.saturating_mul(self.segments_per_block), self.positions, counters]
+        [tiles, lists.saturating_mul(self.segments_per_block), self.positions]
     }
 
     pub(super) fn bytes(&self, group: usize) -> usize {
         // Positions twice, and weights, for the row-norm residual; positions and rows for others.
-        let sizes = [size_of::<Tile>(), size_of::<Segment>(), 3 * size_of::<u32>(), size_of::<u32>()];
+        let sizes = [size_of::<Tile>(), size_of::<Segment>(), 3 * size_of::<u32>()];
         let bytes = self.lens(group).into_iter().zip(sizes).map(|(len, size)| len.saturating_mul(size));
         bytes.fold(0, usize::saturating_add)
     }

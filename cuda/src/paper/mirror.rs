@@ -81,16 +81,23 @@ pub(crate) struct SortSide {
     pub(crate) to: Pointer<u32>,
     pub(crate) rows: u32,
     pub(crate) heads: u32,
+    pub(crate) rest_start: u32,
+    pub(crate) rest_end: u32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct SortParams {
-    pub(crate) pass: Pass,
+    pub(crate) square: Square,
     pub(crate) query: SortSide,
     pub(crate) key: SortSide,
-    pub(crate) counters: Pointer<u32>,
-    pub(crate) chunks: u32,
+    pub(crate) counts: Pointer<u32>,
+    pub(crate) places: Pointer<u32>,
+    pub(crate) levels: u32,
+    pub(crate) orders: u32,
+    pub(crate) leaf_cells: u32,
+    pub(crate) square_cells: u32,
+    pub(crate) cells: u32,
     pub(crate) shift: u32,
 }
 
@@ -124,11 +131,15 @@ pub(crate) struct PassTiles {
     pub(crate) blocks: u32,
     pub(crate) tiles_per_block: u32,
     pub(crate) flags: u32,
-    pub(crate) visited: u32,
+    pub(crate) later_flags: u32,
     pub(crate) sample_size: u32,
     pub(crate) most_keys: u32,
     pub(crate) log_weight: f32,
     pub(crate) log_weight_less: f32,
+    pub(crate) first_segment: u32,
+    pub(crate) first_position: u32,
+    pub(crate) levels: u32,
+    pub(crate) merges_one: u32,
 }
 
 #[repr(C)]
@@ -140,8 +151,19 @@ pub(crate) struct PaperTileParams {
     pub(crate) visible: i32,
     pub(crate) block_size: u32,
     pub(crate) sorted: u32,
-    pub(crate) reserved: u32,
+    pub(crate) segments_per_block: u32,
 }
+
+/// Of up to [`PASSES_AT_ONCE`] passes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Passes<T> {
+    pub(crate) passes: [T; PASSES_AT_ONCE],
+    pub(crate) end_block: [u32; PASSES_AT_ONCE],
+}
+
+/// Passes that one launch works for.
+pub(crate) const PASSES_AT_ONCE: usize = 8;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -208,11 +230,6 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) hidden: Pointer<u32>,
     pub(crate) positions: Pointer<u32>,
     pub(crate) key_order: Pointer<u32>,
-    pub(crate) key_partials: Pointer<f32>,
-    pub(crate) value_partials: Pointer<f32>,
-    pub(crate) key_sums: Pointer<f32>,
-    pub(crate) value_sums: Pointer<f32>,
-    pub(crate) key_stored: Pointer<u32>,
     pub(crate) exact: u32,
     pub(crate) limited: u32,
     pub(crate) visible: i32,
@@ -221,12 +238,12 @@ pub(crate) struct BackwardPaperParams {
     pub(crate) flags: u32,
     pub(crate) key_tiles: u32,
     pub(crate) sample_tiles: u32,
+    pub(crate) sample_period: u32,
     pub(crate) chunks: u32,
     pub(crate) chunk_queries: u32,
     pub(crate) n_k: u32,
-    pub(crate) head_dim: u32,
-    pub(crate) value_dim: u32,
     pub(crate) section: u32,
+    pub(crate) adds_to_gradients: u32,
 }
 
 #[repr(C)]
@@ -251,14 +268,16 @@ pub(crate) struct BackwardSamplesParams {
 
 // What the .cuh files state too.
 const _: () = assert!(size_of::<ExactBlocks>() == 40);
-const _: () = assert!(size_of::<BackwardSamplesParams>() == 224 + size_of::<BackwardParams>());
-const _: () = assert!(size_of::<BackwardPaperParams>() == 248);
+const _: () = assert!(size_of::<BackwardSamplesParams>() == 240 + size_of::<BackwardParams>());
+const _: () = assert!(size_of::<BackwardPaperParams>() == 224);
 const _: () = assert!(size_of::<Pass>() == 48 && size_of::<ProjectionParams>() == 48);
 const _: () = assert!(size_of::<HashSide>() == 72 && size_of::<HashParams>() == 160);
-const _: () = assert!(size_of::<SortParams>() == 128 && size_of::<SampleParams>() == 112);
-const _: () = assert!(size_of::<PassTiles>() == 112 && size_of::<PaperTileParams>() == 136);
-const _: () = assert!(size_of::<BlockMaskTileParams>() == 184);
-const _: () = assert!(size_of::<RowNormParams>() == 272 + size_of::<AttendParams>());
+const _: () = assert!(size_of::<SortParams>() == 136 && size_of::<SampleParams>() == 112);
+const _: () = assert!(size_of::<PassTiles>() == 128 && size_of::<PaperTileParams>() == 152);
+const _: () = assert!(size_of::<BlockMaskTileParams>() == 200);
+const _: () = assert!(size_of::<Passes<PaperTileParams>>() == 1248);
+const _: () = assert!(size_of::<Passes<SampleParams>>() == 928);
+const _: () = assert!(size_of::<RowNormParams>() == 288 + size_of::<AttendParams>());
 
 // SAFETY: a mirror of the struct of that name.
 unsafe impl Argument for ProjectionParams {}
@@ -267,9 +286,9 @@ unsafe impl Argument for HashParams {}
 // SAFETY: as above.
 unsafe impl Argument for SortParams {}
 // SAFETY: as above.
-unsafe impl Argument for SampleParams {}
+unsafe impl Argument for Passes<SampleParams> {}
 // SAFETY: as above.
-unsafe impl Argument for PaperTileParams {}
+unsafe impl Argument for Passes<PaperTileParams> {}
 // SAFETY: as above.
 unsafe impl Argument for BlockMaskTileParams {}
 // SAFETY: as above.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::lists::{Lists, Step};
 use super::tile_count;
-use super::{Paper, THREADS, TILE_SORTED, TILE_STORE, VISITED_NONE, blocks_of, mirror};
+use super::{Paper, THREADS, TILE_SORTED, TILE_STORE, blocks_of, mirror};
 use crate::abi::TILE_ROWS;
 use crate::attend::attend;
 use crate::call::Call;
@@ -105,7 +105,7 @@ impl Paper<'_, '_> {
         let exact = mirror::PassTiles {
             sample_size: 0,
             flags: common.flags & TILE_SORTED | TILE_STORE,
-            visited: VISITED_NONE,
+            later_flags: 0,
             ..common
         };
         let taus = rectangles * problem.group;
@@ -114,13 +114,13 @@ impl Paper<'_, '_> {
         let (queue, shared) = (self.queue, shared_bytes(problem.head_dim));
         // SAFETY: these are the kernels' parameters; every buffer is written before it is read.
         unsafe {
-            self.samples(heads, &common, self.buffers.positions)?;
+            self.samples(heads, [(step, &common)].into_iter(), self.buffers.positions)?;
             queue.launch(c"paper_norm_prefix", [rectangles as u32, 1, 1], 32, 0, args![arguments])?;
             queue.launch(c"paper_norm_samples", sample_grid, THREADS as u32, 0, args![arguments])?;
             queue.fill(buffers.tau.address(), NO_TAU, taus)?;
             queue.launch(c"paper_tau", tau_grid, ROW_NORM_THREADS, shared as u32, args![arguments])?;
-            self.tiles(step, lists, exact)?;
-            attend(queue, self.call, &self.attention(heads, &exact, &buffers.exact))
+            self.tiles(&[(step, lists, exact)])?;
+            attend(queue, self.call, &self.attention(heads, Some((step, &exact)), &buffers.exact))
         }
     }
 
@@ -168,7 +168,7 @@ impl Paper<'_, '_> {
         };
         mirror::RowNormParams {
             common,
-            attend: self.attention(heads, &common, &self.buffers.states),
+            attend: self.attention(heads, Some((step, &common)), &self.buffers.states),
             seed: params.seed,
             offset: params.offset,
             exact_max: exact.max,

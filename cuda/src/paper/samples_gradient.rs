@@ -41,7 +41,7 @@ impl Paper<'_, '_> {
         let samples = Samples { part: BOTH, positions, log_weights, bounds };
         // SAFETY: the caller's contract; the samples are written before they are read.
         unsafe {
-            self.samples(pass.heads, &pass.arguments.common, positions)?;
+            self.samples(pass.heads, [(pass.step, &pass.arguments.common)].into_iter(), positions)?;
             self.keys_of_samples(pass, &self.samples_params(pass, buffers, params, &samples))
         }
     }
@@ -72,7 +72,7 @@ impl Paper<'_, '_> {
         unsafe {
             self.row_norm_samples(heads, step, lists, common, row_norm)?;
             self.row_norm_residual(heads, step, common, row_norm, bounds)?;
-            self.tiles(step, lists, exact)?;
+            self.tiles(&[(step, lists, exact)])?;
             queries(self.queue, params)?;
             for samples in &kinds {
                 let mut own = self.samples_params(pass, buffers, params, samples);
@@ -120,7 +120,11 @@ impl Paper<'_, '_> {
         let launch = samples_launch(self.call.problem.head_dim.max(self.call.problem.value_dim));
         let tiles = (common.sample_size as usize).div_ceil(launch.rows) * samples.chunks as usize;
         let grid = [(rectangles * tiles) as u32, 1, 1];
-        let added = mirror::BackwardPaperParams { positions: samples.positions, ..*pass.arguments };
+        let added = mirror::BackwardPaperParams {
+            positions: samples.positions,
+            adds_to_gradients: 0,
+            ..*pass.arguments
+        };
         // SAFETY: these are the kernels' parameters; every buffer is written before it is read.
         unsafe {
             if samples.covered.address() != 0 {
@@ -128,7 +132,7 @@ impl Paper<'_, '_> {
                 queue.launch(c"backward_samples_covered", lists, THREADS as u32, 0, args![*samples])?;
             }
             queue.launch(launch.keys, grid, launch.block, launch.shared_bytes, args![*samples])?;
-            self.add_samples(&added)
+            self.add_samples(&added, &samples.backward)
         }
     }
 

@@ -201,8 +201,8 @@ impl Set<'_, '_> {
         params.key_tile_count = 2 * pairs;
         params.key_tiles = self.own.near_tiles;
         params.query_segments = self.own.near_segments;
-        params.key_sums = self.own.key_sums;
-        params.value_sums = self.own.value_sums;
+        params.key_partials = self.own.key_sums;
+        params.value_partials = self.own.value_sums;
         let grid = [pairs.div_ceil(NEAR_THREADS), 1, 1];
         let arguments = args![*shape, *self.params, self.own];
         // SAFETY: these are the kernel's parameters; the tiles are written before they are read.
@@ -239,8 +239,8 @@ impl Set<'_, '_> {
         unsafe { queries(queue, &params) }?;
         params.key_tiles = self.own.listed_tiles;
         params.query_segments = self.own.listed_segments;
-        params.key_sums = self.own.key_partials;
-        params.value_sums = self.own.value_partials;
+        params.key_partials = self.own.key_partials;
+        params.value_partials = self.own.value_partials;
         let keys_of_block = ADD_THREADS / 32;
         let places_of_kv_head = pass.group * pass.groups_of_head * GROUP_TILES as u32;
         let all = pass.pass_groups * GROUP_TILES as u32;
