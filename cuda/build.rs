@@ -85,10 +85,42 @@ fn flatten(root: &Path, file: &Path, done: &mut HashSet<PathBuf>, to: &mut Strin
     }
 }
 
-/// Without comments that are lines, empty lines and indentation, a third of the source: what NVRTC gets is in every library.
+/// Without comments, empty lines and spaces that separate nothing, two fifths of the source: what NVRTC gets is in every
+/// library.
 fn compact(source: &str) -> String {
     let lines = source.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
-    lines.flat_map(|line| [line, "\n"]).collect()
+    let mut to = String::with_capacity(source.len());
+    for line in lines {
+        // There spaces count.
+        if line.starts_with('#') || line.contains(['"', '\'']) {
+            to.push_str(line);
+        } else {
+            push_tokens(&mut to, line);
+        }
+        to.push('\n');
+    }
+    to
+}
+
+/// A line's tokens, without the spaces that separate none, and without a comment behind them.
+fn push_tokens(to: &mut String, line: &str) {
+    let alone = |c: char| "(){}[],;".contains(c);
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    // Not signs, which numbers may go on with.
+    let operator = |c: char| "=<>!&|*/%?:^~".contains(c);
+    let mut before = ';';
+    let line = line.split(" // ").next().unwrap_or_default();
+    for (at, c) in line.char_indices() {
+        let after = line[at + c.len_utf8()..].chars().next().unwrap_or(';');
+        let divides_none = alone(before)
+            || alone(after)
+            || (word(before) && operator(after))
+            || (operator(before) && word(after));
+        if c != ' ' || !divides_none {
+            to.push(c);
+            before = c;
+        }
+    }
 }
 
 /// The name in `#include "name"`.
