@@ -4,40 +4,35 @@
 //! the one before.
 
 mod gradient;
+mod hash;
 mod lists;
 mod mirror;
 mod orders;
 mod partials;
 mod row_norm;
 mod samples_gradient;
+mod select;
 
-use std::ffi::CStr;
 use std::ops::Range;
 
 use hyperattn_core::device::{PaperParts, ProbePlan, RefinedPlan, effective_residual};
 use hyperattn_core::stages::{keys_per_query, uniform_columns, uniform_stream};
 use hyperattn_core::{Error, ErrorKind, Layouts, Method, Params, Residual, Result};
 
-use crate::abi::{AttendParams, Segment, Tile, element_type};
+use crate::abi::{AttendParams, Segment, Tile};
 use crate::attend::attend;
-use crate::call::{Call, DeviceBlockMask, DeviceTensor};
+use crate::call::Call;
 use crate::figures::fill_heads;
-use crate::launch::{Argument, Queue, args};
+use crate::launch::Queue;
 use crate::refined::Probing;
 use crate::states::States;
 use crate::workspace::{Carver, Pointer};
 pub(crate) use gradient::run_gradient;
+use hash::{projection_rows, projection_width};
 use lists::{Lists, Step};
 use orders::Orders;
 use partials::Partials;
 
-/// Hyperplanes are stored in groups of this many (HYPERPLANE_GROUP).
-const HYPERPLANE_GROUP: usize = 8;
-/// Threads of the blocks that hash, and the rows they hash (HASH_THREADS, HASH_TILE_ROWS * HASH_TILES).
-const HASH_THREADS: u32 = 128;
-const HASH_ROWS: usize = 256 * 8;
-/// Bytes of the rows that are staged in shared memory (2 * HASH_STAGE).
-const HASH_STAGES: usize = 2 * 256 * 128;
 /// Threads of the blocks of the other kernels here.
 const THREADS: usize = 128;
 
@@ -103,16 +98,6 @@ pub(crate) struct Buffers {
 
 fn unsupported(sentence: std::fmt::Arguments<'_>) -> Error {
     Error::new(ErrorKind::Unsupported, sentence)
-}
-
-/// Columns of a stored projection matrix.
-fn projection_width(params: &Params) -> usize {
-    (params.lsh_num_projs as usize).next_multiple_of(HYPERPLANE_GROUP)
-}
-
-/// Rows of a stored projection matrix.
-fn projection_rows(call: &Call<'_>) -> usize {
-    call.problem.head_dim.next_multiple_of(8)
 }
 
 /// The call's part of the workspace.
@@ -348,11 +333,6 @@ fn tile_count(common: &mirror::PassTiles) -> usize {
     of_a_rectangle * common.kv_heads as usize * common.pass.count as usize
 }
 
-/// A block of a mask; one that is longer than any sequence is as good.
-fn block_length(length: usize) -> u32 {
-    u32::try_from(length).unwrap_or(u32::MAX)
-}
-
 impl Paper<'_, '_> {
     /// Calls `body` for every set of heads, after their rows' orders.
     ///
@@ -387,72 +367,10 @@ impl Paper<'_, '_> {
         })
     }
 
-    /// The hyperplanes of every KV head of a batch item.
+    /// A launch of the attention kernel for `heads`, or a pass with the row-norm residual.
     ///
     /// # Safety
     /// As for [`run`], like all that follow.
-    unsafe fn draw_projections(&self) -> Result<()> {
-        let (params, problem) = (self.call.params, &self.call.problem);
-        let width = projection_width(params);
-        let arguments = mirror::ProjectionParams {
-            seed: params.seed,
-            offset: params.offset,
-            projections: self.buffers.projections,
-            heads_kv: problem.heads_kv as u32,
-            head_dim: problem.head_dim as u32,
-            num_projs: params.lsh_num_projs,
-            width: width as u32,
-            first_stream_head: problem.first_kv_head as u32,
-            reserved: 0,
-        };
-        let grid = blocks_of(problem.heads_kv * projection_rows(self.call) * width, THREADS);
-        // SAFETY: this is the kernel's parameter, and it writes the projections only.
-        unsafe { self.queue.launch(c"paper_projections", grid, THREADS as u32, 0, args![arguments]) }
-    }
-
-    /// The ranks of all rows of `heads`.
-    unsafe fn hash(&self, heads: &Range<usize>, orders: &Orders) -> Result<()> {
-        let (params, problem, tensors) = (self.call.params, &self.call.problem, &self.call.tensors);
-        let group = problem.group;
-        let side = |tensor: &DeviceTensor, ranks, count: usize, group: usize, per_projection: usize| {
-            let rows = tensor.view();
-            let bytes = problem.head_dim * tensor.layout.dtype.size();
-            let strides = rows.batch_stride | rows.head_stride | rows.row_stride;
-            let common = rows.data | strides as u64 | bytes as u64;
-            mirror::HashSide {
-                rows,
-                ranks,
-                element: element_type(tensor.layout.dtype),
-                heads: (problem.heads_kv * group) as u32,
-                heads_per_projection: per_projection as u32,
-                first_head: (heads.start * group) as u32,
-                set_heads: (heads.len() * group) as u32,
-                count: count as u32,
-                unit: 1 << common.trailing_zeros().min(4),
-                blocks: count.div_ceil(HASH_ROWS) as u32,
-            }
-        };
-        let arguments = mirror::HashParams {
-            query: side(&tensors.q, orders.ranks[0], problem.n_q, group, group),
-            key: side(&tensors.k, orders.ranks[1], problem.n_k, 1, 1),
-            projections: self.buffers.projections,
-            head_dim: problem.head_dim as u32,
-            reserved: 0,
-        };
-        let width = projection_width(params);
-        let name = match width / HYPERPLANE_GROUP {
-            1 => c"paper_hash_8",
-            2 => c"paper_hash_16",
-            _ => c"paper_hash_24",
-        };
-        let blocks = |side: &mirror::HashSide| side.set_heads * side.blocks;
-        let grid = [blocks(&arguments.query) + blocks(&arguments.key), 1, 1];
-        let shared = projection_rows(self.call) * width * size_of::<f32>() + HASH_STAGES;
-        // SAFETY: this is the kernel's parameter; it reads q, k and the projections and writes the ranks.
-        unsafe { self.queue.launch(name, grid, HASH_THREADS, shared as u32, args![arguments]) }
-    }
-
-    /// A launch of the attention kernel for `heads`, or a pass with the row-norm residual.
     unsafe fn launch(&self, heads: &Range<usize>, launch: &[(usize, Range<usize>)]) -> Result<()> {
         let buffers = self.buffers;
         let (mut tiles, mut segments, mut positions) = (0, 0, 0);
@@ -519,41 +437,6 @@ impl Paper<'_, '_> {
     fn orders(&self, heads: &Range<usize>, step: &Step) -> [Pointer<u32>; 2] {
         let orders = self.buffers.orders.as_ref().filter(|_| step.estimated);
         orders.map_or([Pointer::NULL; 2], |orders| orders.of(orders.number(step), heads.len()))
-    }
-
-    /// The uniform samples and the tiles of several passes.
-    unsafe fn select(&self, heads: &Range<usize>, passes: &[PassWork<'_>]) -> Result<()> {
-        // SAFETY: the caller's contract.
-        unsafe {
-            if self.call.tensors.block_mask.is_none() {
-                let estimated = passes.iter().filter(|(step, ..)| step.estimated);
-                self.samples(
-                    heads,
-                    estimated.map(|(step, _, common)| (*step, common)),
-                    self.buffers.positions,
-                )?;
-            }
-            self.tiles(passes)
-        }
-    }
-
-    /// Launches a kernel for passes, each with its parameters and items for threads.
-    unsafe fn launch_passes<T: Copy>(&self, name: &'static CStr, passes: &[(T, usize)]) -> Result<()>
-    where
-        mirror::Passes<T>: Argument,
-    {
-        for passes in passes.chunks(mirror::PASSES_AT_ONCE) {
-            let (mut end, mut end_block) = (0, [0; mirror::PASSES_AT_ONCE]);
-            for (number, to) in end_block.iter_mut().enumerate() {
-                end += passes.get(number).map_or(0, |&(_, items)| items.div_ceil(THREADS) as u32);
-                *to = end;
-            }
-            let of = |number: usize| passes[number.min(passes.len() - 1)].0;
-            let arguments = mirror::Passes { passes: std::array::from_fn(of), end_block };
-            // SAFETY: this is the kernel's parameter; what it touches is the caller's contract.
-            unsafe { self.queue.launch(name, [end, 1, 1], THREADS as u32, 0, args![arguments]) }?;
-        }
-        Ok(())
     }
 
     /// Flags of all tiles of a pass, and of those of all rectangles but the first.
@@ -628,104 +511,6 @@ impl Paper<'_, '_> {
         }
     }
 
-    /// Which keys the queries of estimated rectangles meet exactly.
-    fn exact_blocks(&self) -> mirror::ExactBlocks {
-        let mask = self.call.tensors.block_mask;
-        mirror::ExactBlocks {
-            row_offsets: mask.map_or(0, |mask| mask.row_offsets),
-            columns: mask.map_or(0, |mask| mask.columns),
-            head_stride: mask.map_or(0, |mask| mask.head_stride as u64),
-            query_block: mask.map_or(0, |mask| block_length(mask.query_block)),
-            key_block: mask.map_or(0, |mask| block_length(mask.key_block)),
-            block_size: self.call.params.block_size,
-            sorted: if self.buffers.plan.sorted { SEGMENT_SORTED } else { 0 },
-        }
-    }
-
-    /// The uniform samples of every rectangle of passes, to their place among `positions`.
-    unsafe fn samples<'p>(
-        &self,
-        heads: &Range<usize>,
-        passes: impl Iterator<Item = (&'p Step, &'p mirror::PassTiles)>,
-        positions: Pointer<u32>,
-    ) -> Result<()> {
-        let (params, problem) = (self.call.params, &self.call.problem);
-        let of_pass = |(step, common): (&Step, &mirror::PassTiles)| {
-            let first = common.first_position as usize;
-            let arguments = mirror::SampleParams {
-                pass: common.pass,
-                seed: params.seed,
-                offset: params.offset,
-                positions: positions.after(first),
-                heads_kv: problem.heads_kv as u32,
-                first_head: heads.start as u32,
-                set_heads: heads.len() as u32,
-                sample_size: common.sample_size,
-                key_order: self.orders(heads, step)[1],
-                listed_rows: self.buffers.listed_rows.map_or(Pointer::NULL, |rows| rows.after(first)),
-                n_k: problem.n_k as u32,
-                first_stream_head: problem.first_kv_head as u32,
-            };
-            (arguments, common.sample_size as usize * heads.len() * common.pass.count as usize)
-        };
-        let passes: Vec<_> = passes.map(of_pass).collect();
-        // SAFETY: these are the kernel's parameters, and it writes the positions and their rows only.
-        unsafe { self.launch_passes(c"paper_samples", &passes) }
-    }
-
-    /// The tiles of passes.
-    unsafe fn tiles(&self, passes: &[PassWork<'_>]) -> Result<()> {
-        let mut plain = Vec::new();
-        for &(step, lists, common) in passes {
-            if let (true, Some(mask)) = (step.estimated, &self.call.tensors.block_mask) {
-                // SAFETY: the caller's contract.
-                unsafe { self.block_mask_tiles(lists, common, mask) }?;
-                continue;
-            }
-            let arguments = mirror::PaperTileParams {
-                common,
-                exact: u32::from(!step.estimated),
-                limited: self.call.limited(),
-                visible: self.call.visible(),
-                block_size: self.call.params.block_size,
-                sorted: if step.estimated && self.buffers.plan.sorted { SEGMENT_SORTED } else { 0 },
-                segments_per_block: lists.segments_per_block as u32,
-            };
-            plain.push((arguments, tile_count(&common)));
-        }
-        // SAFETY: these are the kernel's parameters, and it writes tiles and segments only.
-        unsafe { self.launch_passes(c"paper_tiles", &plain) }
-    }
-
-    /// Tiles of the caller's blocks.
-    unsafe fn block_mask_tiles(
-        &self,
-        lists: &Lists,
-        common: mirror::PassTiles,
-        mask: &DeviceBlockMask,
-    ) -> Result<()> {
-        let (params, problem) = (self.call.params, &self.call.problem);
-        let arguments = mirror::BlockMaskTileParams {
-            common,
-            seed: params.seed,
-            offset: params.offset,
-            row_offsets: mask.row_offsets,
-            columns: mask.columns,
-            head_stride: mask.head_stride as u64,
-            positions: self.buffers.positions,
-            heads_kv: problem.heads_kv as u32,
-            per_head: u32::from(mask.head_stride != 0),
-            query_block: block_length(mask.query_block),
-            key_block: block_length(mask.key_block),
-            segments_per_block: lists.segments_per_block as u32,
-            first_stream_head: problem.first_kv_head as u32,
-        };
-        let warps = (common.kv_heads * common.pass.count) as usize * lists.blocks * lists.lists_per_block;
-        let grid = blocks_of(warps, THREADS / 32);
-        // SAFETY: this is the kernel's parameter; it reads the mask's arrays and writes tiles, segments and positions.
-        unsafe { self.queue.launch(c"paper_block_mask_tiles", grid, THREADS as u32, 0, args![arguments]) }
-    }
-
     /// The attention kernel's view of the lists, of one pass or of all. Orders and states are those of `heads` only,
     /// while it counts heads from the first.
     fn attention(
@@ -761,7 +546,7 @@ impl Paper<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::DeviceTensors;
+    use crate::call::{DeviceTensor, DeviceTensors};
     use hyperattn_core::{DType, Mask, TensorLayout};
 
     fn tensors(heads: [i64; 2], rows: [i64; 2], dim: i64) -> DeviceTensors {

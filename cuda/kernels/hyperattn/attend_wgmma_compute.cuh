@@ -8,6 +8,7 @@
 #include "attend_wgmma_softmax.cuh"
 #include "barrier.cuh"
 #include "convert.cuh"
+#include "exchange_fours.cuh"
 #include "load_matrices.cuh"
 #include "merge_partials.cuh"
 #include "online_softmax.cuh"
@@ -600,25 +601,6 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         }
     }
 
-    // Of four words of each of a row's four lanes: word i of lane k changes places with word k of lane i.
-    __device__ __forceinline__ void transpose(u32 (&words)[4]) const
-    {
-        bool high = lane & 2, odd = lane & 1;
-        // Of words 0 and 1 (lanes 0 and 1) or 2 and 3, this lane's and those of the lane two further.
-        u32 own_0 = high ? words[2] : words[0], own_1 = high ? words[3] : words[1];
-        u32 far_0 = __shfl_xor_sync(ALL_LANES, high ? words[0] : words[2], 2);
-        u32 far_1 = __shfl_xor_sync(ALL_LANES, high ? words[1] : words[3], 2);
-        // By number of the lane they come from, modulo 2: low lane, then high lane.
-        u32 low_0 = high ? far_0 : own_0, low_1 = high ? far_1 : own_1;
-        u32 high_0 = high ? own_0 : far_0, high_1 = high ? own_1 : far_1;
-        u32 near_low = __shfl_xor_sync(ALL_LANES, odd ? low_0 : low_1, 1);
-        u32 near_high = __shfl_xor_sync(ALL_LANES, odd ? high_0 : high_1, 1);
-        words[0] = odd ? near_low : low_0;
-        words[1] = odd ? low_1 : near_low;
-        words[2] = odd ? near_high : high_0;
-        words[3] = odd ? high_1 : near_high;
-    }
-
     // Writes columns of a row as 16-bit elements: the lanes of a row transpose 4 x 4 pairs, each writes 16 bytes. Rows
     // of partials stay as they are, whole groups of columns whose order nobody but the next launch knows.
     template <u32 R, u32 OUT>
@@ -633,7 +615,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 pairs[i] = f32_to_16x2<OUT>(first, second);
             }
             if (!partial)
-                transpose(pairs);
+                exchange_fours(pairs);
             u32 column = 8 * (j + (lane & 3));
             if (!write || (partial ? 8 * j : column) >= p.value_dim)
                 continue;

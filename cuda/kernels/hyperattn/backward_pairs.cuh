@@ -3,6 +3,7 @@
 #pragma once
 
 #include "convert.cuh"
+#include "exchange_fours.cuh"
 
 namespace hyperattn {
 
@@ -39,23 +40,6 @@ __device__ __forceinline__ void write_pairs(char *to, u32 type, u32 dim, float f
 
 // The same by 16 bytes, for which neighbouring lanes exchange pairs: all lanes of a warp call them, and those of a row
 // with the same arguments. Rows are aligned to 16 bytes, and `dim` is a multiple of 8.
-
-// What four lanes have of a row are four words each, of which lane i gets number i of every lane.
-__device__ __forceinline__ void exchange_fours(u32 (&words)[4])
-{
-    const u32 lane = threadIdx.x % 32;
-    const bool odd = lane & 1, high = lane & 2;
-    u32 far_0 = __shfl_xor_sync(0xffffffffu, high ? words[0] : words[2], 2);
-    u32 far_1 = __shfl_xor_sync(0xffffffffu, high ? words[1] : words[3], 2);
-    u32 low_0 = high ? far_0 : words[0], low_1 = high ? far_1 : words[1];
-    u32 high_0 = high ? words[2] : far_0, high_1 = high ? words[3] : far_1;
-    u32 near_low = __shfl_xor_sync(0xffffffffu, odd ? low_0 : low_1, 1);
-    u32 near_high = __shfl_xor_sync(0xffffffffu, odd ? high_0 : high_1, 1);
-    words[0] = odd ? near_low : low_0;
-    words[1] = odd ? low_1 : near_low;
-    words[2] = odd ? near_high : high_0;
-    words[3] = odd ? high_1 : near_high;
-}
 
 // Calls set(n, first, second) with stored sums, if `stored`: f32 or bf16.
 template <u32 DIM, typename Set>

@@ -70,7 +70,6 @@ impl Shape {
             leaf_cells,
             square_cells,
             cells: square_cells + rest_rows.div_ceil(SORT_CELL),
-
             rest,
         })
     }
