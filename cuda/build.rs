@@ -17,6 +17,11 @@ const TARGETS: [(&str, &str); 3] =
 /// what is not for sm_90a alone uses nothing that later virtual architectures add.
 const PORTABLE: &str = "compute_80";
 
+/// How every kernel begins.
+const KERNEL: &str = "extern \"C\" __global__";
+/// How it begins in the source for NVRTC, which then compiles the kernels that it is asked for and no others.
+const KERNEL_ON_DEMAND: &str = "template <int> __global__";
+
 fn main() {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
@@ -31,7 +36,7 @@ fn main() {
     let mut source = String::new();
     flatten(&kernels, Path::new("entry.cu"), &mut HashSet::new(), &mut source);
     write_if_changed(&out.join("kernels.cu"), source.as_bytes());
-    let mut terminated = compact(&source).into_bytes();
+    let mut terminated = compact(&source).replace(KERNEL, KERNEL_ON_DEMAND).into_bytes();
     terminated.push(0);
     write_if_changed(&out.join("kernels.cu.0"), &terminated);
 

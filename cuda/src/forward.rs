@@ -28,8 +28,8 @@ pub fn forward_divided_workspace(
     Ok(Layout { size: most_size(&Parts::new(params, division, tensors)?)?, align: WORKSPACE_ALIGN })
 }
 
-/// Loads the kernels into the calling thread's current context, compiling them where the build has none for its device,
-/// so that no later call there has to.
+/// Loads the kernels into the calling thread's current context, so that no later call there has to. Where the build has
+/// none for its device, finds out whether NVRTC can compile them; it compiles each when a call first needs it.
 pub fn prepare() -> Result<()> {
     loaded(driver()?).map(|_| ())
 }
@@ -39,7 +39,8 @@ pub fn prepare() -> Result<()> {
 ///
 /// With `workspace` (address and bytes, see [`forward_workspace`]) nothing is allocated on the device, so that the call can be
 /// captured in a graph; without, memory is allocated and freed in the stream's order. Nothing waits for the device. The
-/// first call in a context loads code, which takes a while, and longer where NVRTC has to compile it.
+/// first call in a context loads code, which takes a while; where NVRTC has to compile it, so does the first call that
+/// needs a kernel: some tenths of a second to 5 s for each.
 ///
 /// On an error of the arguments or the device's absence nothing has been enqueued.
 ///

@@ -1,7 +1,7 @@
 //! The device code: which image of it, and the module that a context has made of it.
 //!
-//! An image compiled at build time, where it is for the device; else the source, compiled by NVRTC for exactly this
-//! device when a process first asks, where NVRTC is found; else there is none.
+//! An image compiled at build time, where it is for the device; else the source, of which NVRTC compiles for exactly
+//! this device each kernel that a process first asks for, where NVRTC is found; else there is none.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use cudarc::nvrtc::sys;
 use hyperattn_core::{Error, ErrorKind, Result};
 
-use crate::driver::{CUmodule, Context, Device, Driver, unavailable};
+use crate::driver::{CUfunction, CUmodule, Context, Device, Driver, unavailable};
 use crate::launch::Kernels;
 
 mod embedded {
@@ -45,9 +45,9 @@ pub(crate) fn loaded(driver: &Driver) -> Result<Arc<Loaded>> {
         return Ok(found.clone());
     }
     let device = driver.device()?;
-    let module = driver.outside_capture(|| load(driver, &device))?;
+    let code = driver.outside_capture(|| Code::load(driver, &device))?;
     all.retain(|loaded| loaded.context.handle != context.handle);
-    let new = Arc::new(Loaded { context, device, kernels: Kernels::new(module) });
+    let new = Arc::new(Loaded { context, device, kernels: Kernels::new(code) });
     all.push(new.clone());
     Ok(new)
 }
@@ -57,33 +57,63 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn load(driver: &Driver, device: &Device) -> Result<CUmodule> {
-    if device.major < 8 {
-        return Err(unavailable(format_args!(
-            "the device has compute capability {}.{}; 8.0 or later is needed",
-            device.major, device.minor
-        )));
-    }
-    if let Some(image) = embedded::BUILT
-        && !*COMPILE_ALWAYS
-    {
-        // SAFETY: the image is nvcc's fat binary.
-        if let Some(module) = unsafe { driver.load_module(&image.0) }? {
-            return Ok(module);
+/// Where the kernels of a context come from.
+pub(crate) enum Code {
+    /// This module, which has all of them.
+    Built(usize),
+    /// NVRTC, for this architecture.
+    Compiled(String),
+}
+
+impl Code {
+    /// For the current context, which is of `device`.
+    fn load(driver: &Driver, device: &Device) -> Result<Code> {
+        if device.major < 8 {
+            return Err(unavailable(format_args!(
+                "the device has compute capability {}.{}; 8.0 or later is needed",
+                device.major, device.minor
+            )));
         }
+        if let Some(image) = embedded::BUILT
+            && !*COMPILE_ALWAYS
+        {
+            // SAFETY: the image is nvcc's fat binary.
+            if let Some(module) = unsafe { driver.load_module(&image.0) }? {
+                return Ok(Code::Built(module as usize));
+            }
+        }
+        let code = Code::Compiled(architecture(device));
+        // Whether NVRTC and the driver can is found out here, before anything of a call is enqueued: by a small kernel.
+        // SAFETY: the context is the current one.
+        unsafe { code.function(driver, c"fill_heads") }?;
+        Ok(code)
     }
-    let image = compiled(&architecture(device))?;
-    // SAFETY: the image is NVRTC's cubin.
-    unsafe { driver.load_module(&image) }?.ok_or_else(|| {
-        unavailable(format_args!(
-            "the code that NVRTC {} made for compute capability {}.{} is not for this driver, which is for CUDA {}.{}",
-            nvrtc().map_or_else(|_| String::from("?"), |nvrtc| nvrtc.version()),
-            device.major,
-            device.minor,
-            driver.version() / 1000,
-            driver.version() % 1000 / 10
-        ))
-    })
+
+    /// Kernel `name`.
+    ///
+    /// # Safety
+    /// The code was loaded for the current context.
+    pub(crate) unsafe fn function(&self, driver: &Driver, name: &'static CStr) -> Result<CUfunction> {
+        let architecture = match self {
+            Code::Built(module) => {
+                // SAFETY: the module is of the current context (contract).
+                return unsafe { driver.function(*module as CUmodule, name) };
+            }
+            Code::Compiled(architecture) => architecture,
+        };
+        let image = compiled(architecture, name)?;
+        // SAFETY: the image is NVRTC's cubin.
+        let module = unsafe { driver.load_module(&image.cubin) }?.ok_or_else(|| {
+            unavailable(format_args!(
+                "the code that NVRTC {} made for {architecture} is not for this driver, which is for CUDA {}.{}",
+                nvrtc().map_or_else(|_| String::from("?"), |nvrtc| nvrtc.version()),
+                driver.version() / 1000,
+                driver.version() % 1000 / 10
+            ))
+        })?;
+        // SAFETY: the module was just loaded into the current context.
+        unsafe { driver.function(module, &image.kernel) }
+    }
 }
 
 /// The environment variable HYPERATTN_CUDA_IMAGE = nvrtc passes over the image of the build, to try NVRTC's. Read once.
@@ -98,16 +128,24 @@ fn architecture(device: &Device) -> String {
     }
 }
 
-/// The source compiled for `architecture`, once in a process; an error is kept too, as trying again takes seconds.
-fn compiled(architecture: &str) -> Result<Arc<[u8]>> {
-    type Entry = (String, Result<Arc<[u8]>>);
-    static COMPILED: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+/// A kernel that NVRTC has compiled.
+struct Image {
+    cubin: Vec<u8>,
+    /// What the kernel is called there.
+    kernel: CString,
+}
+
+/// A kernel compiled for `architecture`, once in a process; an error is kept too, as trying again takes seconds.
+fn compiled(architecture: &str, kernel: &'static CStr) -> Result<Arc<Image>> {
+    type Key = (String, &'static CStr);
+    static COMPILED: Mutex<Vec<(Key, Result<Arc<Image>>)>> = Mutex::new(Vec::new());
     let mut all = lock(&COMPILED);
-    if let Some((_, image)) = all.iter().find(|(name, _)| name == architecture) {
+    let key = (architecture.to_owned(), kernel);
+    if let Some((_, image)) = all.iter().find(|(known, _)| *known == key) {
         return image.clone();
     }
-    let image = compile(embedded::SOURCE, architecture).map(Arc::from);
-    all.push((architecture.to_owned(), image.clone()));
+    let image = compile(embedded::SOURCE, architecture, Some(kernel)).map(Arc::new);
+    all.push((key, image.clone()));
     image
 }
 
@@ -125,7 +163,9 @@ struct Nvrtc {
         *const *const c_char,
         *const *const c_char,
     ) -> NvrtcCode,
+    add_name: unsafe extern "system" fn(Program, *const c_char) -> NvrtcCode,
     compile: unsafe extern "system" fn(Program, c_int, *const *const c_char) -> NvrtcCode,
+    lowered_name: unsafe extern "system" fn(Program, *const c_char, *mut *const c_char) -> NvrtcCode,
     log_size: unsafe extern "system" fn(Program, *mut usize) -> NvrtcCode,
     log: unsafe extern "system" fn(Program, *mut c_char) -> NvrtcCode,
     cubin_size: unsafe extern "system" fn(Program, *mut usize) -> NvrtcCode,
@@ -149,7 +189,9 @@ fn nvrtc() -> Result<Nvrtc> {
         Ok(Nvrtc {
             version: symbol("nvrtcVersion")?,
             create: symbol("nvrtcCreateProgram")?,
+            add_name: symbol("nvrtcAddNameExpression")?,
             compile: symbol("nvrtcCompileProgram")?,
+            lowered_name: symbol("nvrtcGetLoweredName")?,
             log_size: symbol("nvrtcGetProgramLogSize")?,
             log: symbol("nvrtcGetProgramLog")?,
             cubin_size: symbol("nvrtcGetCUBINSize")?,
@@ -205,7 +247,14 @@ impl Nvrtc {
         log.lines().find(|line| line.contains("error")).unwrap_or(log.trim()).to_owned()
     }
 
-    fn cubin_of(&self, program: Program, architecture: &str) -> Result<Vec<u8>> {
+    /// The program's code with `kernel`, where it is named: an instance of a template.
+    fn image_of(&self, program: Program, architecture: &str, kernel: Option<&CStr>) -> Result<Image> {
+        let expression =
+            kernel.map(|kernel| CString::new([kernel.to_bytes(), b"<0>"].concat()).unwrap_or_default());
+        if let Some(expression) = &expression {
+            // SAFETY: the program lives and has not been compiled; the name is terminated.
+            self.check(unsafe { (self.add_name)(program, expression.as_ptr()) }, "nvrtcAddNameExpression")?;
+        }
         const INVALID_OPTION: NvrtcCode = 5;
         let option = CString::new(format!("--gpu-architecture={architecture}")).unwrap_or_default();
         let options = [option.as_ptr(), c"--std=c++17".as_ptr(), c"--define-macro=HYPERATTN_NVRTC".as_ptr()];
@@ -229,12 +278,21 @@ impl Nvrtc {
         let mut cubin = vec![0u8; size];
         // SAFETY: the cubin has `size` bytes.
         self.check(unsafe { (self.cubin)(program, cubin.as_mut_ptr().cast()) }, "nvrtcGetCUBIN")?;
-        Ok(cubin)
+        let mut kernel = CString::default();
+        if let Some(expression) = &expression {
+            let mut name = std::ptr::null();
+            // SAFETY: the program lives and has been compiled with this name; `name` is writable.
+            let code = unsafe { (self.lowered_name)(program, expression.as_ptr(), &mut name) };
+            self.check(code, "nvrtcGetLoweredName")?;
+            // SAFETY: a terminated string that lives as long as the program.
+            kernel = unsafe { CStr::from_ptr(name) }.to_owned();
+        }
+        Ok(Image { cubin, kernel })
     }
 }
 
 /// The machine code of `source` for a device's own instruction set.
-fn compile(source: &CStr, architecture: &str) -> Result<Vec<u8>> {
+fn compile(source: &CStr, architecture: &str, kernel: Option<&CStr>) -> Result<Image> {
     let nvrtc = nvrtc()?;
     let mut program: Program = std::ptr::null_mut();
     // SAFETY: `program` is writable, the strings are terminated, and there are no headers.
@@ -249,26 +307,46 @@ fn compile(source: &CStr, architecture: &str) -> Result<Vec<u8>> {
         )
     };
     nvrtc.check(code, "nvrtcCreateProgram")?;
-    let cubin = nvrtc.cubin_of(program, architecture);
+    let image = nvrtc.image_of(program, architecture, kernel);
     // SAFETY: the program was created above, and is not used again.
     unsafe { (nvrtc.destroy)(&mut program) };
-    cubin
+    image
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Two to three minutes each.
+    /// How the build script makes a kernel begin.
+    const ON_DEMAND: &str = "template <int> __global__";
+
+    fn compile_error(source: &CStr, architecture: &str, kernel: Option<&CStr>) -> Error {
+        match compile(source, architecture, kernel) {
+            Ok(image) => panic!("{architecture}: {} bytes", image.cubin.len()),
+            Err(error) => error,
+        }
+    }
+
+    /// All kernels at once, which takes two to three minutes, and one alone.
     fn assert_compiles(architecture: &str) {
         if let Err(error) = nvrtc() {
             println!("SKIPPED: {error}");
             return;
         }
-        match compile(embedded::SOURCE, architecture) {
-            Ok(cubin) => assert!(cubin.starts_with(b"\x7fELF"), "{architecture}: {} bytes", cubin.len()),
-            Err(error) => panic!("{error:?}"),
+        let source = embedded::SOURCE.to_str().expect("the kernels are text");
+        assert!(source.contains(ON_DEMAND));
+        let all = CString::new(source.replace(ON_DEMAND, "extern \"C\" __global__"))
+            .expect("the source has no 0 in it");
+        let all = compile(&all, architecture, None).unwrap_or_else(|error| panic!("{error:?}"));
+        let one = compile(embedded::SOURCE, architecture, Some(c"attend_mma_bf16_64"));
+        let one = one.unwrap_or_else(|error| panic!("{error:?}"));
+        let kernel = one.kernel.to_bytes();
+        for (cubin, kernel) in [(&all.cubin, &b"attend_mma_bf16_64"[..]), (&one.cubin, kernel)] {
+            assert!(cubin.starts_with(b"\x7fELF"), "{architecture}: {} bytes", cubin.len());
+            assert!(cubin.windows(kernel.len()).any(|name| name == kernel), "{architecture}");
         }
+        let other = |cubin: &[u8]| cubin.windows(10).any(|name| name == b"attend_any");
+        assert!(other(&all.cubin) && !other(&one.cubin), "{architecture}: a kernel is compiled alone");
     }
 
     #[test]
@@ -292,11 +370,14 @@ mod tests {
             println!("SKIPPED: {error}");
             return;
         }
-        let error = compile(c"__global__ void broken() { undeclared(); }", "sm_80").unwrap_err();
+        let error = compile_error(c"__global__ void broken() { undeclared(); }", "sm_80", None);
         assert_eq!(error.kind(), ErrorKind::Device);
         assert!(error.message().contains("undeclared"), "{error}");
-        let error = compile(c"__global__ void fine() {}", "sm_1").unwrap_err();
+        let error = compile_error(c"__global__ void fine() {}", "sm_1", None);
         assert_eq!(error.kind(), ErrorKind::DeviceUnavailable, "{error}");
+        let error = compile_error(embedded::SOURCE, "sm_80", Some(c"no_such_kernel"));
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.message().contains("no_such_kernel"), "{error}");
     }
 
     #[test]

@@ -8,14 +8,14 @@ use std::sync::Mutex;
 use hyperattn_core::{Error, ErrorKind, Result};
 
 use crate::abi::{AttendParams, BackwardParams, View};
-use crate::driver::{CUfunction, CUmodule, CUstream, Device, Driver};
-use crate::image::{Loaded, lock};
+use crate::driver::{CUfunction, CUstream, Device, Driver};
+use crate::image::{Code, Loaded, lock};
 use crate::tensor_map::TensorMap;
 use crate::workspace::Pointer;
 
-/// The kernels of a module, looked up when first used.
+/// The kernels of a context, looked up when first used.
 pub(crate) struct Kernels {
-    module: usize,
+    code: Code,
     known: Mutex<HashMap<&'static CStr, Kernel>>,
 }
 
@@ -28,15 +28,15 @@ struct Kernel {
 }
 
 impl Kernels {
-    /// Kernels of a module, in the context that it belongs to.
-    pub(crate) fn new(module: CUmodule) -> Self {
-        Kernels { module: module as usize, known: Mutex::new(HashMap::new()) }
+    /// The kernels of what was loaded for a context.
+    pub(crate) fn new(code: Code) -> Self {
+        Kernels { code, known: Mutex::new(HashMap::new()) }
     }
 
     /// Kernel `name`, ready for blocks with `shared_bytes` of dynamic shared memory, and what `body` reads of it.
     ///
     /// # Safety
-    /// The module is of the current context.
+    /// The code was loaded for the current context.
     unsafe fn with<T>(
         &self,
         driver: &Driver,
@@ -48,7 +48,7 @@ impl Kernels {
         if !known.contains_key(name) {
             let find = || {
                 // SAFETY: the caller's contract.
-                unsafe { driver.function(self.module as CUmodule, name) }
+                unsafe { self.code.function(driver, name) }
             };
             let function = driver.outside_capture(find)?;
             let kernel = Kernel {
@@ -110,7 +110,7 @@ impl<'a> Queue<'a> {
             return Ok(());
         }
         let of_kernel = |kernel: &mut Kernel| Ok(kernel.function);
-        // SAFETY: the module is of the current context (contract of `new`).
+        // SAFETY: the code was loaded for the current context (contract of `new`).
         let function = unsafe { self.kernels.with(self.driver, name, shared_bytes, of_kernel) }?;
         // SAFETY: function and stream are of the current context; the rest is the caller's contract.
         let code = unsafe {
@@ -150,7 +150,7 @@ impl<'a> Queue<'a> {
             kernel.occupancy.push((key, blocks));
             Ok(blocks)
         };
-        // SAFETY: the module is of the current context (contract of `new`).
+        // SAFETY: the code was loaded for the current context (contract of `new`).
         let blocks = unsafe { self.kernels.with(self.driver, name, shared_bytes, occupancy) }?;
         if blocks == 0 {
             return Err(Error::new(

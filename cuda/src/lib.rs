@@ -30,6 +30,6 @@ pub use call::{DeviceBlockMask, DeviceTensor, DeviceTensors};
 pub use forward::{forward, forward_divided, forward_divided_workspace, forward_workspace, prepare};
 pub use gradients::DeviceGradients;
 
-/// Whether this build has device code that was compiled when it was built. Otherwise the first call in a process has NVRTC
-/// compile it.
+/// Whether this build has device code that was compiled when it was built. Otherwise NVRTC compiles each kernel when a
+/// process first needs it.
 pub const COMPILED_AT_BUILD: bool = image::COMPILED_AT_BUILD;

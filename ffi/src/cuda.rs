@@ -44,7 +44,7 @@ pub unsafe extern "C" fn hyperattn_cuda_forward_workspace(
 ///
 /// With a workspace nothing is allocated on the device, so that a call can be captured in a graph and replayed: with the same
 /// addresses, on what they then hold. The first call in a context loads the kernels, and where the build has none for the
-/// device, NVRTC compiles them, which takes a while: make it outside of what is timed.
+/// device, NVRTC compiles each when a process first needs it, which takes seconds: make it outside of what is timed.
 ///
 /// Sequences, and heads with methods of their own, are enqueued one part after the other in the same workspace: many
 /// short sequences leave a large device partly idle.

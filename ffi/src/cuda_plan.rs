@@ -19,8 +19,8 @@ pub struct hyperattn_cuda_plan {
 }
 
 /// Makes a plan for hyperattn_cuda_plan_run(). What hyperattn_plan_create() says of its arguments holds here, but that
-/// METHOD_AUTO goes with a block_mask. The kernels are loaded into the calling thread's current context, and compiled
-/// where the build has none for its device, so that runs in this context only launch them.
+/// METHOD_AUTO goes with a block_mask. The kernels are loaded into the calling thread's current context, so that runs
+/// in it only launch them; where the build has none for its device, NVRTC compiles each when it first runs.
 ///
 /// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it.
 ///

@@ -84,8 +84,8 @@ pub type hyperattn_feature = u32;
 
 /// This build has the bodies of the CUDA entry points. Whether there is a device they tell themselves.
 pub const HYPERATTN_FEATURE_CUDA: u32 = 1;
-/// It has CUDA kernels that were compiled at build time. Without them the first call in a process has NVRTC compile them,
-/// where that library is found.
+/// It has CUDA kernels that were compiled at build time. Without them NVRTC compiles each when a process first needs
+/// it, where that library is found.
 pub const HYPERATTN_FEATURE_CUDA_AOT: u32 = 2;
 /// The library can run its own threads.
 pub const HYPERATTN_FEATURE_THREADS: u32 = 3;

@@ -105,8 +105,8 @@
 /// This build has the bodies of the CUDA entry points. Whether there is a device they tell themselves.
 #define HYPERATTN_FEATURE_CUDA 1
 
-/// It has CUDA kernels that were compiled at build time. Without them the first call in a process has NVRTC compile them,
-/// where that library is found.
+/// It has CUDA kernels that were compiled at build time. Without them NVRTC compiles each when a process first needs
+/// it, where that library is found.
 #define HYPERATTN_FEATURE_CUDA_AOT 2
 
 /// The library can run its own threads.
@@ -718,7 +718,7 @@ hyperattn_status hyperattn_cuda_forward_workspace(const struct hyperattn_params 
 ///
 /// With a workspace nothing is allocated on the device, so that a call can be captured in a graph and replayed: with the same
 /// addresses, on what they then hold. The first call in a context loads the kernels, and where the build has none for the
-/// device, NVRTC compiles them, which takes a while: make it outside of what is timed.
+/// device, NVRTC compiles each when a process first needs it, which takes seconds: make it outside of what is timed.
 ///
 /// Sequences, and heads with methods of their own, are enqueued one part after the other in the same workspace: many
 /// short sequences leave a large device partly idle.
@@ -767,8 +767,8 @@ hyperattn_status hyperattn_cuda_backward(const struct hyperattn_params *params,
                                          const struct hyperattn_cuda_exec *exec);
 
 /// Makes a plan for hyperattn_cuda_plan_run(). What hyperattn_plan_create() says of its arguments holds here, but that
-/// METHOD_AUTO goes with a block_mask. The kernels are loaded into the calling thread's current context, and compiled
-/// where the build has none for its device, so that runs in this context only launch them.
+/// METHOD_AUTO goes with a block_mask. The kernels are loaded into the calling thread's current context, so that runs
+/// in it only launch them; where the build has none for its device, NVRTC compiles each when it first runs.
 ///
 /// HYPERATTN_STATUS_DEVICE_UNAVAILABLE where there is no driver, device or current context, or no kernels for it.
 ///

@@ -56,8 +56,8 @@ impl Cuda {
         })
     }
 
-    /// Loads the library's code by a small call, as the first one in a process may compile it. `Some` sentence
-    /// where the library says that this device is none for it.
+    /// Loads the library's code by a small call. `Some` sentence where the library says that this device is none for
+    /// it.
     ///
     /// # Errors
     /// Anything else that the call answers.
@@ -246,6 +246,9 @@ impl<'a> OnCuda<'a> {
             cuda.stream.synchronize()?;
             ready.workspace = Workspace::new(cuda.driver, backward_workspace(&problem.params, &tensors)?)?;
         }
+        // The first call may compile its kernels, which would count as its time.
+        ready.enqueue(&tensors)?;
+        cuda.stream.synchronize()?;
         Ok(ready)
     }
 
