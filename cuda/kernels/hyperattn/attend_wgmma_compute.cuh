@@ -244,36 +244,16 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         add_sums(sum);
     }
 
-    // Of the block in `ring`; returns its flags. Threads' copies are ordered before the products.
+    // Of the block in `ring`; returns its flags.
     __device__ __forceinline__ u32 wait_for_keys()
     {
         barrier_wait(shared_address(&control.barriers[S::KEY_FULL + ring.stage]), ring.phase);
-        u32 flags = block_flags(ring.stage);
-        if (flags & BLOCK_GATHERED)
-            async_proxy_fence();
-        return flags;
+        return block_flags(ring.stage);
     }
 
-    // Of the values of the block in `before`, and the keys of the next one, in `ring`, whose flags it returns.
-    __device__ __forceinline__ u32 wait_for_values_and_keys(const Ring<S::KEY_STAGES> &before, u32 flags_before)
+    __device__ __forceinline__ void wait_for_values(const Ring<S::KEY_STAGES> &place)
     {
-        barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + before.stage]), before.phase);
-        barrier_wait(shared_address(&control.barriers[S::KEY_FULL + ring.stage]), ring.phase);
-        u32 flags = block_flags(ring.stage);
-        if ((flags | flags_before) & BLOCK_GATHERED)
-            async_proxy_fence();
-        return flags;
-    }
-
-    __device__ __forceinline__ void wait_for_values(const Ring<S::KEY_STAGES> &place, u32 flags)
-    {
-        // Not one wait before the branch: the compiler would serialize the products around it.
-        if (flags & BLOCK_GATHERED) {
-            barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
-            async_proxy_fence();
-        } else {
-            barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
-        }
+        barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
     }
 
     // Products of the block's keys beside those of the values before, then its weights.
@@ -283,7 +263,6 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(weights[0]);
         pin(accumulated);
         multiply_keys(ring.stage);
-        wait_for_values(before, flags_before);
         multiply_values(before.stage);
         pass_turn();
         products_wait<1>();
@@ -330,6 +309,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             Ring<S::KEY_STAGES> before = ring;
             u32 flags_before = flags;
             ring.advance();
+            wait_for_values(before);
             flags = wait_for_keys();
             wait_for_turn();
             if (special(flags))
@@ -338,7 +318,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
                 step<false>(flags, before, flags_before);
         }
 
-        wait_for_values(ring, flags);
+        wait_for_values(ring);
         pin(weights[0]);
         pin(accumulated);
         multiply_values(ring.stage);
@@ -429,13 +409,14 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             Ring<S::KEY_STAGES> before = ring;
             u32 flags_before = flags;
             ring.advance();
-            flags = wait_for_values_and_keys(before, flags_before);
+            wait_for_values(before);
+            flags = wait_for_keys();
             weigh_half<1, true, true>(before, flags_before, before.stage, ring.stage, flags);
             weigh_half<0, true, true>(ring, flags, before.stage, ring.stage, flags);
             finish_values(before, flags_before);
         }
 
-        wait_for_values(ring, flags);
+        wait_for_values(ring);
         weigh_half<1, true, false>(ring, flags, ring.stage, 0, 0);
         u32 values = values_at(ring.stage);
         products_begin();

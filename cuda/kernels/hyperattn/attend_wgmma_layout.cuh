@@ -18,9 +18,6 @@ constexpr u32 ALL_LANES = 0xffffffff;
 // The loading warps take turns: block i of the stream of blocks, and all that has to do with it, is warp i % 4's.
 constexpr u32 LOADER_WARPS = 4;
 
-// Arrivals that complete a phase: of a block's loader one of the warp and one of each of its threads, of the consumers
-// one of each warp.
-constexpr u32 LOADER_ARRIVALS = 1 + 32;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
 
 // Bytes of a row of a chunk, and its elements.
@@ -44,8 +41,6 @@ enum BlockFlags : u32 {
     BLOCK_LIMITED = 2,
     // The tile's last block.
     BLOCK_LAST = 4,
-    // Copied by threads, not by the copy engine.
-    BLOCK_GATHERED = 8,
 };
 
 struct alignas(16) QueryStage {

@@ -150,7 +150,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
         warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
         copy_rows<TILE_ROWS, S::CHUNKS>(data + queries.stage() * S::QUERY_BYTES, list(), tile.rows == TILE_ROWS, lane,
                                         p.q.row(tile.batch, tile.head, 0), p.q.row_stride, p.head_dim);
-        copies_commit();
+        // The list's next rows are a block's.
+        __syncwarp();
         if (tile.flags & TILE_MERGE)
             find_partials(tile, query);
 #pragma unroll
@@ -166,14 +167,11 @@ template <u32 TYPE, u32 DIM> struct Loader {
         }
     }
 
-    // Hands the queries of the tile at hand over. Waits for their copies, unlike for those of keys and values: the
-    // consumers would order them together with their stores of outputs, which takes long.
+    // Hands the queries of the tile at hand over.
     __device__ __forceinline__ void announce_queries()
     {
         Passed<S::QUERY_STAGES> place = {opaque(queries.count) - 1};
-        copies_wait<0>();
-        async_proxy_fence();
-        warp_arrive(barrier(S::QUERY_FULL + place.stage()), 1, lane);
+        warp_arrive_when_copied(barrier(S::QUERY_FULL + place.stage()), lane);
     }
 
     // Rows of the block's keys that are lane, lane + 32, ... of it, NO_ROW where no query may see one. Returns flags.
@@ -183,7 +181,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
         // What follows from the lane or the warp is made anew each time, there are no registers to keep it.
         u32 lane = opaque(this->lane);
         u32 at = blocks.first + blocks.start + lane, left = blocks.count - blocks.start;
-        u32 flags = BLOCK_GATHERED;
+        u32 flags = 0;
         flags |= kind & SEGMENT_EXTRA ? LOAD_EXTRA : 0;
         flags |= kind & SEGMENT_LIMITED ? BLOCK_LIMITED : 0;
         if (kind & (SEGMENT_LISTED | SEGMENT_SORTED)) {
@@ -252,7 +250,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
 #pragma unroll
             for (u32 chunk = 0; chunk < S::CHUNKS; ++chunk)
                 tensor_copy(to + chunk * S::KEY_CHUNK_BYTES, map, full, chunk * ROW_ELEMENTS, row, of_head, of_batch);
-            barrier_arrive(full, LOADER_ARRIVALS);
+            barrier_arrive(full);
         }
     }
 
@@ -280,7 +278,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
         const char *from = flags & LOAD_EXTRA ? p.extra_keys : head;
         i64 stride = flags & LOAD_EXTRA ? (i64)(p.head_dim * 2) : p.k.row_stride;
         copy_rows<S::KEYS, S::CHUNKS>(to, list(), flags & LOAD_WHOLE, lane, from, stride, p.head_dim);
-        warp_arrive_after_copies(full, lane);
+        warp_arrive_when_copied(full, lane);
     }
 
     __device__ __forceinline__ void load_values(u32 flags)
@@ -306,9 +304,9 @@ template <u32 TYPE, u32 DIM> struct Loader {
                     block.row[32 * i + lane] = list()[32 * i + list_place(lane)];
             }
             async_proxy_fence();
-            warp_arrive(full, LOADER_ARRIVALS, lane);
+            warp_arrive(full, 1, lane);
         } else {
-            warp_arrive_after_copies(full, lane);
+            warp_arrive_when_copied(full, lane);
         }
     }
 
