@@ -263,6 +263,13 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(weights[0]);
         pin(accumulated);
         multiply_keys(ring.stage);
+        // Not one wait before the branch: the compiler would serialize the products around it.
+        if (flags_before & BLOCK_MASKED) {
+            wait_for_values(before);
+        } else {
+            wait_for_values(before);
+            asm volatile("");
+        }
         multiply_values(before.stage);
         pass_turn();
         products_wait<1>();
@@ -309,7 +316,6 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             Ring<S::KEY_STAGES> before = ring;
             u32 flags_before = flags;
             ring.advance();
-            wait_for_values(before);
             flags = wait_for_keys();
             wait_for_turn();
             if (special(flags))

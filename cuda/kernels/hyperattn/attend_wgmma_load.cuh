@@ -37,8 +37,8 @@ enum LoadFlags : u32 {
 
 // The body of the four loading warps.
 //
-// All warps go through all tiles, and each loads what is its own: a tile's queries, if they go to the stage that is
-// this warp's, then every fourth block, keys before values.
+// All warps go through all tiles, and each loads what is its own: a tile's queries, if that is this warp's task, then every
+// fourth block, keys before values.
 //
 // Nobody waits forever. In the order of the whole stream, what a warp waits for before it loads something depends on
 // earlier things only: the consumers empty a stage when they have got what comes before, and whoever has to load that
@@ -49,6 +49,9 @@ template <u32 TYPE, u32 DIM> struct Loader {
     using S = Shape<DIM>;
     static constexpr u32 LANE_KEYS = S::KEYS / 32;
     static constexpr u32 LANE_QUERIES = TILE_ROWS / 32;
+    // The warp of a tile's first block loads its queries, which may be long before the tile before ends. Where there are
+    // more stages, keys would come later for it; where there is but one of queries, it is not free before.
+    static constexpr bool FIRST_LOADS_QUERIES = S::QUERY_STAGES > 1 && S::KEY_STAGES < LOADER_WARPS;
 
     const AttendParams &p;
     const TensorMap &k_map;
@@ -142,14 +145,31 @@ template <u32 TYPE, u32 DIM> struct Loader {
         prefetch(p.partial_lse + number - before, (before + tile.rows + 3) / 4 * 16);
     }
 
+    // Whether this warp loads the next queries. At a tile's start.
+    __device__ __forceinline__ bool loads_next_queries() const
+    {
+        return FIRST_LOADS_QUERIES ? blocks.start == 0 : warp == LOADER_WARPS - 1 - queries.stage();
+    }
+
+    // Waits until the stage of the next queries is empty.
+    __device__ __forceinline__ void wait_for_query_stage()
+    {
+        // Unless this warp has loaded what was there before, it may still have to be loaded, and the phases of "empty"
+        // cannot be told apart. All warps have come to that tile, the last but one, so that those of "full" can.
+        if (FIRST_LOADS_QUERIES)
+            warp_wait(barrier(S::QUERY_FULL + queries.stage()), queries.phase() ^ 1);
+        warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
+    }
+
     // Issues the copies of the tile's queries.
     __device__ __forceinline__ void load_queries(const Tile &tile, const u32 (&rows)[LANE_QUERIES])
     {
         QueryStage &query = control.query[queries.stage()];
         list_rows(list(), lane, rows);
-        warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
+        wait_for_query_stage();
         copy_rows<TILE_ROWS, S::CHUNKS>(data + queries.stage() * S::QUERY_BYTES, list(), tile.rows == TILE_ROWS, lane,
                                         p.q.row(tile.batch, tile.head, 0), p.q.row_stride, p.head_dim);
+        copies_commit();
         // The list's next rows are a block's.
         __syncwarp();
         if (tile.flags & TILE_MERGE)
@@ -167,11 +187,11 @@ template <u32 TYPE, u32 DIM> struct Loader {
         }
     }
 
-    // Hands the queries of the tile at hand over.
-    __device__ __forceinline__ void announce_queries()
+    // Hands the queries of the tile at hand over, when their copies have ended: all but the newest `PENDING`.
+    template <u32 PENDING> __device__ __forceinline__ void announce_queries()
     {
         Passed<S::QUERY_STAGES> place = {opaque(queries.count) - 1};
-        warp_arrive_when_copied(barrier(S::QUERY_FULL + place.stage()), lane);
+        warp_arrive_when_copied<PENDING>(barrier(S::QUERY_FULL + place.stage()), lane);
     }
 
     // Rows of the block's keys that are lane, lane + 32, ... of it, NO_ROW where no query may see one. Returns flags.
@@ -254,7 +274,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
         }
     }
 
-    __device__ __forceinline__ void load_keys(u32 flags, const u32 (&rows)[LANE_KEYS])
+    // Hands the tile's queries over too if `announces`.
+    __device__ __forceinline__ void load_keys(u32 flags, const u32 (&rows)[LANE_KEYS], bool announces)
     {
         float log_weight = blocks.log_weight();
         wait_until_empty(S::KEY_EMPTY);
@@ -267,6 +288,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
         }
         if (flags & LOAD_PLAIN) {
             fetch(to, k_map, full);
+            if (announces)
+                announce_queries<0>();
             return;
         }
         if (flags & BLOCK_MASKED) {
@@ -278,7 +301,10 @@ template <u32 TYPE, u32 DIM> struct Loader {
         const char *from = flags & LOAD_EXTRA ? p.extra_keys : head;
         i64 stride = flags & LOAD_EXTRA ? (i64)(p.head_dim * 2) : p.k.row_stride;
         copy_rows<S::KEYS, S::CHUNKS>(to, list(), flags & LOAD_WHOLE, lane, from, stride, p.head_dim);
-        warp_arrive_when_copied(full, lane);
+        copies_commit();
+        if (announces)
+            announce_queries<1>();
+        warp_arrive_when_copied<0>(full, lane);
     }
 
     __device__ __forceinline__ void load_values(u32 flags)
@@ -306,7 +332,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
             async_proxy_fence();
             warp_arrive(full, 1, lane);
         } else {
-            warp_arrive_when_copied(full, lane);
+            copies_commit();
+            warp_arrive_when_copied<0>(full, lane);
         }
     }
 
@@ -319,7 +346,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
 
         u32 words = ((const u32 *)(p.tiles + number))[lane % TILE_WORDS];
         Tile tile = tile_of(words);
-        bool loads_queries = tile.rows != 0 && warp == LOADER_WARPS - 1 - queries.stage();
+        bool loads_queries = tile.rows != 0 && loads_next_queries();
         u32 query_rows[LANE_QUERIES] = {};
         if (loads_queries) {
 #pragma unroll
@@ -341,13 +368,14 @@ template <u32 TYPE, u32 DIM> struct Loader {
                 flags = look_up(rows);
                 list_rows(list(), lane, rows);
             }
-            // Before anything that the consumers of these queries may have to do.
-            if (loads_queries) {
-                announce_queries();
-                loads_queries = false;
-            }
+            // Before anything that the consumers of these queries may have to do: keys of the tile's first block wait for
+            // consumers of earlier ones only, and do not wait for copies of queries.
+            bool with_keys = FIRST_LOADS_QUERIES && more;
+            if (loads_queries && !with_keys)
+                announce_queries<0>();
             if (more)
-                load_keys(flags, rows);
+                load_keys(flags, rows, loads_queries && with_keys);
+            loads_queries = false;
             if (drawn) {
                 put_number(next_number);
                 drawn = false;
@@ -377,8 +405,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
                 break;
             load_tile(number);
         }
-        if (warp == LOADER_WARPS - 1 - queries.stage()) {
-            warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
+        if (loads_next_queries()) {
+            wait_for_query_stage();
             if (lane == 0)
                 control.query[queries.stage()].rows = 0;
             warp_arrive(barrier(S::QUERY_FULL + queries.stage()), 1, lane);
