@@ -194,6 +194,33 @@ template <u32 TYPE, u32 DIM> struct Loader {
         warp_arrive_when_copied<PENDING>(barrier(S::QUERY_FULL + place.stage()), lane);
     }
 
+    // Moves the rows that are there before those that are not, through the list, so that most keys need not be masked.
+    // Returns their number.
+    __device__ __forceinline__ u32 gather_visible(u32 (&rows)[LANE_KEYS])
+    {
+        u32 below = (1u << lane) - 1, visible = 0;
+        u32 seen[LANE_KEYS];
+#pragma unroll
+        for (u32 i = 0; i < LANE_KEYS; ++i) {
+            seen[i] = __ballot_sync(ALL_LANES, rows[i] != NO_ROW);
+            visible += __popc(seen[i]);
+        }
+        u32 next = 0, next_hidden = visible;
+#pragma unroll
+        for (u32 i = 0; i < LANE_KEYS; ++i) {
+            u32 place = rows[i] != NO_ROW ? next + __popc(seen[i] & below) : next_hidden + __popc(~seen[i] & below);
+            list()[place] = rows[i];
+            next += __popc(seen[i]);
+            next_hidden += 32 - __popc(seen[i]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < LANE_KEYS; ++i)
+            rows[i] = list()[32 * i + lane];
+        __syncwarp();
+        return visible;
+    }
+
     // Rows of the block's keys that are lane, lane + 32, ... of it, NO_ROW where no query may see one. Returns flags.
     __device__ __forceinline__ u32 look_up(u32 (&rows)[LANE_KEYS])
     {
@@ -243,10 +270,16 @@ template <u32 TYPE, u32 DIM> struct Loader {
 #pragma unroll
         for (u32 i = 1; i < LANE_KEYS; ++i)
             last_row = max(last_row, rows[i]);
+        constexpr u32 LAST_PART = BLOCK_PART_MASKED << (S::PARTS - 1);
         if (!__all_sync(ALL_LANES, last_row < seen_by_all))
-            flags |= BLOCK_MASKED;
-        if (__all_sync(ALL_LANES, last_row != NO_ROW))
+            flags |= BLOCK_MASKED | LAST_PART | BLOCK_PART_MASKED;
+        if (__all_sync(ALL_LANES, last_row != NO_ROW)) {
             flags |= LOAD_WHOLE;
+        } else if (!(kind & SEGMENT_LIMITED)) {
+            u32 visible = gather_visible(rows);
+            if (visible >= S::KEYS - TAIL_KEYS)
+                flags = (flags & ~BLOCK_PART_MASKED) | LAST_PART | BLOCK_TAIL | visible << BLOCK_VISIBLE_SHIFT;
+        }
         return flags;
     }
 
