@@ -30,9 +30,9 @@ __device__ __forceinline__ void attend(const AttendParams &p, const TensorMap &k
         };
         initialize(S::QUERY_FULL, S::QUERY_STAGES, 1);
         initialize(S::QUERY_EMPTY, S::QUERY_STAGES, CONSUMER_WARPS);
-        initialize(S::KEY_FULL, S::KEY_STAGES, LOADER_ARRIVALS);
+        initialize(S::KEY_FULL, S::KEY_STAGES, 1);
         initialize(S::KEY_EMPTY, LOADER_WARPS, CONSUMER_WARPS);
-        initialize(S::VALUE_FULL, S::KEY_STAGES, LOADER_ARRIVALS);
+        initialize(S::VALUE_FULL, S::KEY_STAGES, 1);
         initialize(S::VALUE_EMPTY, LOADER_WARPS, CONSUMER_WARPS);
         initialize(S::NUMBER_FULL, NUMBER_STAGES, 1);
         initialize(S::NUMBER_EMPTY, NUMBER_STAGES, LOADER_WARPS);

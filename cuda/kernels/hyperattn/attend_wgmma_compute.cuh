@@ -23,8 +23,8 @@ namespace hopper {
 template <u32 TYPE, u32 DIM> struct Consumer {
     using S = Shape<DIM>;
     static constexpr u32 KEYS = S::KEYS;
-    // Where registers allow it, blocks are weighed by halves, see attend_by_halves().
-    static constexpr u32 PARTS = DIM <= 64 ? 2 : 1;
+    // See attend_by_halves().
+    static constexpr u32 PARTS = S::PARTS;
     static constexpr u32 PART_KEYS = KEYS / PARTS;
     // Whether the two warpgroups take turns: in issuing the products of blocks, so that one's weights are computed
     // beside the other's products; in weighing halves, so that one has the exponential units while the other waits and
@@ -117,25 +117,42 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         products_commit();
     }
 
+    // Whether keys of a part of the block are masked.
+    template <u32 PART> __device__ __forceinline__ bool masked(u32 flags) const
+    {
+        return flags & BLOCK_PART_MASKED << PART;
+    }
+
+    // Hides the keys of a BLOCK_TAIL that are to be masked, in products or in logits.
+    __device__ __forceinline__ void hide_tail(u32 flags)
+    {
+        u32 visible = flags >> BLOCK_VISIBLE_SHIFT;
+#pragma unroll
+        for (u32 i = (KEYS - TAIL_KEYS) / 2; i < KEYS / 2; ++i) {
+            u32 key = i / 4 * 8 + 2 * (lane & 3) + (i & 1);
+            scores[0][i] = key < visible ? scores[0][i] : minus_infinity();
+        }
+    }
+
     // What the products with the keys of a part of the block are added to, if it is masked: -inf where a row must not
     // see a key. The sum is NaN if the key is not finite, which fine() tells of.
     template <u32 PART> __device__ __forceinline__ void begin_part(const KeyStage<KEYS> &stage, u32 flags)
     {
-        if (flags & BLOCK_MASKED) {
-            u32 limits[2];
-            limits_of_block(flags, rows, limits);
-#pragma unroll
-            for (u32 j = 0; j < PART_KEYS / 8; ++j) {
-                const u32 *position = stage.position + PART * PART_KEYS + 8 * j + 2 * (lane & 3);
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i)
-                    scores[PART][4 * j + i] = position[i & 1] < limits[i / 2] ? 0.0f : minus_infinity();
-            }
-        } else {
+        if (!masked<PART>(flags)) {
             // They are not read, and what they were need not be kept until here.
 #pragma unroll
             for (u32 i = 0; i < PART_KEYS / 2; ++i)
                 scores[PART][i] = anything();
+            return;
+        }
+        u32 limits[2];
+        limits_of_block(flags, rows, limits);
+#pragma unroll
+        for (u32 j = 0; j < PART_KEYS / 8; ++j) {
+            const u32 *position = stage.position + PART * PART_KEYS + 8 * j + 2 * (lane & 3);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i)
+                scores[PART][4 * j + i] = position[i & 1] < limits[i / 2] ? 0.0f : minus_infinity();
         }
     }
 
@@ -146,7 +163,7 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         const u32 (&q)[4] = queries[K];
         multiply_registers_by_rows<TYPE, PART_KEYS>(scores[PART], q[0], q[1], q[2], q[3],
                                                     operand<16>(keys + PART * PART_KEYS * ROW_BYTES + K * 32),
-                                                    K != 0 || (flags & BLOCK_MASKED));
+                                                    K != 0 || masked<PART>(flags));
     }
 
     // Step K of summing up the values of a part of the block, which are at `values`, with its weights.
@@ -172,6 +189,12 @@ template <u32 TYPE, u32 DIM> struct Consumer {
     // Whether the logits of the block in `stage` have to be made before the largest is sought: some are masked, or the
     // largest product is not the largest logit.
     __device__ __forceinline__ bool special(u32 flags) const { return (flags & BLOCK_MASKED) || p.scale_log2 < 0.0f; }
+
+    // The same where a block's tail is hidden afterwards.
+    __device__ __forceinline__ bool special_but_tail(u32 flags) const
+    {
+        return (flags & (BLOCK_MASKED | BLOCK_TAIL)) == BLOCK_MASKED || p.scale_log2 < 0.0f;
+    }
 
     __device__ __forceinline__ u32 block_flags(u32 stage) const
     {
@@ -244,36 +267,16 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         add_sums(sum);
     }
 
-    // Of the block in `ring`; returns its flags. Threads' copies are ordered before the products.
+    // Of the block in `ring`; returns its flags.
     __device__ __forceinline__ u32 wait_for_keys()
     {
         barrier_wait(shared_address(&control.barriers[S::KEY_FULL + ring.stage]), ring.phase);
-        u32 flags = block_flags(ring.stage);
-        if (flags & BLOCK_GATHERED)
-            async_proxy_fence();
-        return flags;
+        return block_flags(ring.stage);
     }
 
-    // Of the values of the block in `before`, and the keys of the next one, in `ring`, whose flags it returns.
-    __device__ __forceinline__ u32 wait_for_values_and_keys(const Ring<S::KEY_STAGES> &before, u32 flags_before)
+    __device__ __forceinline__ void wait_for_values(const Ring<S::KEY_STAGES> &place)
     {
-        barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + before.stage]), before.phase);
-        barrier_wait(shared_address(&control.barriers[S::KEY_FULL + ring.stage]), ring.phase);
-        u32 flags = block_flags(ring.stage);
-        if ((flags | flags_before) & BLOCK_GATHERED)
-            async_proxy_fence();
-        return flags;
-    }
-
-    __device__ __forceinline__ void wait_for_values(const Ring<S::KEY_STAGES> &place, u32 flags)
-    {
-        // Not one wait before the branch: the compiler would serialize the products around it.
-        if (flags & BLOCK_GATHERED) {
-            barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
-            async_proxy_fence();
-        } else {
-            barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
-        }
+        barrier_wait(shared_address(&control.barriers[S::VALUE_FULL + place.stage]), place.phase);
     }
 
     // Products of the block's keys beside those of the values before, then its weights.
@@ -283,7 +286,13 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(weights[0]);
         pin(accumulated);
         multiply_keys(ring.stage);
-        wait_for_values(before, flags_before);
+        // Not one wait before the branch: the compiler would serialize the products around it.
+        if (flags_before & BLOCK_MASKED) {
+            wait_for_values(before);
+        } else {
+            wait_for_values(before);
+            asm volatile("");
+        }
         multiply_values(before.stage);
         pass_turn();
         products_wait<1>();
@@ -295,6 +304,8 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         pin(accumulated);
         pin(weights[0]);
         finish_values(before, flags_before);
+        if (!SPECIAL && flags & BLOCK_TAIL)
+            hide_tail(flags);
         weigh_block(slope, shift);
     }
 
@@ -320,10 +331,12 @@ template <u32 TYPE, u32 DIM> struct Consumer {
         products_wait<0>();
         pin(scores[0]);
         float slope, shift;
-        if (special(flags))
+        if (special_but_tail(flags))
             finish_keys<true>(flags, slope, shift);
         else
             finish_keys<false>(flags, slope, shift);
+        if (flags & BLOCK_TAIL)
+            hide_tail(flags);
         weigh_first_block(slope, shift);
 
         while (!(flags & BLOCK_LAST)) {
@@ -332,13 +345,13 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             ring.advance();
             flags = wait_for_keys();
             wait_for_turn();
-            if (special(flags))
+            if (special_but_tail(flags))
                 step<true>(flags, before, flags_before);
             else
                 step<false>(flags, before, flags_before);
         }
 
-        wait_for_values(ring, flags);
+        wait_for_values(ring);
         pin(weights[0]);
         pin(accumulated);
         multiply_values(ring.stage);
@@ -429,13 +442,14 @@ template <u32 TYPE, u32 DIM> struct Consumer {
             Ring<S::KEY_STAGES> before = ring;
             u32 flags_before = flags;
             ring.advance();
-            flags = wait_for_values_and_keys(before, flags_before);
+            wait_for_values(before);
+            flags = wait_for_keys();
             weigh_half<1, true, true>(before, flags_before, before.stage, ring.stage, flags);
             weigh_half<0, true, true>(ring, flags, before.stage, ring.stage, flags);
             finish_values(before, flags_before);
         }
 
-        wait_for_values(ring, flags);
+        wait_for_values(ring);
         weigh_half<1, true, false>(ring, flags, ring.stage, 0, 0);
         u32 values = values_at(ring.stage);
         products_begin();

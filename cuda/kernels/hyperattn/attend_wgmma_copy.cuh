@@ -18,7 +18,7 @@ __device__ __forceinline__ void warp_wait(u32 barrier, u32 parity)
     barrier_wait(barrier, parity);
 }
 
-// All arrivals of a warp on a barrier, for its copies too.
+// All arrivals of a warp on a barrier.
 __device__ __forceinline__ void warp_arrive(u32 barrier, u32 arrivals, u32 lane)
 {
     __syncwarp();
@@ -26,14 +26,13 @@ __device__ __forceinline__ void warp_arrive(u32 barrier, u32 arrivals, u32 lane)
         barrier_arrive(barrier, arrivals);
 }
 
-// The LOADER_ARRIVALS of a warp, its copies' when they end: it does not wait for them. The consumers order them before
-// what the tensor cores read.
-__device__ __forceinline__ void warp_arrive_after_copies(u32 barrier, u32 lane)
+// One when the warp's committed copies have ended, but the newest PENDING groups of them. They are ordered before what the
+// tensor cores read. Consumers would order them together with their stores of outputs, which takes long.
+template <u32 PENDING> __device__ __forceinline__ void warp_arrive_when_copied(u32 barrier, u32 lane)
 {
-    copies_arrive(barrier);
-    __syncwarp();
-    if (lane == 0)
-        barrier_arrive(barrier);
+    copies_wait<PENDING>();
+    async_proxy_fence();
+    warp_arrive(barrier, 1, lane);
 }
 
 // Address of 16 bytes of a row in a chunk.

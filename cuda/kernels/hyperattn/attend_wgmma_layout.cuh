@@ -18,9 +18,6 @@ constexpr u32 ALL_LANES = 0xffffffff;
 // The loading warps take turns: block i of the stream of blocks, and all that has to do with it, is warp i % 4's.
 constexpr u32 LOADER_WARPS = 4;
 
-// Arrivals that complete a phase: of a block's loader one of the warp and one of each of its threads, of the consumers
-// one of each warp.
-constexpr u32 LOADER_ARRIVALS = 1 + 32;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
 
 // Bytes of a row of a chunk, and its elements.
@@ -44,9 +41,14 @@ enum BlockFlags : u32 {
     BLOCK_LIMITED = 2,
     // The tile's last block.
     BLOCK_LAST = 4,
-    // Copied by threads, not by the copy engine.
-    BLOCK_GATHERED = 8,
+    // Of masked blocks: no more than the last TAIL_KEYS keys are to be masked, from the number that is in the flags from
+    // bit BLOCK_VISIBLE_SHIFT on.
+    BLOCK_TAIL = 8,
+    // Shifted by the number of one of a block's parts: it is masked.
+    BLOCK_PART_MASKED = 256,
 };
+constexpr u32 TAIL_KEYS = 32;
+constexpr u32 BLOCK_VISIBLE_SHIFT = 16;
 
 struct alignas(16) QueryStage {
     u32 batch;
@@ -79,6 +81,8 @@ template <u32 KEYS> struct alignas(16) ValueStage {
 
 template <u32 DIM> struct Shape {
     static constexpr u32 KEYS = DIM <= 128 ? 128 : DIM <= 192 ? 96 : 64;
+    // Where registers allow it, the consumers weigh blocks by halves.
+    static constexpr u32 PARTS = DIM <= 64 ? 2 : 1;
     static constexpr u32 CHUNKS = (DIM + ROW_ELEMENTS - 1) / ROW_ELEMENTS;
     // Of a thread; together no more than the block starts with.
     static constexpr u32 LOADER_REGISTERS = DIM <= 64 ? 72 : 56;

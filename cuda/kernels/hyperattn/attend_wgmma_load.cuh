@@ -37,8 +37,8 @@ enum LoadFlags : u32 {
 
 // The body of the four loading warps.
 //
-// All warps go through all tiles, and each loads what is its own: a tile's queries, if they go to the stage that is
-// this warp's, then every fourth block, keys before values.
+// All warps go through all tiles, and each loads what is its own: a tile's queries, if that is this warp's task, then every
+// fourth block, keys before values.
 //
 // Nobody waits forever. In the order of the whole stream, what a warp waits for before it loads something depends on
 // earlier things only: the consumers empty a stage when they have got what comes before, and whoever has to load that
@@ -49,6 +49,9 @@ template <u32 TYPE, u32 DIM> struct Loader {
     using S = Shape<DIM>;
     static constexpr u32 LANE_KEYS = S::KEYS / 32;
     static constexpr u32 LANE_QUERIES = TILE_ROWS / 32;
+    // The warp of a tile's first block loads its queries, which may be long before the tile before ends. Where there are
+    // more stages, keys would come later for it; where there is but one of queries, it is not free before.
+    static constexpr bool FIRST_LOADS_QUERIES = S::QUERY_STAGES > 1 && S::KEY_STAGES < LOADER_WARPS;
 
     const AttendParams &p;
     const TensorMap &k_map;
@@ -142,15 +145,33 @@ template <u32 TYPE, u32 DIM> struct Loader {
         prefetch(p.partial_lse + number - before, (before + tile.rows + 3) / 4 * 16);
     }
 
+    // Whether this warp loads the next queries. At a tile's start.
+    __device__ __forceinline__ bool loads_next_queries() const
+    {
+        return FIRST_LOADS_QUERIES ? blocks.start == 0 : warp == LOADER_WARPS - 1 - queries.stage();
+    }
+
+    // Waits until the stage of the next queries is empty.
+    __device__ __forceinline__ void wait_for_query_stage()
+    {
+        // Unless this warp has loaded what was there before, it may still have to be loaded, and the phases of "empty"
+        // cannot be told apart. All warps have come to that tile, the last but one, so that those of "full" can.
+        if (FIRST_LOADS_QUERIES)
+            warp_wait(barrier(S::QUERY_FULL + queries.stage()), queries.phase() ^ 1);
+        warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
+    }
+
     // Issues the copies of the tile's queries.
     __device__ __forceinline__ void load_queries(const Tile &tile, const u32 (&rows)[LANE_QUERIES])
     {
         QueryStage &query = control.query[queries.stage()];
         list_rows(list(), lane, rows);
-        warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
+        wait_for_query_stage();
         copy_rows<TILE_ROWS, S::CHUNKS>(data + queries.stage() * S::QUERY_BYTES, list(), tile.rows == TILE_ROWS, lane,
                                         p.q.row(tile.batch, tile.head, 0), p.q.row_stride, p.head_dim);
         copies_commit();
+        // The list's next rows are a block's.
+        __syncwarp();
         if (tile.flags & TILE_MERGE)
             find_partials(tile, query);
 #pragma unroll
@@ -166,14 +187,38 @@ template <u32 TYPE, u32 DIM> struct Loader {
         }
     }
 
-    // Hands the queries of the tile at hand over. Waits for their copies, unlike for those of keys and values: the
-    // consumers would order them together with their stores of outputs, which takes long.
-    __device__ __forceinline__ void announce_queries()
+    // Hands the queries of the tile at hand over, when their copies have ended: all but the newest `PENDING`.
+    template <u32 PENDING> __device__ __forceinline__ void announce_queries()
     {
         Passed<S::QUERY_STAGES> place = {opaque(queries.count) - 1};
-        copies_wait<0>();
-        async_proxy_fence();
-        warp_arrive(barrier(S::QUERY_FULL + place.stage()), 1, lane);
+        warp_arrive_when_copied<PENDING>(barrier(S::QUERY_FULL + place.stage()), lane);
+    }
+
+    // Moves the rows that are there before those that are not, through the list, so that most keys need not be masked.
+    // Returns their number.
+    __device__ __forceinline__ u32 gather_visible(u32 (&rows)[LANE_KEYS])
+    {
+        u32 below = (1u << lane) - 1, visible = 0;
+        u32 seen[LANE_KEYS];
+#pragma unroll
+        for (u32 i = 0; i < LANE_KEYS; ++i) {
+            seen[i] = __ballot_sync(ALL_LANES, rows[i] != NO_ROW);
+            visible += __popc(seen[i]);
+        }
+        u32 next = 0, next_hidden = visible;
+#pragma unroll
+        for (u32 i = 0; i < LANE_KEYS; ++i) {
+            u32 place = rows[i] != NO_ROW ? next + __popc(seen[i] & below) : next_hidden + __popc(~seen[i] & below);
+            list()[place] = rows[i];
+            next += __popc(seen[i]);
+            next_hidden += 32 - __popc(seen[i]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < LANE_KEYS; ++i)
+            rows[i] = list()[32 * i + lane];
+        __syncwarp();
+        return visible;
     }
 
     // Rows of the block's keys that are lane, lane + 32, ... of it, NO_ROW where no query may see one. Returns flags.
@@ -183,7 +228,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
         // What follows from the lane or the warp is made anew each time, there are no registers to keep it.
         u32 lane = opaque(this->lane);
         u32 at = blocks.first + blocks.start + lane, left = blocks.count - blocks.start;
-        u32 flags = BLOCK_GATHERED;
+        u32 flags = 0;
         flags |= kind & SEGMENT_EXTRA ? LOAD_EXTRA : 0;
         flags |= kind & SEGMENT_LIMITED ? BLOCK_LIMITED : 0;
         if (kind & (SEGMENT_LISTED | SEGMENT_SORTED)) {
@@ -225,10 +270,16 @@ template <u32 TYPE, u32 DIM> struct Loader {
 #pragma unroll
         for (u32 i = 1; i < LANE_KEYS; ++i)
             last_row = max(last_row, rows[i]);
+        constexpr u32 LAST_PART = BLOCK_PART_MASKED << (S::PARTS - 1);
         if (!__all_sync(ALL_LANES, last_row < seen_by_all))
-            flags |= BLOCK_MASKED;
-        if (__all_sync(ALL_LANES, last_row != NO_ROW))
+            flags |= BLOCK_MASKED | LAST_PART | BLOCK_PART_MASKED;
+        if (__all_sync(ALL_LANES, last_row != NO_ROW)) {
             flags |= LOAD_WHOLE;
+        } else if (!(kind & SEGMENT_LIMITED)) {
+            u32 visible = gather_visible(rows);
+            if (visible >= S::KEYS - TAIL_KEYS)
+                flags = (flags & ~BLOCK_PART_MASKED) | LAST_PART | BLOCK_TAIL | visible << BLOCK_VISIBLE_SHIFT;
+        }
         return flags;
     }
 
@@ -252,11 +303,12 @@ template <u32 TYPE, u32 DIM> struct Loader {
 #pragma unroll
             for (u32 chunk = 0; chunk < S::CHUNKS; ++chunk)
                 tensor_copy(to + chunk * S::KEY_CHUNK_BYTES, map, full, chunk * ROW_ELEMENTS, row, of_head, of_batch);
-            barrier_arrive(full, LOADER_ARRIVALS);
+            barrier_arrive(full);
         }
     }
 
-    __device__ __forceinline__ void load_keys(u32 flags, const u32 (&rows)[LANE_KEYS])
+    // Hands the tile's queries over too if `announces`.
+    __device__ __forceinline__ void load_keys(u32 flags, const u32 (&rows)[LANE_KEYS], bool announces)
     {
         float log_weight = blocks.log_weight();
         wait_until_empty(S::KEY_EMPTY);
@@ -269,6 +321,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
         }
         if (flags & LOAD_PLAIN) {
             fetch(to, k_map, full);
+            if (announces)
+                announce_queries<0>();
             return;
         }
         if (flags & BLOCK_MASKED) {
@@ -280,7 +334,10 @@ template <u32 TYPE, u32 DIM> struct Loader {
         const char *from = flags & LOAD_EXTRA ? p.extra_keys : head;
         i64 stride = flags & LOAD_EXTRA ? (i64)(p.head_dim * 2) : p.k.row_stride;
         copy_rows<S::KEYS, S::CHUNKS>(to, list(), flags & LOAD_WHOLE, lane, from, stride, p.head_dim);
-        warp_arrive_after_copies(full, lane);
+        copies_commit();
+        if (announces)
+            announce_queries<1>();
+        warp_arrive_when_copied<0>(full, lane);
     }
 
     __device__ __forceinline__ void load_values(u32 flags)
@@ -306,9 +363,10 @@ template <u32 TYPE, u32 DIM> struct Loader {
                     block.row[32 * i + lane] = list()[32 * i + list_place(lane)];
             }
             async_proxy_fence();
-            warp_arrive(full, LOADER_ARRIVALS, lane);
+            warp_arrive(full, 1, lane);
         } else {
-            warp_arrive_after_copies(full, lane);
+            copies_commit();
+            warp_arrive_when_copied<0>(full, lane);
         }
     }
 
@@ -321,7 +379,7 @@ template <u32 TYPE, u32 DIM> struct Loader {
 
         u32 words = ((const u32 *)(p.tiles + number))[lane % TILE_WORDS];
         Tile tile = tile_of(words);
-        bool loads_queries = tile.rows != 0 && warp == LOADER_WARPS - 1 - queries.stage();
+        bool loads_queries = tile.rows != 0 && loads_next_queries();
         u32 query_rows[LANE_QUERIES] = {};
         if (loads_queries) {
 #pragma unroll
@@ -343,13 +401,14 @@ template <u32 TYPE, u32 DIM> struct Loader {
                 flags = look_up(rows);
                 list_rows(list(), lane, rows);
             }
-            // Before anything that the consumers of these queries may have to do.
-            if (loads_queries) {
-                announce_queries();
-                loads_queries = false;
-            }
+            // Before anything that the consumers of these queries may have to do: keys of the tile's first block wait for
+            // consumers of earlier ones only, and do not wait for copies of queries.
+            bool with_keys = FIRST_LOADS_QUERIES && more;
+            if (loads_queries && !with_keys)
+                announce_queries<0>();
             if (more)
-                load_keys(flags, rows);
+                load_keys(flags, rows, loads_queries && with_keys);
+            loads_queries = false;
             if (drawn) {
                 put_number(next_number);
                 drawn = false;
@@ -379,8 +438,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
                 break;
             load_tile(number);
         }
-        if (warp == LOADER_WARPS - 1 - queries.stage()) {
-            warp_wait(barrier(S::QUERY_EMPTY + queries.stage()), queries.phase() ^ 1);
+        if (loads_next_queries()) {
+            wait_for_query_stage();
             if (lane == 0)
                 control.query[queries.stage()].rows = 0;
             warp_arrive(barrier(S::QUERY_FULL + queries.stage()), 1, lane);

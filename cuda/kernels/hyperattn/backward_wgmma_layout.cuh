@@ -12,7 +12,6 @@ namespace hyperattn {
 namespace backward_hopper {
 
 using hopper::ALL_LANES;
-using hopper::LOADER_ARRIVALS;
 using hopper::LOADER_WARPS;
 using hopper::Ring;
 using hopper::ROW_BYTES;
@@ -24,6 +23,8 @@ constexpr u32 NO_KEY = key_stream::NO_KEY;
 constexpr u32 CONSUMERS = 2;
 constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr u32 CONSUMER_WARPS = 4 * CONSUMERS;
+// Arrivals of a loading warp that complete a phase: one of its own and one of each of its threads.
+constexpr u32 LOADER_ARRIVALS = 1 + 32;
 // Of a thread, for tiles of queries and of keys; together no more than the block starts with, 168 for each.
 constexpr u32 LOADER_REGISTERS[2] = {72, 56};
 constexpr u32 CONSUMER_REGISTERS[2] = {216, 224};

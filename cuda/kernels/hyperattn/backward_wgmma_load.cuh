@@ -18,13 +18,23 @@ namespace backward_hopper {
 
 using hopper::barrier_arrive;
 using hopper::barrier_wait;
+using hopper::copies_arrive;
 using hopper::copy_4_bytes;
 using hopper::list_rows;
 using hopper::shared_address;
 using hopper::swizzled;
 using hopper::warp_arrive;
-using hopper::warp_arrive_after_copies;
 using hopper::warp_wait;
+
+// The LOADER_ARRIVALS of a warp, its copies' when they end: it does not wait for them. The consumers order them before
+// what the tensor cores read.
+__device__ __forceinline__ void warp_arrive_after_copies(u32 barrier, u32 lane)
+{
+    copies_arrive(barrier);
+    __syncwarp();
+    if (lane == 0)
+        barrier_arrive(barrier);
+}
 
 // Vectors of a tensor, of one batch item and head.
 struct Vectors {
