@@ -26,8 +26,8 @@ __device__ __forceinline__ void warp_arrive(u32 barrier, u32 arrivals, u32 lane)
         barrier_arrive(barrier, arrivals);
 }
 
-// One when the warp's committed copies have ended, but the newest PENDING groups of them. They are ordered before what the
-// tensor cores read. Consumers would order them together with their stores of outputs, which takes long.
+// One when the warp's committed copies have ended, but the newest PENDING groups of them. They are ordered before what
+// the tensor cores read. Consumers would order them together with their stores of outputs, which takes long.
 template <u32 PENDING> __device__ __forceinline__ void warp_arrive_when_copied(u32 barrier, u32 lane)
 {
     copies_wait<PENDING>();

@@ -41,8 +41,8 @@ enum BlockFlags : u32 {
     BLOCK_LIMITED = 2,
     // The tile's last block.
     BLOCK_LAST = 4,
-    // Of masked blocks: no more than the last TAIL_KEYS keys are to be masked, from the number that is in the flags from
-    // bit BLOCK_VISIBLE_SHIFT on.
+    // Of masked blocks: no more than the last TAIL_KEYS keys are to be masked, from the number on that is in the flags
+    // from bit BLOCK_VISIBLE_SHIFT on.
     BLOCK_TAIL = 8,
     // Shifted by the number of one of a block's parts: it is masked.
     BLOCK_PART_MASKED = 256,

@@ -37,8 +37,8 @@ enum LoadFlags : u32 {
 
 // The body of the four loading warps.
 //
-// All warps go through all tiles, and each loads what is its own: a tile's queries, if that is this warp's task, then every
-// fourth block, keys before values.
+// All warps go through all tiles, and each loads what is its own: a tile's queries, if that is this warp's task, then
+// every fourth block, keys before values.
 //
 // Nobody waits forever. In the order of the whole stream, what a warp waits for before it loads something depends on
 // earlier things only: the consumers empty a stage when they have got what comes before, and whoever has to load that
@@ -49,8 +49,9 @@ template <u32 TYPE, u32 DIM> struct Loader {
     using S = Shape<DIM>;
     static constexpr u32 LANE_KEYS = S::KEYS / 32;
     static constexpr u32 LANE_QUERIES = TILE_ROWS / 32;
-    // The warp of a tile's first block loads its queries, which may be long before the tile before ends. Where there are
-    // more stages, keys would come later for it; where there is but one of queries, it is not free before.
+    // The warp of a tile's first block loads its queries, which may be long before the tile before ends: else a fixed
+    // one for each stage. With more stages of keys the tile's first would come later for it; a single stage of queries
+    // is not free before.
     static constexpr bool FIRST_LOADS_QUERIES = S::QUERY_STAGES > 1 && S::KEY_STAGES < LOADER_WARPS;
 
     const AttendParams &p;
@@ -401,8 +402,8 @@ template <u32 TYPE, u32 DIM> struct Loader {
                 flags = look_up(rows);
                 list_rows(list(), lane, rows);
             }
-            // Before anything that the consumers of these queries may have to do: keys of the tile's first block wait for
-            // consumers of earlier ones only, and do not wait for copies of queries.
+            // Before the warp waits for what the consumers of these queries have to do. The keys of a tile's first block
+            // wait for consumers of earlier ones only: they are on their way when the queries are waited for.
             bool with_keys = FIRST_LOADS_QUERIES && more;
             if (loads_queries && !with_keys)
                 announce_queries<0>();
