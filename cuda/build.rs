@@ -29,9 +29,6 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     // The folder's own change tells of new files.
     println!("cargo::rerun-if-changed={}", kernels.display());
-    for variable in ["HYPERATTN_NVCC", "PATH", "CUDA_HOME", "CUDA_PATH"] {
-        println!("cargo::rerun-if-env-changed={variable}");
-    }
 
     let mut source = String::new();
     flatten(&kernels, Path::new("entry.cu"), &mut HashSet::new(), &mut source);
@@ -149,11 +146,16 @@ struct Nvcc {
 
 fn nvcc() -> Option<Nvcc> {
     let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    if let Some(path) = env::var_os("HYPERATTN_NVCC").filter(|path| !path.is_empty()) {
+    // Only what decides: a PATH that changes would build anew also where nvcc is named.
+    let variable = |name: &str| {
+        println!("cargo::rerun-if-env-changed={name}");
+        env::var_os(name)
+    };
+    if let Some(path) = variable("HYPERATTN_NVCC").filter(|path| !path.is_empty()) {
         return (path != "none").then(|| Nvcc { path: path.into(), asked: true });
     }
-    let on_path = env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>());
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let on_path = variable("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>());
+    let homes = ["CUDA_HOME", "CUDA_PATH"].map(variable).into_iter().flatten();
     let folders = on_path.into_iter().flatten().chain(homes.map(|home| Path::new(&home).join("bin")));
     let found = folders.map(|folder| folder.join(&name)).find(|path| path.is_file());
     found.map(|path| Nvcc { path, asked: false })

@@ -1,28 +1,12 @@
 //! The machine's own peak: the rate of multiply-add instructions on registers, which no attention kernel
 //! that is made of them exceeds.
 
-#[cfg(target_arch = "aarch64")]
-mod aarch64;
-mod portable;
-#[cfg(target_arch = "x86_64")]
-mod x86;
-
 use std::time::{Duration, Instant};
 
 use hyperattn_core::{DType, Isa};
+use hyperattn_peak::{Kernel, kernels};
 
 use crate::executor::Threads;
-
-/// One loop over independent chains of multiply-adds.
-#[derive(Clone, Copy)]
-pub struct Kernel {
-    name: &'static str,
-    flops_per_iteration: f64,
-    /// Whether it is of use to bf16 inputs only.
-    only_bf16: bool,
-    /// Runs a number of iterations.
-    run: fn(u64),
-}
 
 /// A round is at least this long, so that reading the clock costs nothing.
 const ROUND: Duration = Duration::from_micros(300);
@@ -47,7 +31,7 @@ impl Peak {
     /// the processor has a dot product of bf16 pairs, the faster of the two (on some it is the slower).
     pub fn new(isa: Isa, inputs: [DType; 3]) -> Self {
         let mut fastest: Option<Peak> = None;
-        for kernel in kernels(isa) {
+        for kernel in kernels(isa.name()) {
             if kernel.only_bf16 && inputs != [DType::BF16; 3] {
                 continue;
             }
@@ -95,19 +79,6 @@ fn seconds(kernel: &Kernel, iterations: u64) -> f64 {
     let clock = Instant::now();
     (kernel.run)(iterations);
     clock.elapsed().as_secs_f64()
-}
-
-/// The loops of an instruction set that this machine has; at least one.
-fn kernels(isa: Isa) -> Vec<Kernel> {
-    // Names, because a table of a later version belongs to the family that its name begins with.
-    let name = isa.name();
-    #[cfg(target_arch = "x86_64")]
-    let found = x86::kernels(name);
-    #[cfg(target_arch = "aarch64")]
-    let found = aarch64::kernels(name);
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let found = Vec::new();
-    if found.is_empty() { vec![portable::KERNEL] } else { found }
 }
 
 #[cfg(test)]

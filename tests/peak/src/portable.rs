@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use super::Kernel;
+use crate::Kernel;
 
 const LANES: usize = 4;
 const CHAINS: usize = 12;

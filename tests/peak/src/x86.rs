@@ -7,7 +7,7 @@ use std::arch::is_x86_feature_detected;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::Kernel;
+use crate::Kernel;
 
 const CHAINS_AVX2: usize = 12;
 const CHAINS_AVX512: usize = 24;

@@ -7,7 +7,7 @@ use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::hint::black_box;
 
-use super::Kernel;
+use crate::Kernel;
 
 const CHAINS: usize = 24;
 
