@@ -19,7 +19,7 @@ use crate::divided::Parts;
 use crate::driver::{CUstream, driver};
 use crate::forward::{check_workspace, measured, with_workspace};
 use crate::gradients::DeviceGradients;
-use crate::image::loaded;
+use crate::kernels::loaded;
 use crate::launch::{Queue, args};
 use crate::method::Run;
 use crate::workspace::{Carver, Pointer, WORKSPACE_ALIGN};

@@ -7,7 +7,7 @@ use hyperattn_core::{Division, Error, ErrorKind, Layout, Params, Result};
 use crate::call::{Call, DeviceTensors};
 use crate::divided::Parts;
 use crate::driver::{CUstream, Driver, driver};
-use crate::image::{Loaded, loaded};
+use crate::kernels::{Loaded, loaded};
 use crate::launch::Queue;
 use crate::method::Run;
 use crate::workspace::{Carver, WORKSPACE_ALIGN};

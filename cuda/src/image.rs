@@ -1,4 +1,4 @@
-//! The device code: which image of it, and the module that a context has made of it.
+//! The device code: which image of it, and a kernel of it by name.
 //!
 //! An image compiled at build time, where it is for the device; else the source, of which NVRTC compiles for exactly
 //! this device each kernel that a process first asks for, where NVRTC is found; else there is none.
@@ -9,8 +9,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use cudarc::nvrtc::sys;
 use hyperattn_core::{Error, ErrorKind, Result};
 
-use crate::driver::{CUfunction, CUmodule, Context, Device, Driver, unavailable};
-use crate::launch::Kernels;
+use crate::driver::{CUfunction, CUmodule, Device, Driver, unavailable};
 
 mod embedded {
     //! What the build script found and made.
@@ -25,38 +24,6 @@ mod embedded {
 /// Whether an image was compiled at build time.
 pub(crate) const COMPILED_AT_BUILD: bool = embedded::BUILT.is_some();
 
-/// What a context has loaded.
-pub(crate) struct Loaded {
-    context: Context,
-    pub(crate) device: Device,
-    pub(crate) kernels: Kernels,
-}
-
-/// The module of the current context, loaded at its first call.
-///
-/// What is kept of a context that has been destroyed is small and is not used again: its number never comes back. It goes
-/// when a new context has its address.
-pub(crate) fn loaded(driver: &Driver) -> Result<Arc<Loaded>> {
-    static LOADED: Mutex<Vec<Arc<Loaded>>> = Mutex::new(Vec::new());
-    let context = driver.current()?;
-    // Held while loading, so that several threads' first calls load once.
-    let mut all = lock(&LOADED);
-    if let Some(found) = all.iter().find(|loaded| loaded.context == context) {
-        return Ok(found.clone());
-    }
-    let device = driver.device()?;
-    let code = driver.outside_capture(|| Code::load(driver, &device))?;
-    all.retain(|loaded| loaded.context.handle != context.handle);
-    let new = Arc::new(Loaded { context, device, kernels: Kernels::new(code) });
-    all.push(new.clone());
-    Ok(new)
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What the mutexes here guard is whole at every moment.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Where the kernels of a context come from.
 pub(crate) enum Code {
     /// This module, which has all of them.
@@ -67,7 +34,7 @@ pub(crate) enum Code {
 
 impl Code {
     /// For the current context, which is of `device`.
-    fn load(driver: &Driver, device: &Device) -> Result<Code> {
+    pub(crate) fn load(driver: &Driver, device: &Device) -> Result<Code> {
         if device.major < 8 {
             return Err(unavailable(format_args!(
                 "the device has compute capability {}.{}; 8.0 or later is needed",
@@ -114,6 +81,11 @@ impl Code {
         // SAFETY: the module was just loaded into the current context.
         unsafe { driver.function(module, &image.kernel) }
     }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What the mutexes here guard is whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The environment variable HYPERATTN_CUDA_IMAGE = nvrtc passes over the image of the build, to try NVRTC's. Read once.

@@ -1,77 +1,15 @@
-//! Kernels by name, and the stream that a call enqueues them on.
+//! The stream that a call enqueues kernels on.
 
-use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
-use std::sync::Mutex;
 
 use hyperattn_core::{Error, ErrorKind, Result};
 
 use crate::abi::{AttendParams, BackwardParams, View};
 use crate::driver::{CUfunction, CUstream, Device, Driver};
-use crate::image::{Code, Loaded, lock};
+use crate::kernels::{Kernel, Kernels, Loaded};
 use crate::tensor_map::TensorMap;
 use crate::workspace::Pointer;
-
-/// The kernels of a context, looked up when first used.
-pub(crate) struct Kernels {
-    code: Code,
-    known: Mutex<HashMap<&'static CStr, Kernel>>,
-}
-
-struct Kernel {
-    function: usize,
-    /// Dynamic shared memory that its blocks may have.
-    shared_bytes: u32,
-    /// (threads of a block, dynamic shared memory) and the blocks that one multiprocessor runs at a time.
-    occupancy: Vec<((u32, u32), u32)>,
-}
-
-impl Kernels {
-    /// The kernels of what was loaded for a context.
-    pub(crate) fn new(code: Code) -> Self {
-        Kernels { code, known: Mutex::new(HashMap::new()) }
-    }
-
-    /// Kernel `name`, ready for blocks with `shared_bytes` of dynamic shared memory, and what `body` reads of it.
-    ///
-    /// # Safety
-    /// The code was loaded for the current context.
-    unsafe fn with<T>(
-        &self,
-        driver: &Driver,
-        name: &'static CStr,
-        shared_bytes: u32,
-        body: impl FnOnce(&mut Kernel) -> Result<T>,
-    ) -> Result<T> {
-        let mut known = lock(&self.known);
-        if !known.contains_key(name) {
-            let find = || {
-                // SAFETY: the caller's contract.
-                unsafe { self.code.function(driver, name) }
-            };
-            let function = driver.outside_capture(find)?;
-            let kernel = Kernel {
-                function: function as usize,
-                // What a block may have without asking depends on its static shared memory.
-                shared_bytes: 0,
-                occupancy: Vec::new(),
-            };
-            known.insert(name, kernel);
-        }
-        let Some(kernel) = known.get_mut(name) else {
-            return Err(Error::new(ErrorKind::Device, format_args!("{name:?} is lost")));
-        };
-        if shared_bytes > kernel.shared_bytes {
-            // SAFETY: as above.
-            driver.outside_capture(|| unsafe {
-                driver.allow_shared(kernel.function as CUfunction, shared_bytes)
-            })?;
-            kernel.shared_bytes = shared_bytes;
-        }
-        body(kernel)
-    }
-}
 
 /// The caller's stream in the current context. What is enqueued runs in order; nothing here waits for the device or reads
 /// its memory.

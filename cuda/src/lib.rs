@@ -16,6 +16,7 @@ mod figures;
 mod forward;
 mod gradients;
 mod image;
+mod kernels;
 mod launch;
 mod method;
 mod paper;
