@@ -10,12 +10,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Instruction sets that the fat binary has code for, as nvcc calls their virtual and real architectures.
-const TARGETS: [(&str, &str); 3] =
-    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100")];
-/// What other devices compile for themselves. One of [`TARGETS`], so that its code and this PTX are made in one pass:
-/// what is not for sm_90a alone uses nothing that later virtual architectures add.
-const PORTABLE: &str = "compute_80";
+/// What the fat binary has: instruction sets, by the virtual architectures that nvcc makes them from. Each of these is a pass
+/// of its compiler. What is not for sm_90a alone uses nothing that architectures after the first one add; other devices
+/// compile its PTX for themselves.
+const TARGETS: [(&str, &[&str]); 2] =
+    [("compute_80", &["sm_80", "sm_100", "compute_80"]), ("compute_90a", &["sm_90a"])];
 
 /// How every kernel begins.
 const KERNEL: &str = "extern \"C\" __global__";
@@ -179,13 +178,18 @@ fn compile(nvcc: &Nvcc, out: &Path) -> Option<()> {
     let mut command = Command::new(&nvcc.path);
     // The architectures are compiled beside each other.
     command.args(["-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "0"]);
-    for (virtual_, real) in TARGETS {
-        // The list has no variants of an architecture.
-        if known.split_whitespace().any(|name| name == real.trim_end_matches('a')) {
-            let codes = if virtual_ == PORTABLE { format!("[{real},{PORTABLE}]") } else { real.to_owned() };
-            command.arg("-gencode").arg(format!("arch={virtual_},code={codes}"));
-        } else {
-            println!("cargo::warning={} does not know {real}", nvcc.path.display());
+    for (architecture, codes) in TARGETS {
+        // The list has no variants of an instruction set, and no virtual architectures.
+        let is_known = |code: &&str| {
+            let is_virtual = *code == architecture;
+            is_virtual || known.split_whitespace().any(|name| name == code.trim_end_matches('a'))
+        };
+        let (codes, unknown): (Vec<&str>, Vec<&str>) = codes.iter().copied().partition(is_known);
+        for code in unknown {
+            println!("cargo::warning={} does not know {code}", nvcc.path.display());
+        }
+        if !codes.is_empty() {
+            command.arg("-gencode").arg(format!("arch={architecture},code=[{}]", codes.join(",")));
         }
     }
     let output = command.arg("-o").arg(out.join("kernels.fatbin")).arg(out.join("kernels.cu")).output();
